@@ -1,0 +1,117 @@
+"""Pruning during `fit`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+
+from tfgptopt.pruning.patterns import Unstructured
+from tfgptopt.pruning.pruner import Pruner
+from tfgptopt.pruning.schedules import PruningSchedule, Timeline, last_step
+from tfgptopt.targets import Selector
+
+
+class Pruning(keras.callbacks.Callback):
+    """Prunes a model while `fit` trains it.
+
+    At the steps at which the schedule fires, each weight tensor loses its smallest magnitudes.
+    Between them the compiled train step holds the zeros by itself, after every batch. Zeros stay
+    held after `fit`, until `tfgptopt.finalize(model)`.
+
+    Steps count as `optimizer.iterations` does, so a second `fit`, or one that resumes from a
+    checkpoint, continues where the first ended.
+
+    Args:
+        schedule: A tfmot schedule: `PolynomialDecay`, `ConstantSparsity`, or your own subclass of
+            `PruningSchedule`. Sparsities are shares in `[0, 1)`.
+        pattern: Which weights go together. Defaults to `Unstructured()`.
+        targets: Which weights to prune: a regular expression on their paths, a layer class, or a
+            callable. Defaults to `None`: kernels of Dense and EinsumDense, wherever they are.
+
+    Raises:
+        ValueError: If the schedule is none or out of range; in `fit`, before the first step, if
+            the model has no weights to prune or another `Pruning` acts on the same ones.
+
+    Example:
+
+    ```python
+    from tfgptopt.callbacks import Pruning
+    from tfgptopt.pruning import PolynomialDecay
+
+    schedule = PolynomialDecay(0.0, 0.5, begin_step=100, end_step=900, frequency=50)
+    model.fit(data, callbacks=[Pruning(schedule)])
+    ```
+
+    Reference: Zhu and Gupta, 2017, "To prune, or not to prune: exploring the efficacy of pruning
+    for model compression" (https://arxiv.org/abs/1710.01878).
+    """
+
+    def __init__(
+        self,
+        schedule: PruningSchedule,
+        pattern: Unstructured | None = None,
+        targets: Selector | None = None,
+    ) -> None:
+        super().__init__()
+        Timeline(schedule)
+        self.schedule = schedule
+        self.pattern = pattern or Unstructured()
+        self.selector = targets
+        self._pruner: Pruner | None = None
+        self._epoch_start = 0
+        self._first_batch = True
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights over all targets, in `[0, 1)`; 0 before training."""
+        return self._pruner.sparsity if self._pruner else 0.0
+
+    def _iterations(self) -> int:
+        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self._pruner is None or self._pruner.model is not self.model:
+            self._pruner = Pruner(self.model, self.schedule, self.pattern, self.selector)
+        self._first_batch = True
+        self._warn_if_cut_off()
+
+    def _warn_if_cut_off(self) -> None:
+        first, end = self._iterations(), last_step(self.schedule)
+        epochs, steps = self.params.get("epochs"), self.params.get("steps")
+        if end is None:
+            return
+        if epochs and steps and first + epochs * steps < end:
+            warnings.warn(
+                f"The pruning schedule ends at step {end}, but this training runs from step "
+                f"{first} to {first + epochs * steps}: the final sparsity will not be reached.",
+                stacklevel=2,
+            )
+        if first > end:
+            warnings.warn(
+                f"The pruning schedule ended at step {end}, before this training begins at step "
+                f"{first}: the final sparsity is applied at once.",
+                stacklevel=2,
+            )
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._epoch_start = self._iterations()
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        assert self._pruner is not None
+        if self._first_batch:
+            self._pruner.check_ownership()
+            self._first_batch = False
+        # Batches run ahead of the optimizer, never behind it: without a firing up to here there
+        # is no need to wait for the device to read its step.
+        if self._pruner.due(self._epoch_start + batch):
+            self._pruner.advance(self._iterations())
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is not None:
+            logs["sparsity"] = self.sparsity
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if logs is not None:
+            logs["sparsity"] = self.sparsity

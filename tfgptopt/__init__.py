@@ -1,0 +1,47 @@
+"""tfgptopt makes GPTs written in Keras 3 small and fast while they train, and ships what was trained.
+
+Names are imported when they are first used: the runtime of an exported file needs neither
+TensorFlow nor Keras.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tfgptopt.evaluation import evaluate as evaluate
+    from tfgptopt.exporting import export as export
+    from tfgptopt.finalizing import finalize as finalize
+    from tfgptopt.generation import TFLiteCausalLM as TFLiteCausalLM
+    from tfgptopt.pruning.pruner import prune as prune
+    from tfgptopt.quantization.training import quantize_aware as quantize_aware
+    from tfgptopt.recipe import Recipe as Recipe
+    from tfgptopt.summarizing import summary as summary
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Recipe": "tfgptopt.recipe",
+    "TFLiteCausalLM": "tfgptopt.generation",
+    "evaluate": "tfgptopt.evaluation",
+    "export": "tfgptopt.exporting",
+    "finalize": "tfgptopt.finalizing",
+    "prune": "tfgptopt.pruning.pruner",
+    "quantize_aware": "tfgptopt.quantization.training",
+    "summary": "tfgptopt.summarizing",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'tfgptopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,264 @@
+"""Builds a TFLite file: a model of subgraphs that share buffers, then bytes.
+
+A `Model` holds what the graphs share: weights, operator codes, signatures, metadata. A `Graph`
+adds tensors and operators one after the other. Both speak the flatbuffer's own object API.
+
+Reference: the TFLite schema (tensorflow/compiler/mlir/lite/schema/schema.fbs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+_TYPES = {
+    np.dtype(np.float32): schema.TensorType.FLOAT32,
+    np.dtype(np.int32): schema.TensorType.INT32,
+    np.dtype(np.int8): schema.TensorType.INT8,
+}
+_ALIGNMENT = 16
+_FILE_LIMIT = 2**31 - 1
+
+
+class _AlignedBuffer:
+    """A buffer of the file whose bytes start at a multiple of 16, as kernels expect."""
+
+    def __init__(self, data: bytes | np.ndarray) -> None:
+        self.data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:
+        vector = None
+        if self.data.size:
+            raw = self.data.reshape(-1).view(np.uint8)
+            builder.StartVector(1, raw.size, _ALIGNMENT)
+            builder.head = builder.head - raw.size
+            builder.Bytes[builder.Head() : builder.Head() + raw.size] = raw.tobytes()
+            vector = builder.EndVector()
+        schema.BufferStart(builder)
+        if vector is not None:
+            schema.BufferAddData(builder, vector)
+        return schema.BufferEnd(builder)
+
+
+def pack_int4(integers: np.ndarray) -> np.ndarray:
+    """Packs int4 values two to a byte, the first in the low half.
+
+    Args:
+        integers: int8 array with values in `[-8, 7]`.
+
+    Returns:
+        uint8 array of half the size, rounded up.
+    """
+    flat = integers.reshape(-1).astype(np.uint8) & 0xF
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+class Model:
+    """The file: shared buffers, operator codes, graphs with signatures, metadata."""
+
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._buffers = [_AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
+        self._by_key: dict[Any, int] = {}
+        self._codes: dict[tuple[int, int], int] = {}
+        self._graphs: list[tuple[str, Graph]] = []
+        self._metadata: list[schema.MetadataT] = []
+
+    def buffer(self, data: bytes | np.ndarray, key: Any = None) -> int:
+        """Adds bytes, or finds those added under the same key, and returns their index."""
+        if key is not None and key in self._by_key:
+            return self._by_key[key]
+        self._buffers.append(_AlignedBuffer(data))
+        if key is not None:
+            self._by_key[key] = len(self._buffers) - 1
+        return len(self._buffers) - 1
+
+    def operator_code(self, operator: int, version: int) -> int:
+        """Returns the index of an operator in the file's table."""
+        return self._codes.setdefault((operator, version), len(self._codes))
+
+    def graph(self, signature: str) -> Graph:
+        """Adds a graph that is called by a signature."""
+        graph = Graph(self)
+        self._graphs.append((signature, graph))
+        return graph
+
+    def metadata(self, name: str, data: bytes) -> None:
+        """Adds a named blob that runtimes can read."""
+        self._metadata.append(schema.MetadataT(name=name, buffer=self.buffer(data)))
+
+    def tobytes(self) -> bytes:
+        """Returns the file.
+
+        Raises:
+            ValueError: If the file would be larger than a flatbuffer can be.
+        """
+        size = sum(buffer.data.nbytes for buffer in self._buffers)
+        if size > _FILE_LIMIT - 2**24:
+            raise ValueError(
+                f"The weights need {size / 2**30:.2f} GiB, and a TFLite file ends at 2 GiB. "
+                "Quantize the model first, to Int8() or Int4()."
+            )
+        model = schema.ModelT(
+            version=3,
+            description=self._description,
+            buffers=self._buffers,
+            operatorCodes=[
+                schema.OperatorCodeT(
+                    builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=version
+                )
+                for code, version in self._codes
+            ],
+            subgraphs=[graph.pack(name) for name, graph in self._graphs],
+            signatureDefs=[
+                graph.signature(name, index) for index, (name, graph) in enumerate(self._graphs)
+            ],
+            metadata=self._metadata,
+        )
+        builder = flatbuffers.Builder(size + 2**20)
+        builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+        return bytes(builder.Output())
+
+
+class Tensor:
+    """A tensor of a graph: its index, shape and dtype."""
+
+    def __init__(self, index: int, shape: tuple[int, ...], dtype: Any) -> None:
+        self.index = index
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+
+
+class Graph:
+    """One subgraph. Each method adds what it is named after."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._tensors: list[schema.TensorT] = []
+        self._operators: list[schema.OperatorT] = []
+        self._inputs: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._constants: dict[Any, Tensor] = {}
+
+    def _add(
+        self,
+        shape: tuple[int, ...],
+        dtype: Any,
+        name: str,
+        buffer: int = 0,
+        tensor_type: int | None = None,
+        quantization: schema.QuantizationParametersT | None = None,
+    ) -> Tensor:
+        self._tensors.append(
+            schema.TensorT(
+                shape=list(shape),
+                type=_TYPES[np.dtype(dtype)] if tensor_type is None else tensor_type,
+                buffer=buffer,
+                name=name,
+                quantization=quantization,
+                hasRank=True,
+            )
+        )
+        return Tensor(len(self._tensors) - 1, tuple(shape), dtype)
+
+    def input(self, name: str, shape: tuple[int, ...], dtype: Any) -> Tensor:
+        """Adds an input of the signature."""
+        self._inputs[name] = self._add(shape, dtype, name)
+        return self._inputs[name]
+
+    def output(self, name: str, tensor: Tensor) -> None:
+        """Names a tensor as an output of the signature."""
+        self._outputs[name] = tensor
+
+    def constant(self, values: np.ndarray, name: str = "constant") -> Tensor:
+        """Adds a constant; equal ones share their bytes, in this graph and across graphs."""
+        key = (values.dtype.str, values.shape, values.tobytes())
+        if key not in self._constants:
+            buffer = self._model.buffer(np.ascontiguousarray(values), key=key)
+            self._constants[key] = self._add(values.shape, values.dtype, name, buffer)
+        return self._constants[key]
+
+    def weight(
+        self, name: str, values: np.ndarray, bits: int | None = None, scale: Any = None
+    ) -> Tensor:
+        """Adds a weight under a name, once in the file however many graphs use it.
+
+        Args:
+            name: Name of the weight; the same name means the same bytes.
+            values: float32 values, or int8 integers with `bits` and `scale`.
+            bits: 4 or 8 for integers.
+            scale: float32 array, one for each row of `values`.
+        """
+        key = ("weight", name)
+        if key in self._constants:
+            return self._constants[key]
+        quantization, tensor_type, data = None, None, values
+        if bits is not None:
+            data = pack_int4(values) if bits == 4 else values
+            tensor_type = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
+            quantization = schema.QuantizationParametersT(
+                scale=np.asarray(scale, np.float32),
+                zeroPoint=np.zeros(len(scale), np.int64),
+                quantizedDimension=0,
+            )
+        buffer = self._model.buffer(np.ascontiguousarray(data), key=key)
+        tensor = self._add(values.shape, values.dtype, name, buffer, tensor_type, quantization)
+        self._constants[key] = tensor
+        return tensor
+
+    def add_operator(
+        self,
+        operator: str,
+        inputs: list[Tensor | None],
+        shape: tuple[int, ...],
+        dtype: Any = np.float32,
+        options: Any = None,
+        version: int = 1,
+    ) -> Tensor:
+        """Adds an operator with one output and returns that."""
+        result = self._add(shape, dtype, f"{operator.lower()}_{len(self._operators)}")
+        kind = 0
+        if options is not None:
+            kind = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+        code = getattr(schema.BuiltinOperator, operator)
+        self._operators.append(
+            schema.OperatorT(
+                opcodeIndex=self._model.operator_code(code, version),
+                inputs=[-1 if tensor is None else tensor.index for tensor in inputs],
+                outputs=[result.index],
+                builtinOptionsType=kind,
+                builtinOptions=options,
+            )
+        )
+        return result
+
+    def pack(self, name: str) -> schema.SubGraphT:
+        """Returns the subgraph as the schema has it."""
+        return schema.SubGraphT(
+            tensors=self._tensors,
+            inputs=[tensor.index for tensor in self._inputs.values()],
+            outputs=[tensor.index for tensor in self._outputs.values()],
+            operators=self._operators,
+            name=name,
+        )
+
+    def signature(self, name: str, index: int) -> schema.SignatureDefT:
+        """Returns the signature that calls this subgraph."""
+
+        def names(tensors: dict[str, Tensor]) -> list[schema.TensorMapT]:
+            return [
+                schema.TensorMapT(name=key, tensorIndex=tensor.index)
+                for key, tensor in tensors.items()
+            ]
+
+        return schema.SignatureDefT(
+            inputs=names(self._inputs),
+            outputs=names(self._outputs),
+            signatureKey=name,
+            subgraphIndex=index,
+        )

@@ -1,0 +1,154 @@
+"""The operators that a decoder needs, as functions from tensors to tensors.
+
+Each adds one or a few builtin operators to the graph of its inputs, with shapes inferred.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from tfgptopt.decoder.spec import Matrix, Norm
+from tfgptopt.exporting.tflite.builder import Graph, Tensor
+
+_BINARY_OPTIONS = {
+    "ADD": schema.AddOptionsT,
+    "SUB": schema.SubOptionsT,
+    "MUL": schema.MulOptionsT,
+    "SQUARED_DIFFERENCE": schema.SquaredDifferenceOptionsT,
+    "MINIMUM": schema.MaximumMinimumOptionsT,
+}
+
+
+def binary(graph: Graph, operator: str, left: Tensor, right: Tensor) -> Tensor:
+    """Adds an elementwise operator that broadcasts."""
+    shape = np.broadcast_shapes(left.shape, right.shape)
+    return graph.add_operator(
+        operator, [left, right], shape, left.dtype, _BINARY_OPTIONS[operator]()
+    )
+
+
+def scalar(graph: Graph, value: float) -> Tensor:
+    """Adds a float32 constant without axes."""
+    return graph.constant(np.asarray(value, np.float32))
+
+
+def reduce(graph: Graph, operator: str, x: Tensor, axis: int, keep: bool) -> Tensor:
+    """Adds `MEAN` or `SUM` over one axis."""
+    axis %= len(x.shape)
+    shape = tuple(
+        1 if i == axis else n for i, n in enumerate(x.shape) if keep or i != axis
+    )
+    axes = graph.constant(np.asarray([axis], np.int32))
+    options = schema.ReducerOptionsT(keepDims=keep)
+    return graph.add_operator(operator, [x, axes], shape, options=options)
+
+
+def reshape(graph: Graph, x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Adds a reshape, or nothing if the shape is right already."""
+    if x.shape == shape:
+        return x
+    wanted = graph.constant(np.asarray(shape, np.int32))
+    options = schema.ReshapeOptionsT(newShape=list(shape))
+    return graph.add_operator("RESHAPE", [x, wanted], shape, x.dtype, options)
+
+
+def transpose(graph: Graph, x: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Adds a transpose."""
+    shape = tuple(x.shape[axis] for axis in order)
+    permutation = graph.constant(np.asarray(order, np.int32))
+    return graph.add_operator(
+        "TRANSPOSE", [x, permutation], shape, x.dtype, schema.TransposeOptionsT()
+    )
+
+
+def slice_(graph: Graph, x: Tensor, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """Adds a slice, or nothing if it is the whole tensor."""
+    if x.shape == size:
+        return x
+    starts = graph.constant(np.asarray(begin, np.int32))
+    sizes = graph.constant(np.asarray(size, np.int32))
+    return graph.add_operator("SLICE", [x, starts, sizes], size, x.dtype, schema.SliceOptionsT())
+
+
+def embedding_lookup(graph: Graph, ids: Tensor, table: Tensor) -> Tensor:
+    """Adds a look-up of table rows; a quantized table gives float32 rows."""
+    shape = (*ids.shape, table.shape[1])
+    return graph.add_operator("EMBEDDING_LOOKUP", [ids, table], shape, version=3)
+
+
+def matrix_weight(graph: Graph, matrix: Matrix) -> Tensor:
+    """Adds the rows of a matrix as floats or as the integers it was trained to."""
+    if matrix.integers is None:
+        return graph.weight(matrix.name, matrix.values)
+    return graph.weight(matrix.name, matrix.integers, matrix.bits, matrix.scale)
+
+
+def fully_connected(graph: Graph, x: Tensor, matrix: Matrix) -> Tensor:
+    """Adds a product with a matrix, its bias fused, inputs rounded row by row if it is integer."""
+    weights = matrix_weight(graph, matrix)
+    bias = None if matrix.bias is None else graph.weight(f"{matrix.name}/bias", matrix.bias)
+    options = schema.FullyConnectedOptionsT(
+        keepNumDims=True, asymmetricQuantizeInputs=matrix.bits is not None
+    )
+    shape = (*x.shape[:-1], weights.shape[0])
+    return graph.add_operator(
+        "FULLY_CONNECTED", [x, weights, bias], shape, options=options, version=9
+    )
+
+
+def layer_norm(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
+    """Adds layer normalization over the last axis."""
+    mean = reduce(graph, "MEAN", x, -1, keep=True)
+    squares = binary(graph, "SQUARED_DIFFERENCE", x, mean)
+    variance = reduce(graph, "MEAN", squares, -1, keep=True)
+    shifted = binary(graph, "ADD", variance, scalar(graph, norm.epsilon))
+    inverse = graph.add_operator("RSQRT", [shifted], shifted.shape)
+    normed = binary(graph, "MUL", binary(graph, "SUB", x, mean), inverse)
+    scaled = binary(graph, "MUL", normed, graph.weight(f"{norm.name}/gamma", norm.gamma))
+    return binary(graph, "ADD", scaled, graph.weight(f"{norm.name}/beta", norm.beta))
+
+
+def gelu_tanh(graph: Graph, x: Tensor) -> Tensor:
+    """Adds the tanh approximation of GELU."""
+    options = schema.GeluOptionsT(approximate=True)
+    return graph.add_operator("GELU", [x], x.shape, options=options)
+
+
+def softmax(graph: Graph, x: Tensor) -> Tensor:
+    """Adds softmax over the last axis."""
+    return graph.add_operator("SOFTMAX", [x], x.shape, options=schema.SoftmaxOptionsT(beta=1.0))
+
+
+def batch_matmul(graph: Graph, x: Tensor, y: Tensor, transpose_y: bool = False) -> Tensor:
+    """Adds a product of two computed tensors over their last axes."""
+    columns = y.shape[-2] if transpose_y else y.shape[-1]
+    options = schema.BatchMatMulOptionsT(adjY=transpose_y)
+    shape = (*x.shape[:-1], columns)
+    return graph.add_operator("BATCH_MATMUL", [x, y], shape, options=options)
+
+
+def cast_to_float(graph: Graph, x: Tensor) -> Tensor:
+    """Adds a cast from int32 to float32."""
+    options = schema.CastOptionsT(
+        inDataType=schema.TensorType.INT32, outDataType=schema.TensorType.FLOAT32
+    )
+    return graph.add_operator("CAST", [x], x.shape, options=options)
+
+
+def dynamic_update_slice(graph: Graph, x: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    """Adds a write of `update` into a copy of `x`, which runtimes do in place."""
+    return graph.add_operator(
+        "DYNAMIC_UPDATE_SLICE",
+        [x, update, start],
+        x.shape,
+        x.dtype,
+        schema.DynamicUpdateSliceOptionsT(),
+    )
+
+
+def pad_vector(graph: Graph, x: Tensor, before: int, after: int) -> Tensor:
+    """Adds zeros around a vector."""
+    paddings = graph.constant(np.asarray([[before, after]], np.int32))
+    shape = (before + x.shape[0] + after,)
+    return graph.add_operator("PAD", [x, paddings], shape, x.dtype, schema.PadOptionsT())

@@ -1,0 +1,125 @@
+"""Applies a schedule to a model: used by the callback, by custom loops, and for one shot."""
+
+from __future__ import annotations
+
+import keras
+
+from tfgptopt.pruning import masks
+from tfgptopt.pruning.patterns import Unstructured
+from tfgptopt.pruning.schedules import PruningSchedule, Timeline
+from tfgptopt.retracing import retrace, strategy_scope
+from tfgptopt.targets import Selector, Target, select
+
+
+class Pruner:
+    """Holds the masks of a model and moves them along a schedule.
+
+    Args:
+        model: A built Keras 3 model.
+        schedule: A `PruningSchedule`, in steps of `optimizer.iterations`.
+        pattern: Which weights go together. Defaults to `Unstructured()`.
+        targets: Selector of the weights to prune. Defaults to `None`: kernels of Dense and
+            EinsumDense, wherever they are nested, except an output head over the vocabulary.
+
+    Raises:
+        ValueError: If the schedule is none, the model is not built, or nothing matches.
+    """
+
+    def __init__(
+        self,
+        model: keras.Layer,
+        schedule: PruningSchedule,
+        pattern: Unstructured | None = None,
+        targets: Selector | None = None,
+    ) -> None:
+        self.timeline = Timeline(schedule)
+        self.model = model
+        self.targets = select(model, targets)
+        self._seen = -1
+        with strategy_scope(model):
+            masks.attach([t for t in self.targets if not masks.masked(t.variable)])
+        self._updater = masks.MaskUpdater(self.targets, pattern or Unstructured())
+        for target in self.targets:
+            target.variable.constraint.owner = self
+        self._sparsity = self._updater.sparsity()
+        retrace(model)
+
+    def due(self, step: int) -> bool:
+        """Returns whether the schedule fires between the last step seen and `step`."""
+        return self.timeline.last_firing(self._seen + 1, step) is not None
+
+    def advance(self, step: int) -> None:
+        """Moves to a step, with a new mask if the schedule fires on the way.
+
+        The first call catches up with what happened before: at a step in the middle of the
+        schedule it computes the mask of the last firing, which a resumed model holds as zeros.
+        """
+        sparsity = self.timeline.last_firing(self._seen + 1, step)
+        self._seen = max(self._seen, step)
+        if sparsity:
+            with strategy_scope(self.model):
+                self._updater.update(sparsity)
+            self._sparsity = self._updater.sparsity()
+
+    def check_ownership(self) -> None:
+        """Raises if another pruner took over the weights.
+
+        Raises:
+            ValueError: If two pruners act on one weight.
+        """
+        for target in self.targets:
+            if getattr(target.variable.constraint, "owner", None) is not self:
+                raise ValueError(
+                    f"Two prunings act on {target.path}. Give each its own `targets`, or use one."
+                )
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned weights over all targets, in `[0, 1)`."""
+        return self._sparsity
+
+    def sparsity_by_target(self) -> dict[str, float]:
+        """Returns the share of exact zeros in each target, by path."""
+        return {target.path: zero_share(target) for target in self.targets}
+
+
+def zero_share(target: Target) -> float:
+    """Returns the share of exact zeros in a weight."""
+    zeros = keras.ops.equal(target.variable.value, 0)
+    return float(keras.ops.mean(keras.ops.cast(zeros, "float32")))
+
+
+def prune(
+    model: keras.Layer,
+    sparsity: float,
+    pattern: Unstructured | None = None,
+    targets: Selector | None = None,
+) -> keras.Layer:
+    """Prunes a model at once, by magnitude, and holds the zeros in later training.
+
+    Args:
+        model: A built Keras 3 model. It is changed in place.
+        sparsity: float in `[0, 1)`, the share of weights to drop from each tensor.
+        pattern: Which weights go together. Defaults to `Unstructured()`.
+        targets: Selector of the weights. Defaults to `None`: all kernels.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If `sparsity` is out of range, the model is not built, or nothing matches.
+
+    Example:
+
+    ```python
+    tfgptopt.prune(model, 0.5)
+    model.fit(data)             # recovers quality; pruned weights stay zero
+    tfgptopt.finalize(model)
+    ```
+    """
+    from tfgptopt.pruning.schedules import ConstantSparsity
+
+    if not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
+    Pruner(model, ConstantSparsity(sparsity, 0, frequency=1), pattern, targets).advance(0)
+    return model

@@ -1,0 +1,127 @@
+"""tfmot's own schedule classes, usable with Keras 3, from settings and back."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def _import_tfmot_schedules() -> Any:
+    """Imports tfmot without the switch to tf_keras that its import leaves in the environment."""
+    before = os.environ.get("TF_USE_LEGACY_KERAS")
+    try:
+        from tensorflow_model_optimization.python.core.sparsity.keras import pruning_schedule
+    finally:
+        if before is None:
+            os.environ.pop("TF_USE_LEGACY_KERAS", None)
+        else:
+            os.environ["TF_USE_LEGACY_KERAS"] = before
+    return pruning_schedule
+
+
+assert keras.__version__ >= "3"  # Keras must be imported before tfmot.
+_tfmot = _import_tfmot_schedules()
+
+PruningSchedule = _tfmot.PruningSchedule
+PolynomialDecay = _tfmot.PolynomialDecay
+ConstantSparsity = _tfmot.ConstantSparsity
+
+_CLASSES = {"polynomial_decay": PolynomialDecay, "constant_sparsity": ConstantSparsity}
+# Steps evaluated at once; a schedule costs about ten microseconds a step this way.
+_WINDOW = 512
+
+
+def serialize_schedule(schedule: Any) -> dict[str, Any]:
+    """Returns a schedule as plain data: its name and its arguments.
+
+    Raises:
+        ValueError: If it is not one of the schedules that have a name.
+    """
+    for name, schedule_class in _CLASSES.items():
+        if type(schedule) is schedule_class:
+            return {"name": name, **schedule.get_config()["config"]}
+    raise ValueError(
+        f"Only {', '.join(_CLASSES)} can be written to a recipe. Received: {schedule!r}"
+    )
+
+
+def deserialize_schedule(config: dict[str, Any]) -> Any:
+    """Returns the schedule that `serialize_schedule` wrote.
+
+    Raises:
+        ValueError: If the name or an argument is not known or out of range.
+    """
+    config = dict(config)
+    name = config.pop("name", None)
+    if name not in _CLASSES:
+        raise ValueError(f"A schedule is named {' or '.join(_CLASSES)}. Received: {name!r}")
+    try:
+        return _CLASSES[name](**config)
+    except TypeError as error:
+        raise ValueError(f"Wrong settings for {name}: {sorted(config)} ({error})") from None
+
+
+def last_step(schedule: Any) -> int | None:
+    """Returns the last step of a schedule, or `None` if it has no end."""
+    end = getattr(schedule, "end_step", None)
+    return None if end is None or end < 0 else int(end)
+
+
+class Timeline:
+    """Answers when a schedule fires, and with what sparsity, without a call for every step.
+
+    Args:
+        schedule: A `PruningSchedule`: a callable from a step to `(should_prune, sparsity)`.
+
+    Raises:
+        ValueError: If `schedule` is no schedule, or gives sparsities outside `[0, 1)`.
+    """
+
+    def __init__(self, schedule: Any) -> None:
+        if not isinstance(schedule, PruningSchedule):
+            raise ValueError(
+                "`schedule` must be a tfmot PruningSchedule such as "
+                "PolynomialDecay(0.0, 0.5, begin_step, end_step). "
+                f"Received: {schedule!r} (of type {type(schedule)})"
+            )
+        self.schedule = schedule
+        self._windows: dict[int, tuple[list[bool], list[float]]] = {}
+        self._evaluate = tf.function(self._evaluate_window, reduce_retracing=True)
+        self.at(0)
+
+    def _evaluate_window(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        def one(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            fires, sparsity = self.schedule(step)
+            return tf.cast(fires, tf.bool), tf.cast(sparsity, tf.float32)
+
+        steps = start + tf.range(_WINDOW, dtype=tf.int64)
+        return tf.map_fn(one, steps, fn_output_signature=(tf.bool, tf.float32))
+
+    def at(self, step: int) -> tuple[bool, float]:
+        """Returns `(fires, sparsity)` of one step."""
+        start = step - step % _WINDOW
+        if start not in self._windows:
+            fires, sparsity = self._evaluate(tf.constant(start, tf.int64))
+            self._windows[start] = (fires.numpy().tolist(), sparsity.numpy().tolist())
+        fires_at, sparsity_at = (values[step - start] for values in self._windows[start])
+        if math.isnan(sparsity_at):
+            # tfmot divides by zero where a decay begins and ends at the same step.
+            sparsity_at = float(getattr(self.schedule, "final_sparsity", math.nan))
+        if fires_at and not 0.0 <= sparsity_at < 1.0:
+            raise ValueError(
+                f"The schedule {type(self.schedule).__name__} gives sparsity {sparsity_at} at step "
+                f"{step}. Expected a number in [0, 1)."
+            )
+        return fires_at, sparsity_at
+
+    def last_firing(self, first: int, last: int) -> float | None:
+        """Returns the sparsity of the last step in `[first, last]` that fires, if any does."""
+        for step in range(last, first - 1, -1):
+            fires, sparsity = self.at(step)
+            if fires:
+                return sparsity
+        return None

@@ -1,0 +1,199 @@
+"""Which weights of a model a technique acts on.
+
+A target is one kernel or embedding table inside any Keras 3 model, at any depth of nesting, seen
+as a matrix from inputs to outputs whatever the rank of the variable is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import keras
+
+Role = Literal["kernel", "embedding"]
+# What users give to choose targets: a regex on the path, a layer class, or a predicate.
+Selector = str | type | Callable[["Target"], bool]
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight that a technique can act on.
+
+    Attributes:
+        layer: The layer that owns the weight.
+        variable: The `keras.Variable`.
+        path: The path of the variable in the model, as Keras prints it.
+        role: `"kernel"` (Dense, EinsumDense) or `"embedding"` (token and position tables).
+        input_axes: Axes of the variable that a product sums over.
+        output_axes: The other axes.
+        row_axes: Axes of the layer's *input* that a product sums over.
+    """
+
+    layer: keras.Layer
+    variable: Any
+    path: str
+    role: Role
+    input_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    row_axes: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        size = 1
+        for dimension in self.variable.shape:
+            size *= int(dimension)
+        return size
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer with weights that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+def _einsum_axes(equation: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Reads the axes of an EinsumDense equation: kernel input, kernel output, input row."""
+    operands, result = equation.replace(" ", "").split("->")
+    inputs, kernel = operands.split(",")
+    contracted = [label for label in kernel if label in inputs and label not in result]
+    kernel_inputs = tuple(i for i, label in enumerate(kernel) if label in contracted)
+    kernel_outputs = tuple(i for i, label in enumerate(kernel) if label not in contracted)
+    ahead, dots, behind = inputs.partition("...")
+    rows = [i for i, label in enumerate(ahead) if label in contracted]
+    # Axes behind an ellipsis are counted from the end: the ellipsis has any number of axes.
+    rows += [i - len(behind) for i, label in enumerate(behind) if dots and label in contracted]
+    return kernel_inputs, kernel_outputs, tuple(rows)
+
+
+def _describe(layer: keras.Layer) -> Target | Skipped | None:
+    """Returns the target of one layer, or why it is none, or `None` for layers with nothing."""
+    if not isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding):
+        return None
+    path = layer.path or layer.name
+    if not layer.built:
+        return Skipped(path, "not built")
+    if layer.dtype_policy.quantization_mode is not None:
+        return Skipped(path, f"already quantized by Keras ({layer.dtype_policy.name})")
+    if getattr(layer, "lora_enabled", False):
+        return Skipped(path, "has LoRA adapters; merge them first")
+    if isinstance(layer, keras.layers.Embedding):
+        variable = layer._embeddings
+        role, axes = "embedding", ((1,), (0,), (-1,))
+    elif isinstance(layer, keras.layers.EinsumDense):
+        variable = layer._kernel
+        role, axes = "kernel", _einsum_axes(layer.equation)
+    else:
+        variable = layer._kernel
+        role, axes = "kernel", ((0,), (1,), (-1,))
+    return Target(layer, variable, variable.path, role, *axes)  # type: ignore[arg-type]
+
+
+def target_of(layer: keras.Layer) -> Target:
+    """Returns the target of one layer, frozen or not.
+
+    Raises:
+        ValueError: If the layer has no weight to act on, with the reason.
+    """
+    found = _describe(layer)
+    if isinstance(found, Target):
+        return found
+    reason = found.reason if found else "is no Dense, EinsumDense or Embedding"
+    raise ValueError(f"{layer.path or layer.name}: {reason}")
+
+
+def walk(model: keras.Layer) -> Iterator[Target | Skipped]:
+    """Yields every target of a model, and every candidate that is none, each shared layer once."""
+    seen: set[int] = set()
+    for layer in model._flatten_layers():
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        found = _describe(layer)
+        if isinstance(found, Target) and not (layer.trainable and found.variable.trainable):
+            found = Skipped(found.path, "frozen")
+        if found is not None:
+            yield found
+
+
+def _matches(selector: Selector, target: Target) -> bool:
+    if isinstance(selector, str):
+        return re.search(selector, target.path) is not None
+    if isinstance(selector, type):
+        return isinstance(target.layer, selector)
+    return bool(selector(target))
+
+
+def select(
+    model: keras.Layer, selector: Selector | None = None, roles: tuple[Role, ...] = ("kernel",)
+) -> list[Target]:
+    """Returns the targets of a model that a selector chooses.
+
+    Args:
+        model: A built Keras model or layer.
+        selector: A regular expression searched in the paths of weights, a layer class, or a
+            callable from `Target` to bool. Defaults to `None`: every target with one of `roles`.
+        roles: The roles that the default covers.
+
+    Returns:
+        List of `Target`, in the order in which the model holds them.
+
+    Raises:
+        ValueError: If the model is not built, or nothing matches.
+
+    Example:
+
+    ```python
+    select(model, r"feedforward")                      # by path
+    select(model, keras.layers.EinsumDense)            # by class
+    select(model, lambda target: target.size > 10_000)  # by anything
+    ```
+    """
+    if not isinstance(model, keras.Layer):
+        raise ValueError(
+            f"Expected a Keras 3 model or layer. Received: {model!r} (of type {type(model)}). "
+            "A tf_keras model has to be rebuilt with Keras 3."
+        )
+    if not model.built:
+        raise ValueError(
+            f"The model '{model.name}' is not built, so it has no weights yet. "
+            "Call it on a batch, or `model.build(input_shape)`, first."
+        )
+    if isinstance(selector, str):
+        try:
+            re.compile(selector)
+        except re.error as error:
+            raise ValueError(f"`targets` is not a regular expression: {selector!r} ({error})") from None
+    found = list(walk(model))
+    targets = [item for item in found if isinstance(item, Target)]
+    if selector is None:
+        chosen = [target for target in targets if target.role in roles]
+    else:
+        chosen = [target for target in targets if _matches(selector, target)]
+    if not chosen:
+        raise ValueError(_nothing_chosen(model, selector, targets, found))
+    return chosen
+
+
+def _nothing_chosen(
+    model: keras.Layer,
+    selector: Selector | None,
+    targets: list[Target],
+    found: list[Target | Skipped],
+) -> str:
+    if targets and selector is not None:
+        names = ", ".join(target.path for target in targets[:3])
+        return (
+            f"`targets={selector!r}` matches none of the {len(targets)} weights of "
+            f"'{model.name}'. They are named like: {names}"
+        )
+    skipped = "; ".join(f"{s.path}: {s.reason}" for s in found if isinstance(s, Skipped))
+    return (
+        f"The model '{model.name}' has no weight to act on (kernels of Dense and EinsumDense, "
+        f"tables of Embedding). Skipped: {skipped or 'nothing'}"
+    )
