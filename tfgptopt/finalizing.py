@@ -6,6 +6,7 @@ import keras
 
 from tfgptopt.pruning import masks
 from tfgptopt.quantization import layers
+from tfgptopt.recipe import FINALIZED_RECIPE, recipe_of
 from tfgptopt.retracing import retrace, strategy_scope
 
 
@@ -39,6 +40,7 @@ def finalize(model: keras.Layer) -> keras.Layer:
             f"The model '{model.name}' was neither pruned nor made quantize-aware, or it was "
             "finalized already. There is nothing to finalize."
         )
+    setattr(model, FINALIZED_RECIPE, recipe_of(model))
     with strategy_scope(model):
         for variable in held:
             masks.detach(variable)

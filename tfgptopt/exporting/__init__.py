@@ -1,0 +1,64 @@
+"""Writes what was trained to a file or folder that runs without Keras."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import keras
+
+from tfgptopt.exporting import saved_model
+from tfgptopt.exporting.tflite.writer import write_tflite
+from tfgptopt.exporting.writing import check_target
+
+__all__ = ["export"]
+
+
+def export(
+    model: keras.Layer,
+    path: str | Path,
+    context_length: int | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Exports a model as TFLite (a name that ends with `.tflite`) or SavedModel (a folder).
+
+    A `.tflite` file holds prefill and decode signatures with a KV cache, each weight once, as the
+    integers that training rounded to, the tokenizer and the recipe. `TFLiteCausalLM` reads it, and
+    so does any LiteRT runtime. A SavedModel holds `serve`, and `generate` for a causal LM;
+    TensorFlow loads it without Keras.
+
+    The model may be dressed by pruning and quantization, finalized, or plain (float32 weights).
+    It is not changed.
+
+    Args:
+        model: A built Keras 3 model. For TFLite: a `keras_hub.models.GPT2CausalLM`.
+        path: Where to write.
+        context_length: int. For TFLite, how many positions the KV cache holds, in tokens. Defaults
+            to `None`: all that the model has.
+        overwrite: bool. Replace an existing file or folder. Defaults to `False`.
+
+    Returns:
+        `path`, as a `pathlib.Path`.
+
+    Raises:
+        FileExistsError: If `path` exists and `overwrite` is false.
+        ValueError: If the model is not built, its family cannot be exported, or
+            `context_length` is out of range. Nothing is written then.
+
+    Example:
+
+    ```python
+    tfgptopt.export(gpt, "gpt.tflite")
+    print(tfgptopt.TFLiteCausalLM("gpt.tflite").generate("import os"))
+    tfgptopt.export(gpt, "gpt_saved_model")
+    ```
+    """
+    target = check_target(path, overwrite)
+    if not getattr(model, "built", False):
+        raise ValueError(f"The model {model!r} is not built, so there are no weights to export.")
+    if target.suffix == ".tflite":
+        write_tflite(model, target, context_length)
+    elif context_length is not None:
+        raise ValueError("`context_length` sizes the KV cache of a .tflite file only.")
+    else:
+        saved_model.write_saved_model(model, target)
+    return target

@@ -21,11 +21,14 @@ class Mask(keras.constraints.Constraint):
 
     Args:
         variable: The kernel.
-        inner: A constraint that the kernel already had, applied first. Defaults to `None`.
+        schedule: The schedule that moves the mask, for recipes.
     """
 
-    def __init__(self, variable: Any, inner: Callable[[Any], Any] | None = None) -> None:
-        self.inner = inner
+    def __init__(self, variable: Any, schedule: Any) -> None:
+        # A constraint that the kernel already had is applied first.
+        self.inner: Callable[[Any], Any] | None = variable.constraint
+        self.schedule = schedule
+        self.owner: Any = None
         self.mask = keras.Variable(
             tf.ones(variable.shape, variable.dtype),
             trainable=False,
@@ -39,10 +42,17 @@ class Mask(keras.constraints.Constraint):
         return keras.ops.multiply(w, self.mask)
 
 
-def attach(targets: list[Target]) -> None:
+def attach(targets: list[Target], schedule: Any) -> None:
     """Gives every target a mask of ones."""
     for target in targets:
-        target.variable.constraint = Mask(target.variable, target.variable.constraint)
+        target.variable.constraint = Mask(target.variable, schedule)
+
+
+def read_from_zeros(targets: list[Target]) -> None:
+    """Sets every mask to hold the zeros that its weight has now."""
+    for target in targets:
+        kept = keras.ops.not_equal(target.variable.value, 0)
+        target.variable.constraint.mask.assign(keras.ops.cast(kept, target.variable.dtype))
 
 
 def masked(variable: Any) -> bool:

@@ -37,10 +37,11 @@ class Pruner:
         self.targets = select(model, targets)
         self._seen = -1
         with strategy_scope(model):
-            masks.attach([t for t in self.targets if not masks.masked(t.variable)])
+            masks.attach([t for t in self.targets if not masks.masked(t.variable)], schedule)
         self._updater = masks.MaskUpdater(self.targets, pattern or Unstructured())
         for target in self.targets:
             target.variable.constraint.owner = self
+            target.variable.constraint.schedule = schedule
         self._sparsity = self._updater.sparsity()
         retrace(model)
 

@@ -38,15 +38,14 @@ _WINDOW = 512
 def serialize_schedule(schedule: Any) -> dict[str, Any]:
     """Returns a schedule as plain data: its name and its arguments.
 
-    Raises:
-        ValueError: If it is not one of the schedules that have a name.
+    A subclass of a user is written under the name of its class, which can be read by people but
+    not by `deserialize_schedule`.
     """
-    for name, schedule_class in _CLASSES.items():
-        if type(schedule) is schedule_class:
-            return {"name": name, **schedule.get_config()["config"]}
-    raise ValueError(
-        f"Only {', '.join(_CLASSES)} can be written to a recipe. Received: {schedule!r}"
-    )
+    config = schedule.get_config()
+    # tfmot nests the arguments one level deeper than Keras does.
+    arguments = config.get("config", config)
+    names = {schedule_class: name for name, schedule_class in _CLASSES.items()}
+    return {"name": names.get(type(schedule), type(schedule).__name__), **arguments}
 
 
 def deserialize_schedule(config: dict[str, Any]) -> Any:
@@ -108,6 +107,9 @@ class Timeline:
             fires, sparsity = self._evaluate(tf.constant(start, tf.int64))
             self._windows[start] = (fires.numpy().tolist(), sparsity.numpy().tolist())
         fires_at, sparsity_at = (values[step - start] for values in self._windows[start])
+        if isinstance(self.schedule, PolynomialDecay) and step == self.schedule.end_step:
+            # tfmot misses its own final sparsity where `frequency` does not divide the duration.
+            fires_at = True
         if math.isnan(sparsity_at):
             # tfmot divides by zero where a decay begins and ends at the same step.
             sparsity_at = float(getattr(self.schedule, "final_sparsity", math.nan))

@@ -43,6 +43,24 @@ class _AlignedBuffer:
         return schema.BufferEnd(builder)
 
 
+class _SharedQuantization:
+    """Scales of a weight, written once however many graphs use the weight."""
+
+    def __init__(self, scale: np.ndarray) -> None:
+        self._scale = np.asarray(scale, np.float32)
+        self._written: tuple[flatbuffers.Builder, int] | None = None
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:
+        if self._written is None or self._written[0] is not builder:
+            scale = builder.CreateNumpyVector(self._scale)
+            zero_point = builder.CreateNumpyVector(np.zeros(self._scale.size, np.int64))
+            schema.QuantizationParametersStart(builder)
+            schema.QuantizationParametersAddScale(builder, scale)
+            schema.QuantizationParametersAddZeroPoint(builder, zero_point)
+            self._written = (builder, schema.QuantizationParametersEnd(builder))
+        return self._written[1]
+
+
 def pack_int4(integers: np.ndarray) -> np.ndarray:
     """Packs int4 values two to a byte, the first in the low half.
 
@@ -65,6 +83,7 @@ class Model:
         self._description = description
         self._buffers = [_AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
         self._by_key: dict[Any, int] = {}
+        self._quantizations: dict[str, _SharedQuantization] = {}
         self._codes: dict[tuple[int, int], int] = {}
         self._graphs: list[tuple[str, Graph]] = []
         self._metadata: list[schema.MetadataT] = []
@@ -77,6 +96,10 @@ class Model:
         if key is not None:
             self._by_key[key] = len(self._buffers) - 1
         return len(self._buffers) - 1
+
+    def quantization(self, name: str, scale: np.ndarray) -> _SharedQuantization:
+        """Returns the scales of a weight, one for each row; the same name means the same ones."""
+        return self._quantizations.setdefault(name, _SharedQuantization(scale))
 
     def operator_code(self, operator: int, version: int) -> int:
         """Returns the index of an operator in the file's table."""
@@ -152,7 +175,7 @@ class Graph:
         name: str,
         buffer: int = 0,
         tensor_type: int | None = None,
-        quantization: schema.QuantizationParametersT | None = None,
+        quantization: _SharedQuantization | None = None,
     ) -> Tensor:
         self._tensors.append(
             schema.TensorT(
@@ -184,7 +207,7 @@ class Graph:
         return self._constants[key]
 
     def weight(
-        self, name: str, values: np.ndarray, bits: int | None = None, scale: Any = None
+        self, name: str, values: np.ndarray, bits: int | None = None, scale: np.ndarray | None = None
     ) -> Tensor:
         """Adds a weight under a name, once in the file however many graphs use it.
 
@@ -198,14 +221,10 @@ class Graph:
         if key in self._constants:
             return self._constants[key]
         quantization, tensor_type, data = None, None, values
-        if bits is not None:
+        if bits is not None and scale is not None:
             data = pack_int4(values) if bits == 4 else values
             tensor_type = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
-            quantization = schema.QuantizationParametersT(
-                scale=np.asarray(scale, np.float32),
-                zeroPoint=np.zeros(len(scale), np.int64),
-                quantizedDimension=0,
-            )
+            quantization = self._model.quantization(name, scale)
         buffer = self._model.buffer(np.ascontiguousarray(data), key=key)
         tensor = self._add(values.shape, values.dtype, name, buffer, tensor_type, quantization)
         self._constants[key] = tensor
@@ -221,7 +240,7 @@ class Graph:
         version: int = 1,
     ) -> Tensor:
         """Adds an operator with one output and returns that."""
-        result = self._add(shape, dtype, f"{operator.lower()}_{len(self._operators)}")
+        result = self._add(shape, dtype, operator.lower())
         kind = 0
         if options is not None:
             kind = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))

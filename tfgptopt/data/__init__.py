@@ -1,0 +1,16 @@
+"""Text in: files, tokenizer, packed windows."""
+
+from tfgptopt.data.corpus import Corpus, load_corpus, tokens_as_input
+from tfgptopt.data.files import TextFile, find_files, split_files, standard_library
+from tfgptopt.data.tokenizer import train_tokenizer
+
+__all__ = [
+    "Corpus",
+    "TextFile",
+    "find_files",
+    "load_corpus",
+    "split_files",
+    "standard_library",
+    "tokens_as_input",
+    "train_tokenizer",
+]

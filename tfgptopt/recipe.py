@@ -1,0 +1,213 @@
+"""A recipe: the ordered techniques that were or will be applied to a model, as data."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import yaml
+
+from tfgptopt.pruning import masks
+from tfgptopt.pruning.schedules import Timeline, deserialize_schedule, serialize_schedule
+from tfgptopt.quantization.layers import deserialize_spec, is_dressed, serialize_spec
+from tfgptopt.quantization.specs import Spec
+from tfgptopt.quantization.training import check_spec, quantize_aware
+from tfgptopt.retracing import strategy_scope
+from tfgptopt.targets import Target, select, walk
+
+# Where `finalize` leaves the recipe on a model.
+FINALIZED_RECIPE = "_tfgptopt_recipe"
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Magnitude pruning along a schedule.
+
+    Args:
+        schedule: A tfmot schedule, in steps of `optimizer.iterations`.
+        targets: Regular expression on the paths of weights. Defaults to `None`: all kernels.
+
+    Raises:
+        ValueError: If the schedule is none or out of range.
+    """
+
+    schedule: Any
+    targets: str | None = None
+
+    def __post_init__(self) -> None:
+        Timeline(self.schedule)
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns the technique as plain data."""
+        schedule = serialize_schedule(self.schedule)
+        return {"name": "prune", "schedule": schedule, "targets": self.targets}
+
+    def replay(self, model: keras.Layer) -> None:
+        """Holds the zeros that a reloaded model has."""
+        targets = [t for t in select(model, self.targets) if not masks.masked(t.variable)]
+        with strategy_scope(model):
+            masks.attach(targets, self.schedule)
+            masks.read_from_zeros(targets)
+
+
+@dataclass(frozen=True)
+class QuantizeAware:
+    """Quantization-aware training.
+
+    Args:
+        spec: `Int8()` or `Int4()`.
+        targets: Regular expression on the paths of weights. Defaults to `None`: kernels and
+            embedding tables.
+        start_step: int. Value of `optimizer.iterations` from which on to round. Defaults to `0`.
+
+    Raises:
+        ValueError: If `spec` is no quantization spec.
+    """
+
+    spec: Spec
+    targets: str | None = None
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        check_spec(self.spec)
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns the technique as plain data."""
+        return {
+            "name": "quantize_aware",
+            "spec": serialize_spec(self.spec),
+            "targets": self.targets,
+            "start_step": self.start_step,
+        }
+
+    def replay(self, model: keras.Layer) -> None:
+        """Makes a reloaded model round again."""
+        quantize_aware(model, self.spec, self.targets)
+
+
+Technique = Prune | QuantizeAware
+
+
+def _technique_from(config: Any) -> Technique:
+    if not isinstance(config, dict) or config.get("name") not in ("prune", "quantize_aware"):
+        raise ValueError(
+            f"A technique is a mapping with the name prune or quantize_aware. Received: {config!r}"
+        )
+    fields = {key: value for key, value in config.items() if key != "name"}
+    try:
+        if config["name"] == "prune":
+            return Prune(deserialize_schedule(fields.pop("schedule")), **fields)
+        return QuantizeAware(deserialize_spec(fields.pop("spec")), **fields)
+    except KeyError as error:
+        raise ValueError(f"The technique {config['name']} needs the field {error}.") from None
+    except TypeError as error:
+        raise ValueError(f"The technique {config['name']}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of techniques; to and from YAML; replayed when a model is reloaded.
+
+    KerasHub rebuilds plain layers when it loads a model. Save the recipe beside the weights:
+
+    ```python
+    from tfgptopt import Recipe
+    from tfgptopt.recipe import QuantizeAware
+
+    Recipe((QuantizeAware(Int8()),)).save("recipe.yaml")
+    model = keras_hub.models.CausalLM.from_preset("small_gpt")
+    Recipe.load("recipe.yaml").replay(model)
+    ```
+
+    Args:
+        techniques: `Prune` and `QuantizeAware`, in the order of their application, each at most
+            once.
+
+    Raises:
+        ValueError: If something else is in the list, or a technique is there twice.
+    """
+
+    techniques: tuple[Technique, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "techniques", tuple(self.techniques))
+        for technique in self.techniques:
+            if not isinstance(technique, Prune | QuantizeAware):
+                raise ValueError(f"Not a technique: {technique!r}")
+        kinds = [type(technique).__name__ for technique in self.techniques]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"A recipe holds each technique once. Received: {', '.join(kinds)}")
+
+    def to_config(self) -> dict[str, Any]:
+        """Returns the recipe as plain data."""
+        return {"techniques": [technique.to_config() for technique in self.techniques]}
+
+    @classmethod
+    def from_config(cls, config: Any) -> Recipe:
+        """Returns the recipe that `to_config` wrote.
+
+        Raises:
+            ValueError: If a field is missing, unknown or out of range.
+        """
+        if not isinstance(config, dict) or not isinstance(config.get("techniques"), list):
+            raise ValueError(f"A recipe is a mapping with a list of techniques. Received: {config!r}")
+        return cls(tuple(_technique_from(item) for item in config["techniques"]))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recipe as YAML."""
+        Path(path).write_text(yaml.safe_dump(self.to_config(), sort_keys=False), "utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Reads a recipe from YAML.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it is no valid YAML or no valid recipe.
+        """
+        try:
+            return cls.from_config(yaml.safe_load(Path(path).read_text("utf-8")))
+        except (yaml.YAMLError, ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"'{path}' is no valid recipe: {error}") from None
+
+    def replay(self, model: keras.Layer) -> keras.Layer:
+        """Dresses a reloaded model as it was when it was saved.
+
+        Args:
+            model: A model with the weights of a run that used this recipe.
+
+        Returns:
+            The same model.
+        """
+        for technique in self.techniques:
+            technique.replay(model)
+        return model
+
+
+def _selector_for(model: keras.Layer, chosen: list[Target], default: list[Target]) -> str | None:
+    """Returns the regular expression that selects exactly `chosen`, or `None` for the default."""
+    if [t.path for t in chosen] == [t.path for t in default]:
+        return None
+    return "^(?:" + "|".join(re.escape(target.path) for target in chosen) + ")$"
+
+
+def recipe_of(model: keras.Layer) -> Recipe | None:
+    """Returns the recipe of a dressed or finalized model, or `None` for a plain one."""
+    found = [target for target in walk(model) if isinstance(target, Target)]
+    kernels = [target for target in found if target.role == "kernel"]
+    pruned = [target for target in found if masks.masked(target.variable)]
+    rounded = [target for target in found if is_dressed(target.layer)]
+    techniques: list[Technique] = []
+    if pruned:
+        schedule = pruned[0].variable.constraint.schedule
+        techniques.append(Prune(schedule, _selector_for(model, pruned, kernels)))
+    if rounded:
+        spec = rounded[0].layer.quantization_spec
+        techniques.append(QuantizeAware(spec, _selector_for(model, rounded, found)))
+    if techniques:
+        return Recipe(tuple(techniques))
+    recipe: Recipe | None = getattr(model, FINALIZED_RECIPE, None)
+    return recipe
