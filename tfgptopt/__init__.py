@@ -1,4 +1,4 @@
-"""tfgptopt makes GPTs written in Keras 3 small and fast while they train, and ships what was trained.
+"""Makes GPTs written in Keras 3 small and fast while they train, and ships what was trained.
 
 Names are imported when they are first used: the runtime of an exported file needs neither
 TensorFlow nor Keras.

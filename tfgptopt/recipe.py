@@ -153,7 +153,9 @@ class Recipe:
             ValueError: If a field is missing, unknown or out of range.
         """
         if not isinstance(config, dict) or not isinstance(config.get("techniques"), list):
-            raise ValueError(f"A recipe is a mapping with a list of techniques. Received: {config!r}")
+            raise ValueError(
+                f"A recipe is a mapping with a list of techniques. Received: {config!r}"
+            )
         return cls(tuple(_technique_from(item) for item in config["techniques"]))
 
     def save(self, path: str | Path) -> None:

@@ -73,9 +73,12 @@ def _einsum_axes(equation: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple
 
 def _describe(layer: keras.Layer) -> Target | Skipped | None:
     """Returns the target of one layer, or why it is none, or `None` for layers with nothing."""
-    if not isinstance(layer, keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding):
+    if not isinstance(
+        layer, keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding
+    ):
         return None
     path = layer.path or layer.name
+    axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     if not layer.built:
         return Skipped(path, "not built")
     if layer.dtype_policy.quantization_mode is not None:
@@ -168,7 +171,9 @@ def select(
         try:
             re.compile(selector)
         except re.error as error:
-            raise ValueError(f"`targets` is not a regular expression: {selector!r} ({error})") from None
+            raise ValueError(
+                f"`targets` is not a regular expression: {selector!r} ({error})"
+            ) from None
     found = list(walk(model))
     targets = [item for item in found if isinstance(item, Target)]
     if selector is None:

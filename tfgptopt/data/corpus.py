@@ -22,8 +22,6 @@ class Corpus:
 
     Attributes:
         tokenizer: KerasHub tokenizer.
-        train: `tf.data.Dataset`, shuffled.
-        validation: `tf.data.Dataset` of other files, in order.
         training_files, validation_files: What they were made of.
         training_tokens, validation_tokens: Number of tokens.
         bad_bytes: Bytes that were no UTF-8, each replaced by U+FFFD.
@@ -31,8 +29,6 @@ class Corpus:
     """
 
     tokenizer: Any
-    train: tf.data.Dataset
-    validation: tf.data.Dataset
     training_files: list[TextFile]
     validation_files: list[TextFile]
     training_tokens: int
@@ -40,7 +36,28 @@ class Corpus:
     bad_bytes: int
     sequence_length: int
     batch_size: int
+    seed: int
     _folder: Any
+
+    def _read(self, name: str, shuffle_seed: int | None) -> tf.data.Dataset:
+        return read_windows(
+            Path(self._folder.name) / name,
+            self.sequence_length,
+            self.batch_size,
+            self.tokenizer.pad_token_id or 0,
+            shuffle_seed,
+        )
+
+    @property
+    def train(self) -> tf.data.Dataset:
+        """Training batches in shuffled order: the same each time this is read, another one in
+        each epoch of a `fit`."""
+        return self._read("training", self.seed)
+
+    @property
+    def validation(self) -> tf.data.Dataset:
+        """Batches of the held-out files, in order."""
+        return self._read("validation", None)
 
     @property
     def training_bytes(self) -> int:
@@ -105,11 +122,8 @@ def load_corpus(
         write_windows(part, tokenizer, sequence_length, path)
         for part, path in zip((training, validation), paths, strict=True)
     ]
-    pad = tokenizer.pad_token_id or 0
     return Corpus(
         tokenizer=tokenizer,
-        train=read_windows(paths[0], sequence_length, batch_size, pad, shuffle_seed=seed),
-        validation=read_windows(paths[1], sequence_length, batch_size, pad),
         training_files=training,
         validation_files=validation,
         training_tokens=counts[0][0],
@@ -117,6 +131,7 @@ def load_corpus(
         bad_bytes=counts[0][1] + counts[1][1],
         sequence_length=sequence_length,
         batch_size=batch_size,
+        seed=seed,
         _folder=folder,
     )
 

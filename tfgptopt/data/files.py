@@ -57,9 +57,12 @@ def _expand(source: str | Path) -> list[Path]:
         return [path]
     if path.is_dir():
         inside = (p for p in sorted(path.rglob("*")) if p.is_file())
-        visible = (p for p in inside if not any(n.startswith(".") for n in p.relative_to(path).parts))
+        visible = (
+            p for p in inside if not any(n.startswith(".") for n in p.relative_to(path).parts)
+        )
         return [p for p in visible if p.stat().st_size and not _is_binary(p)]
-    matches = (Path(match) for match in sorted(glob.glob(str(path), recursive=True)))
+    # `Path.glob` cannot expand an absolute pattern.
+    matches = (Path(match) for match in sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
     return [p for p in matches if p.is_file() and not _is_binary(p)]
 
 
@@ -168,4 +171,3 @@ def read_pieces(file: TextFile, bad_bytes: BadBytes) -> Iterator[str]:
 def total_size(files: Iterable[TextFile]) -> int:
     """Returns the number of bytes of files."""
     return sum(file.size for file in files)
-

@@ -8,7 +8,22 @@ import keras_hub
 from tfgptopt.decoder import gpt2
 from tfgptopt.decoder.spec import Block, DecoderSpec, Matrix, Norm
 
-__all__ = ["Block", "DecoderSpec", "Matrix", "Norm", "read_decoder"]
+__all__ = ["Block", "DecoderSpec", "Matrix", "Norm", "check_readable", "read_decoder"]
+
+
+def check_readable(model: keras.Layer) -> None:
+    """Raises unless the model's family has a reader.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    backbone = getattr(model, "backbone", model)
+    if type(backbone) is not keras_hub.models.GPT2Backbone:
+        raise ValueError(
+            f"Cannot write a decoder with a KV cache for {type(model).__name__}: there is a reader "
+            "for keras_hub.models.GPT2CausalLM only. Export a SavedModel instead: give a folder, "
+            "not a name that ends with .tflite."
+        )
 
 
 def read_decoder(model: keras.Layer) -> DecoderSpec:
@@ -23,11 +38,5 @@ def read_decoder(model: keras.Layer) -> DecoderSpec:
     Raises:
         ValueError: If the model's family has no reader.
     """
-    backbone = getattr(model, "backbone", model)
-    if type(backbone) is keras_hub.models.GPT2Backbone:
-        return gpt2.read(backbone)
-    raise ValueError(
-        f"Cannot write a decoder with a KV cache for {type(model).__name__}: there is a reader for "
-        "keras_hub.models.GPT2CausalLM only. Export a SavedModel instead: give a folder, not a "
-        "name that ends with .tflite."
-    )
+    check_readable(model)
+    return gpt2.read(getattr(model, "backbone", model))

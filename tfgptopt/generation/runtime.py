@@ -100,7 +100,9 @@ class TFLiteCausalLM:
             start = self._generation["start_token_id"]
             ids = ids if start is None else [start, *ids]
         elif isinstance(prompt, bytes):
-            raise ValueError("A prompt is text or a list of token ids. Received bytes: decode them.")
+            raise ValueError(
+                "A prompt is text or a list of token ids. Received bytes: decode them."
+            )
         else:
             ids = [int(token) for token in prompt]
         if not ids:
@@ -179,7 +181,7 @@ class TFLiteCausalLM:
         single = _is_single(prompts)
         batch: list[Any] = [prompts] if single else list(prompts)
         prepared = [self._prepare(prompt, max_length) for prompt in batch]
-        results = []
+        results: list[Any] = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
             new = list(self._new_tokens(ids, length, chosen, stop_ids, seed))
             if isinstance(prompt, str):
@@ -214,6 +216,7 @@ class TFLiteCausalLM:
         return self._decode_stream(new)
 
     def _decode_stream(self, new: Iterator[int]) -> Iterator[str]:
+        assert self._tokenizer is not None  # The prompt was tokenized with it.
         decoder = DecodeStream(skip_special_tokens=True)
         for token in new:
             piece = decoder.step(self._tokenizer, token)

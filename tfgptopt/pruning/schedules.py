@@ -104,9 +104,10 @@ class Timeline:
         """Returns `(fires, sparsity)` of one step."""
         start = step - step % _WINDOW
         if start not in self._windows:
-            fires, sparsity = self._evaluate(tf.constant(start, tf.int64))
-            self._windows[start] = (fires.numpy().tolist(), sparsity.numpy().tolist())
-        fires_at, sparsity_at = (values[step - start] for values in self._windows[start])
+            window = self._evaluate(tf.constant(start, tf.int64))
+            self._windows[start] = (window[0].numpy().tolist(), window[1].numpy().tolist())
+        fires, sparsities = self._windows[start]
+        fires_at, sparsity_at = fires[step - start], sparsities[step - start]
         if isinstance(self.schedule, PolynomialDecay) and step == self.schedule.end_step:
             # tfmot misses its own final sparsity where `frequency` does not divide the duration.
             fires_at = True

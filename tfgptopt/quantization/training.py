@@ -17,12 +17,12 @@ def check_spec(spec: Spec) -> None:
         ValueError: If it is something else, such as the class instead of an instance.
     """
     if not isinstance(spec, Int8 | Int4):
-        raise ValueError(f"`spec` must be Int8() or Int4(). Received: {spec!r} (of type {type(spec)})")
+        raise ValueError(
+            f"`spec` must be Int8() or Int4(). Received: {spec!r} (of type {type(spec)})"
+        )
 
 
-def quantize_aware(
-    model: keras.Layer, spec: Spec, targets: Selector | None = None
-) -> keras.Layer:
+def quantize_aware(model: keras.Layer, spec: Spec, targets: Selector | None = None) -> keras.Layer:
     """Makes a model compute with rounded weights and rounded inputs, in place.
 
     `fit` then trains through the rounding (straight-through gradients), `evaluate` and `generate`

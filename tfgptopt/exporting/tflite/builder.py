@@ -207,7 +207,11 @@ class Graph:
         return self._constants[key]
 
     def weight(
-        self, name: str, values: np.ndarray, bits: int | None = None, scale: np.ndarray | None = None
+        self,
+        name: str,
+        values: np.ndarray,
+        bits: int | None = None,
+        scale: np.ndarray | None = None,
     ) -> Tensor:
         """Adds a weight under a name, once in the file however many graphs use it.
 

@@ -6,6 +6,7 @@ cache they attend to, and in whether they compute logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,7 +125,7 @@ def _attention(
     cache: list[Tensor],
     mask: Tensor,
     start: Tensor,
-):  # type: ignore[no-untyped-def]
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """Updates the cache of a block; returns a function that adds the attention, and the cache."""
     heads, size, length = spec.num_heads, spec.head_dim, step.length
     normed = op.layer_norm(graph, x, block.attention_norm)

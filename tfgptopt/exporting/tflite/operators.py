@@ -36,9 +36,7 @@ def scalar(graph: Graph, value: float) -> Tensor:
 def reduce(graph: Graph, operator: str, x: Tensor, axis: int, keep: bool) -> Tensor:
     """Adds `MEAN` or `SUM` over one axis."""
     axis %= len(x.shape)
-    shape = tuple(
-        1 if i == axis else n for i, n in enumerate(x.shape) if keep or i != axis
-    )
+    shape = tuple(1 if i == axis else n for i, n in enumerate(x.shape) if keep or i != axis)
     axes = graph.constant(np.asarray([axis], np.int32))
     options = schema.ReducerOptionsT(keepDims=keep)
     return graph.add_operator(operator, [x, axes], shape, options=options)

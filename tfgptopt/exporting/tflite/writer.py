@@ -84,16 +84,32 @@ def _generation_defaults(preprocessor: Any) -> dict[str, int | None]:
     }
 
 
-def _weights_hash(spec: DecoderSpec) -> str:
-    digest = hashlib.sha256(spec.position_embedding.tobytes())
-    for matrix in (spec.token_embedding, *(m for b in spec.blocks for m in _matrices(b))):
-        digest.update((matrix.values if matrix.integers is None else matrix.integers).tobytes())
-        digest.update(b"" if matrix.scale is None else matrix.scale.tobytes())
-    return digest.hexdigest()
+def _arrays(spec: DecoderSpec) -> list[np.ndarray]:
+    """Returns every array of a decoder, integers where there are any."""
+    norms = [spec.final_norm]
+    matrices = [spec.token_embedding]
+    for block in spec.blocks:
+        norms += [block.attention_norm, block.feedforward_norm]
+        matrices += [block.query, block.key, block.value, block.output, block.up, block.down]
+    arrays = [spec.position_embedding, *(array for n in norms for array in (n.gamma, n.beta))]
+    for matrix in matrices:
+        arrays.append(matrix.values if matrix.integers is None else matrix.integers)
+        arrays += [] if matrix.bias is None else [matrix.bias]
+    return arrays
 
 
-def _matrices(block: Any) -> list[Any]:
-    return [block.query, block.key, block.value, block.output, block.up, block.down]
+def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
+    """Returns how many weights there are, how many are not zero, and a hash of their bytes."""
+    arrays = _arrays(spec)
+    scales = [m.scale for b in spec.blocks for m in (b.query, b.up) if m.scale is not None]
+    digest = hashlib.sha256()
+    for array in (*arrays, *scales):
+        digest.update(array.tobytes())
+    return {
+        "parameters": sum(array.size for array in arrays),
+        "nonzero": sum(int(np.count_nonzero(array)) for array in arrays),
+        "sha256": digest.hexdigest(),
+    }
 
 
 def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> dict[str, Any]:
@@ -122,7 +138,7 @@ def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> di
         "signatures": sizes,
         "generation": _generation_defaults(preprocessor),
         "recipe": recipe.to_config() if recipe else None,
-        "weights_sha256": _weights_hash(spec),
+        "weights": _describe_weights(spec),
         "tokenizer": _tokenizer_json(preprocessor),
     }
 

@@ -1,0 +1,78 @@
+"""A progress bar for `fit` that fits in 80 columns."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import keras
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress(keras.callbacks.Callback):
+    """Shows steps, steps per second, loss and sparsity in one line for the whole `fit`.
+
+    Use it with `verbose=0`. It also keeps what it showed, for plots.
+
+    Args:
+        description: str. What is being trained. Defaults to `"training"`.
+        console: `rich.console.Console`. Defaults to `None`: standard output.
+
+    Example:
+
+    ```python
+    progress = TrainingProgress("fine-tuning")
+    model.fit(data, epochs=10, verbose=0, callbacks=[Pruning(schedule), progress])
+    print(progress.history[-1])     # (step, loss, sparsity)
+    ```
+    """
+
+    def __init__(self, description: str = "training", console: Console | None = None) -> None:
+        super().__init__()
+        self.description = description
+        self.history: list[tuple[int, float, float]] = []
+        self._console = console or Console()
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._started = 0.0
+        self._step = 0
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        steps, epochs = self.params.get("steps"), self.params.get("epochs") or 1
+        self._bar = Progress(
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.completed:>5.0f}/{task.total}"),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+        )
+        total = steps * epochs if steps else None
+        self._task = self._bar.add_task(self.description, total=total, shown="compiling")
+        self._bar.start()
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        assert self._bar is not None
+        done = self._bar.tasks[0].completed
+        if done == 1:  # The first step compiles; the rate counts from its end.
+            self._started = time.perf_counter()
+        rate = (done - 1) / max(time.perf_counter() - self._started, 1e-9) if done > 1 else 0.0
+        logs = logs or {}
+        shown = f"{rate:4.1f}/s loss {float(logs.get('loss', float('nan'))):.3f}"
+        if "sparsity" in logs:
+            shown += f" {logs['sparsity']:4.0%} zero"
+        self._bar.update(self._task, advance=1, shown=shown)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        logs = logs or {}
+        self._step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        self.history.append(
+            (self._step, float(logs.get("loss", float("nan"))), float(logs.get("sparsity", 0.0)))
+        )
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,99 @@
+"""Measures models and exported files: size, speed, and quality on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+
+from tfgptopt.data.corpus import tokens_as_input
+from tfgptopt.evaluation.loss import keras_loss, perplexity, tflite_loss
+from tfgptopt.evaluation.size import Size, keras_size, tflite_size
+from tfgptopt.evaluation.speed import Speed, compare_speed
+from tfgptopt.generation import TFLiteCausalLM
+
+__all__ = ["Result", "Size", "Speed", "evaluate", "perplexity"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one model.
+
+    Attributes:
+        name: What it is called in tables.
+        size: Parameters, zeros, bytes.
+        loss: Negative log-likelihood per held-out token, in nats.
+        speed: Time to the first token and tokens per second.
+    """
+
+    name: str
+    size: Size
+    loss: float
+    speed: Speed
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity on the held-out text."""
+        return perplexity(self.loss)
+
+
+def evaluate(
+    models: Mapping[str, keras.Model | str | Path],
+    data: Any,
+    prompt: Sequence[int] | None = None,
+    new_tokens: int = 96,
+    runs: int = 5,
+) -> list[Result]:
+    """Measures Keras models and exported files side by side, each as itself.
+
+    A `.tflite` file is scored through its own signatures, not through the model it came from.
+
+    Args:
+        models: Names to causal LMs of KerasHub, or to paths of `.tflite` files.
+        data: Batches of `({"token_ids", "padding_mask"}, labels, sample_weight)`, such as
+            `Corpus.validation`.
+        prompt: Token ids to generate from. Defaults to `None`: the first 16 of `data`.
+        new_tokens: int. Tokens to generate for the speed. Defaults to `96`.
+        runs: int. Generations whose median counts. Defaults to `5`.
+
+    Returns:
+        List of `Result`, in the order of `models`.
+
+    Raises:
+        ValueError: If there is no model, or one is neither a causal LM nor a path.
+
+    Example:
+
+    ```python
+    results = tfgptopt.evaluate({"Keras": gpt, "TFLite": "gpt.tflite"}, corpus.validation)
+    print([(r.name, r.perplexity, r.speed.tokens_per_second) for r in results])
+    ```
+    """
+    if not models:
+        raise ValueError("`models` is empty. Give names and models to measure.")
+    for name, model in models.items():
+        if not isinstance(model, keras_hub.models.CausalLM | str | Path):
+            raise ValueError(
+                f"'{name}' is neither a keras_hub.models.CausalLM nor a path of a .tflite file. "
+                f"Received: {model!r} (of type {type(model)})"
+            )
+    if prompt is None:
+        inputs, _, _ = next(data.as_numpy_iterator())
+        prompt = inputs["token_ids"][0, :16].tolist()
+    loaded: dict[str, Any] = {
+        name: TFLiteCausalLM(m) if isinstance(m, str | Path) else m for name, m in models.items()
+    }
+    speeds = compare_speed(loaded, list(prompt), new_tokens, runs)
+    results = []
+    for name, model in loaded.items():
+        if isinstance(model, TFLiteCausalLM):
+            size, loss = tflite_size(model.path), tflite_loss(model, data)
+        else:
+            with tokens_as_input(model):
+                size, loss = keras_size(model), keras_loss(model, data)
+        results.append(Result(name, size, loss, speeds[name]))
+    return results

@@ -1,0 +1,330 @@
+"""The whole job: train or load, optimize in `fit`, export, measure, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import tensorflow as tf
+from rich.console import Console
+
+from tfgptopt.callbacks import TrainingProgress, from_recipe
+from tfgptopt.data.corpus import Corpus, tokens_as_input
+from tfgptopt.decoder import check_readable
+from tfgptopt.evaluation import Result, evaluate
+from tfgptopt.evaluation.bigram import bigram_loss
+from tfgptopt.exporting import export
+from tfgptopt.exporting.writing import check_target, replacing
+from tfgptopt.finalizing import finalize
+from tfgptopt.pruning.pruner import zero_share
+from tfgptopt.recipe import Recipe
+from tfgptopt.reporting import write_report
+from tfgptopt.targets import select
+
+# Losses are averaged over this many steps in plots.
+_CHUNK = 25
+
+Curve = list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast to train.
+
+    Args:
+        shared_steps: int. Steps before the dense and the optimized run part ways; 0 for a model
+            that is trained already.
+        steps: int. Steps of each of the two runs.
+        learning_rate: float. Peak of the warmup and cosine decay over all steps.
+        dense_run: bool. Also train the dense model for `steps`, as the fair comparison. If
+            false, the dense model is the given one.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    shared_steps: int
+    steps: int
+    learning_rate: float
+    dense_run: bool = True
+
+    def __post_init__(self) -> None:
+        if self.shared_steps < 0 or self.steps < 1 or not self.learning_rate > 0:
+            raise ValueError(
+                "`shared_steps` must be >= 0, `steps` >= 1 and `learning_rate` > 0. "
+                f"Received: {self}"
+            )
+
+    @property
+    def total(self) -> int:
+        """All steps that one model sees."""
+        return self.shared_steps + self.steps
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a job made.
+
+    Attributes:
+        results: Measurements, dense and optimized, Keras and TFLite.
+        curves: Names of runs to lists of `(step, loss, sparsity)`.
+        sparsity: Path of each pruned weight to its share of zeros.
+        bigram_loss: Held-out loss of a bigram model, in nats per token.
+        recipe: What was applied.
+        strategy: The strategy that was used, in words.
+        corpus: The text.
+        sample: Continuation of a prompt by the exported file.
+    """
+
+    results: list[Result]
+    curves: dict[str, Curve]
+    sparsity: dict[str, float]
+    bigram_loss: float
+    recipe: Recipe
+    strategy: str
+    corpus: Corpus
+    sample: str
+    files: list[str] = field(default_factory=list)
+
+
+def compile_model(model: keras.Model, training: Training) -> None:
+    """Compiles a causal LM with AdamW, warmup and cosine decay."""
+    warmup = max(1, training.total // 15)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0,
+        max(1, training.total - warmup),
+        alpha=0.03,
+        warmup_target=training.learning_rate,
+        warmup_steps=warmup,
+    )
+    optimizer = keras.optimizers.AdamW(
+        schedule, weight_decay=0.05, beta_2=0.95, global_clipnorm=1.0
+    )
+    model.compile(optimizer=optimizer, sampler="greedy", weighted_metrics=[])
+
+
+def check_fit(model: Any, corpus: Corpus) -> None:
+    """Raises early if a model cannot be trained on a corpus and exported.
+
+    Raises:
+        ValueError: If the family cannot be exported, or the vocabulary or the number of positions
+            is too small.
+    """
+    check_readable(model)
+    tokens, known = corpus.tokenizer.vocabulary_size(), model.backbone.vocabulary_size
+    if tokens > known:
+        raise ValueError(
+            f"The tokenizer has {tokens} tokens, and the model's vocabulary only {known}."
+        )
+    positions = model.backbone.max_sequence_length
+    if corpus.sequence_length > positions:
+        raise ValueError(
+            f"A window has {corpus.sequence_length} tokens, and the model only {positions} "
+            "positions. Choose shorter windows."
+        )
+
+
+def _variables(model: keras.Model) -> list[Any]:
+    return [*model.variables, *model.optimizer.variables]
+
+
+def _snapshot(model: keras.Model) -> list[Any]:
+    return [keras.ops.convert_to_numpy(variable) for variable in _variables(model)]
+
+
+def _restore(model: keras.Model, snapshot: Sequence[Any]) -> None:
+    for variable, value in zip(_variables(model), snapshot, strict=True):
+        variable.assign(value)
+
+
+def _train(
+    model: keras.Model,
+    data: tf.data.Dataset,
+    steps: int,
+    name: str,
+    console: Console,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> Curve:
+    """Trains for a number of steps, over the data as often as it takes."""
+    progress = TrainingProgress(name, console)
+    chunk = min(_CHUNK, steps)
+    epochs, rest = divmod(steps, chunk)
+    data = data.repeat()
+    with tokens_as_input(model):
+        for count, length in ((epochs, chunk), (1, rest)):
+            if count and length:
+                progress.params = {}
+                model.fit(
+                    data,
+                    epochs=count,
+                    steps_per_epoch=length,
+                    shuffle=False,
+                    verbose=0,
+                    callbacks=[*callbacks, progress],
+                )
+    return progress.history
+
+
+def _clone_with(model: Any, weights: Sequence[Any]) -> Any:
+    """Returns a plain copy of a causal LM with other weights."""
+    copy = type(model).from_config(model.get_config())
+    copy.set_weights(weights)
+    copy.compile(sampler="greedy")
+    return copy
+
+
+def optimize(
+    model: Any,
+    corpus: Corpus,
+    recipe: Recipe,
+    training: Training,
+    out: str | Path,
+    strategy: str = "default strategy",
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Optimizes a causal LM in `fit`, exports it, measures it and writes a report.
+
+    The folder gets: `model.tflite` (optimized), `dense.tflite` (float32, for comparison),
+    `saved_model`, `model` (a KerasHub preset, finalized), `recipe.yaml`, `results.json` and
+    `report.html`. It appears when all is done.
+
+    Args:
+        model: A `keras_hub.models.GPT2CausalLM` with a preprocessor, compiled.
+        corpus: Text to train on and to measure with.
+        recipe: The techniques, their schedules in steps of the optimizer.
+        training: How long to train.
+        out: The folder to write.
+        strategy: The strategy in use, in words.
+        overwrite: bool. Replace an existing folder. Defaults to `False`.
+        console: Where to show progress. Defaults to `None`: standard output.
+
+    Returns:
+        `Outcome`.
+
+    Raises:
+        FileExistsError: If `out` exists and `overwrite` is false.
+        ValueError: If model, corpus and recipe do not fit together.
+    """
+    console = console or Console()
+    target = check_target(out, overwrite)
+    check_fit(model, corpus)
+    curves: dict[str, Curve] = {}
+    if training.shared_steps:
+        name = "dense, shared part"
+        curves[name] = _train(model, corpus.train, training.shared_steps, name, console)
+    shared = _snapshot(model)
+    if training.dense_run:
+        curves["dense"] = _train(model, corpus.train, training.steps, "dense", console)
+    dense_weights = model.get_weights()
+    _restore(model, shared)
+    curves["optimized"] = _train(
+        model, corpus.train, training.steps, "optimized", console, from_recipe(recipe)
+    )
+    with console.status("Measuring dense and optimized, Keras and TFLite, side by side"):
+        dense = _clone_with(model, dense_weights)
+        with replacing(target) as folder:
+            folder.mkdir()
+            outcome = _measure_and_write(model, dense, corpus, recipe, curves, strategy, folder)
+    return outcome
+
+
+def _measure_and_write(
+    model: Any,
+    dense: Any,
+    corpus: Corpus,
+    recipe: Recipe,
+    curves: dict[str, Curve],
+    strategy: str,
+    folder: Path,
+) -> Outcome:
+    small, large = export(model, folder / "model.tflite"), export(dense, folder / "dense.tflite")
+    results = evaluate(
+        {
+            "dense Keras": dense,
+            "dense TFLite": large,
+            "optimized Keras": model,
+            "optimized TFLite": small,
+        },
+        corpus.validation,
+    )
+    kernels = {target.path: zero_share(target) for target in select(model)}
+    finalize(model)
+    export(model, folder / "saved_model")
+    model.save_to_preset(str(folder / "model"))
+    recipe.save(folder / "recipe.yaml")
+    outcome = Outcome(
+        results=results,
+        curves=curves,
+        sparsity=kernels,
+        bigram_loss=bigram_loss(corpus.train, corpus.validation, model.backbone.vocabulary_size),
+        recipe=recipe,
+        strategy=strategy,
+        corpus=corpus,
+        sample=_sample(small, corpus),
+        files=sorted(path.name for path in folder.iterdir()),
+    )
+    write_results(outcome, folder / "results.json")
+    write_report(outcome, folder / "report.html")
+    return outcome
+
+
+def _sample(path: Path, corpus: Corpus) -> str:
+    """Returns a continuation of the first held-out words by the exported file."""
+    from tfgptopt.generation import TFLiteCausalLM
+
+    lm = TFLiteCausalLM(path)
+    inputs, _, _ = next(corpus.validation.as_numpy_iterator())
+    text: str = lm.detokenize(inputs["token_ids"][0, :12])
+    length = min(lm.context_length, 64)
+    continued: str = lm.generate(text or "\n", max_length=length, sampler="top_k", seed=0)
+    return continued
+
+
+def write_results(outcome: Outcome, path: Path) -> None:
+    """Writes the numbers of a job as JSON."""
+    rows = [
+        {
+            "name": result.name,
+            "parameters": result.size.parameters,
+            "nonzero_share": result.size.nonzero_share,
+            "file_bytes": result.size.file_bytes,
+            "gzip_bytes": result.size.gzip_bytes,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "first_token_ms": result.speed.first_token_ms,
+            "tokens_per_second": result.speed.tokens_per_second,
+        }
+        for result in outcome.results
+    ]
+    data = {
+        "results": rows,
+        "bigram_loss": outcome.bigram_loss,
+        "sparsity": outcome.sparsity,
+        "recipe": outcome.recipe.to_config(),
+        "strategy": outcome.strategy,
+        "curves": outcome.curves,
+    }
+    path.write_text(json.dumps(data, indent=1), "utf-8")
+
+
+def small_gpt(corpus: Corpus, **shape: int) -> keras_hub.models.GPT2CausalLM:
+    """Returns a small GPT-2 for a corpus, with random weights.
+
+    Args:
+        corpus: Gives the tokenizer and the length of the windows.
+        **shape: `num_layers`, `num_heads`, `hidden_dim`, `intermediate_dim`, and
+            `max_sequence_length`.
+    """
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=corpus.tokenizer.vocabulary_size(), dropout=0.0, **shape
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        corpus.tokenizer, sequence_length=shape["max_sequence_length"]
+    )
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)
