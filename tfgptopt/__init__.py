@@ -7,7 +7,10 @@ TensorFlow nor Keras.
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+from tfgptopt.backend import advice
 
 if TYPE_CHECKING:
     from tfgptopt.evaluation import evaluate as evaluate
@@ -33,6 +36,10 @@ _PUBLIC = {
 }
 
 __all__ = ["__version__", *_PUBLIC]
+
+# A warning, not an error: the runtime of an exported file works with any backend, or none.
+if _problem := advice():
+    warnings.warn(_problem, stacklevel=2)
 
 
 def __getattr__(name: str) -> Any:

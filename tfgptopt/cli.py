@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from tfgptopt.quiet import quiet_native_logs
+
 app = typer.Typer(
     help="Make GPTs written in Keras small and fast while they train, and ship what was trained.",
     no_args_is_help=True,
@@ -33,6 +35,12 @@ _DEMO_SHAPE = {
     "intermediate_dim": 768,
     "max_sequence_length": 256,
 }
+
+
+def _load_libraries() -> None:
+    """Imports TensorFlow and KerasHub, which takes seconds and logs a page."""
+    with console.status("Loading TensorFlow and KerasHub"), quiet_native_logs():
+        import tfgptopt.optimizing  # noqa: F401
 
 
 def _strategy(name: str) -> tuple[Any, str]:
@@ -112,6 +120,7 @@ def demo(
 
     The text is the source of Python's standard library, which every machine has.
     """
+    _load_libraries()
     from tfgptopt.data import load_corpus
     from tfgptopt.exporting.writing import check_target
     from tfgptopt.optimizing import Training, compile_model, optimize, small_gpt
@@ -154,6 +163,7 @@ def optimize_command(
     force: Force = False,
 ) -> None:
     """Optimize your own model on your own text: fine-tune, prune, quantize, export, measure."""
+    _load_libraries()
     from tfgptopt.data import load_corpus
     from tfgptopt.exporting.writing import check_target
     from tfgptopt.optimizing import Training, check_fit, compile_model, optimize
@@ -194,6 +204,7 @@ def export_command(
     force: Force = False,
 ) -> None:
     """Export a model as TFLite (with a KV cache) or as a SavedModel."""
+    _load_libraries()
     from tfgptopt.exporting import export
     from tfgptopt.exporting.writing import check_target
     from tfgptopt.recipe import Recipe
@@ -247,6 +258,7 @@ def bench(
     runs: Annotated[int, typer.Option(help="Runs whose median counts.")] = 7,
 ) -> None:
     """Measure the speed of exported files, and of Keras' compiled generate, in one run."""
+    _load_libraries()
     from rich.table import Table
 
     from tfgptopt.generation import TFLiteCausalLM
@@ -291,6 +303,10 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        # LiteRT logs while the process unloads it, when no code of ours runs any more.
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _show_warning(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:

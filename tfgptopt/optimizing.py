@@ -172,7 +172,8 @@ def _train(
 
 def _clone_with(model: Any, weights: Sequence[Any]) -> Any:
     """Returns a plain copy of a causal LM with other weights."""
-    copy = type(model).from_config(model.get_config())
+    backbone = type(model.backbone).from_config(model.backbone.get_config())
+    copy = type(model)(backbone=backbone, preprocessor=model.preprocessor)
     copy.set_weights(weights)
     copy.compile(sampler="greedy")
     return copy
@@ -243,7 +244,9 @@ def _measure_and_write(
     strategy: str,
     folder: Path,
 ) -> Outcome:
+    kernels = {target.path: zero_share(target) for target in select(model)}
     small, large = export(model, folder / "model.tflite"), export(dense, folder / "dense.tflite")
+    finalize(model)
     results = evaluate(
         {
             "dense Keras": dense,
@@ -253,8 +256,6 @@ def _measure_and_write(
         },
         corpus.validation,
     )
-    kernels = {target.path: zero_share(target) for target in select(model)}
-    finalize(model)
     export(model, folder / "saved_model")
     model.save_to_preset(str(folder / "model"))
     recipe.save(folder / "recipe.yaml")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 from matplotlib.figure import Figure
+from rich import box
 from rich.table import Table
 
 import tfgptopt
@@ -37,13 +38,23 @@ def _cells(result: Result) -> list[str]:
     ]
 
 
-HEADINGS = ("", "weights", "not 0", "MB", "gzip MB", "perplexity", "1st ms", "tok/s")
+HEADINGS = (
+    "",
+    "weights",
+    "non-zero",
+    "MB",
+    "MB gzip",
+    "perplexity",
+    "first token ms",
+    "tokens/s",
+)
 
 
 def results_table(results: Sequence[Result]) -> Table:
     """Returns measurements as a table for a terminal of 80 columns."""
-    table = Table(padding=(0, 1))
-    for i, heading in enumerate(HEADINGS):
+    table = Table(box=box.HORIZONTALS, padding=(0, 1))
+    narrow = ("", "weights", "non-\nzero", "MB", "MB\ngzip", "perp-\nlexity", "1st token\nms")
+    for i, heading in enumerate((*narrow, "tokens\nper s")):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for result in results:
         table.add_row(*_cells(result))

@@ -13,6 +13,10 @@ from typing import Any, Literal
 
 import keras
 
+from tfgptopt.backend import require_tensorflow
+
+require_tensorflow()
+
 Role = Literal["kernel", "embedding"]
 # What users give to choose targets: a regex on the path, a layer class, or a predicate.
 Selector = str | type | Callable[["Target"], bool]
@@ -110,13 +114,19 @@ def target_of(layer: keras.Layer) -> Target:
     raise ValueError(f"{layer.path or layer.name}: {reason}")
 
 
+def _layers_in_order(layer: keras.Layer, seen: set[int]) -> Iterator[keras.Layer]:
+    """Yields a layer and all layers inside it, each once, in the order they were made."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield layer
+    for inner in layer._layers:
+        yield from _layers_in_order(inner, seen)
+
+
 def walk(model: keras.Layer) -> Iterator[Target | Skipped]:
     """Yields every target of a model, and every candidate that is none, each shared layer once."""
-    seen: set[int] = set()
-    for layer in model._flatten_layers():
-        if id(layer) in seen:
-            continue
-        seen.add(id(layer))
+    for layer in _layers_in_order(model, set()):
         found = _describe(layer)
         if isinstance(found, Target) and not (layer.trainable and found.variable.trainable):
             found = Skipped(found.path, "frozen")

@@ -55,6 +55,8 @@ def gzip_size(path: Path) -> int:
 
 def keras_size(model: keras.Model) -> Size:
     """Returns the size of a Keras model, its weights saved as `.weights.h5`."""
+    # A task that was compiled would save its optimizer too; its backbone has all the weights.
+    model = getattr(model, "backbone", model)
     arrays = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
     total = sum(array.size for array in arrays)
     nonzero = sum(int(np.count_nonzero(array)) for array in arrays)

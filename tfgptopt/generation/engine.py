@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +11,7 @@ import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps LiteRT's start-up log off the screen, and shows it if loading fails.
-
-    LiteRT has no setting for it: it writes to the file descriptor of standard error.
-    """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as log:
-        saved = os.dup(2)
-        os.dup2(log.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            log.seek(0)
-            os.write(saved, log.read())
-            raise
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+from tfgptopt.quiet import quiet_native_logs
 
 
 class Engine:
@@ -63,7 +41,8 @@ class Engine:
             # Without a weight cache every signature would pack a copy of the weights.
             cpu_options=CpuOptions(num_threads=num_threads, xnnpack_weight_cache_path=":memory"),
         )
-        with _quiet():
+        weakref.finalize(self, _release, self.__dict__)
+        with quiet_native_logs():
             self._model = CompiledModel.from_file(str(path), options=options)
             self._buffers = {name: self._io(name) for name in self._model.get_signature_list()}
             self._cache = self._make_cache(decoder)
@@ -137,6 +116,12 @@ class Engine:
             out = self._buffers[name]["logits"].read(length * self.vocabulary_size, np.float32)
             logits[start:position] = out.reshape(length, -1)[: position - start]
         return logits
+
+
+def _release(native: dict[str, Any]) -> None:
+    """Drops LiteRT's objects, which log their end."""
+    with quiet_native_logs():
+        native.clear()
 
 
 def _by_size(signatures: dict[str, int]) -> list[tuple[int, str]]:

@@ -89,7 +89,8 @@ class Timeline:
             )
         self.schedule = schedule
         self._windows: dict[int, tuple[list[bool], list[float]]] = {}
-        self._evaluate = tf.function(self._evaluate_window, reduce_retracing=True)
+        step = tf.TensorSpec((), tf.int64)
+        self._evaluate = tf.function(self._evaluate_window).get_concrete_function(step)
         self.at(0)
 
     def _evaluate_window(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

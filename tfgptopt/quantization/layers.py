@@ -99,7 +99,6 @@ def _keep_mask(source: Any, result: Any) -> Any:
     return result
 
 
-_PACKAGE = "tfgptopt"
 _classes: dict[type, type] = {}
 
 
@@ -108,9 +107,11 @@ def _dressed_class(layer_class: type) -> type:
     if layer_class not in _classes:
         embedding = issubclass(layer_class, keras.layers.Embedding)
         mixin = QuantizeAwareEmbeddingMixin if embedding else QuantizeAwareMixin
-        name = f"QuantizeAware{layer_class.__name__}"
-        dressed = type(name, (mixin, layer_class), {"__module__": __name__})
-        _classes[layer_class] = keras.saving.register_keras_serializable(_PACKAGE, name)(dressed)
+        # The name stays: checkpoints address the layers of a list by the name of their class.
+        dressed = type(layer_class.__name__, (mixin, layer_class), {"__module__": __name__})
+        register = keras.saving.register_keras_serializable
+        registered = f"QuantizeAware{layer_class.__name__}"
+        _classes[layer_class] = register("tfgptopt", registered)(dressed)
     return _classes[layer_class]
 
 

@@ -46,14 +46,22 @@ class _AlignedBuffer:
 class _SharedQuantization:
     """Scales of a weight, written once however many graphs use the weight."""
 
-    def __init__(self, scale: np.ndarray) -> None:
+    def __init__(self, scale: np.ndarray, zeros: dict[Any, int]) -> None:
         self._scale = np.asarray(scale, np.float32)
+        self._shared_zeros = zeros
         self._written: tuple[flatbuffers.Builder, int] | None = None
+
+    def _zeros(self, builder: flatbuffers.Builder, size: int) -> int:
+        """Returns zero points of a size, which weights with as many rows share."""
+        key = (id(builder), size)
+        if key not in self._shared_zeros:
+            self._shared_zeros[key] = builder.CreateNumpyVector(np.zeros(size, np.int64))
+        return self._shared_zeros[key]
 
     def Pack(self, builder: flatbuffers.Builder) -> int:
         if self._written is None or self._written[0] is not builder:
             scale = builder.CreateNumpyVector(self._scale)
-            zero_point = builder.CreateNumpyVector(np.zeros(self._scale.size, np.int64))
+            zero_point = self._zeros(builder, self._scale.size)
             schema.QuantizationParametersStart(builder)
             schema.QuantizationParametersAddScale(builder, scale)
             schema.QuantizationParametersAddZeroPoint(builder, zero_point)
@@ -84,6 +92,7 @@ class Model:
         self._buffers = [_AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
         self._by_key: dict[Any, int] = {}
         self._quantizations: dict[str, _SharedQuantization] = {}
+        self._zeros: dict[Any, int] = {}
         self._codes: dict[tuple[int, int], int] = {}
         self._graphs: list[tuple[str, Graph]] = []
         self._metadata: list[schema.MetadataT] = []
@@ -99,7 +108,9 @@ class Model:
 
     def quantization(self, name: str, scale: np.ndarray) -> _SharedQuantization:
         """Returns the scales of a weight, one for each row; the same name means the same ones."""
-        return self._quantizations.setdefault(name, _SharedQuantization(scale))
+        if name not in self._quantizations:
+            self._quantizations[name] = _SharedQuantization(scale, self._zeros)
+        return self._quantizations[name]
 
     def operator_code(self, operator: int, version: int) -> int:
         """Returns the index of an operator in the file's table."""

@@ -1,0 +1,84 @@
+import keras
+import numpy as np
+import pytest
+from conftest import make_gpt, random_batch
+
+import tfgptopt
+from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
+from tfgptopt.pruning import ConstantSparsity
+from tfgptopt.quantization import Int4, Int8
+from tfgptopt.quantization.layers import is_dressed
+from tfgptopt.targets import select
+
+
+def fit(model, callbacks, **kwargs):
+    data = random_batch(rows=32)
+    return model.fit(*data, batch_size=4, verbose=0, callbacks=callbacks, **kwargs)
+
+
+def dressed(model):
+    return [is_dressed(t.layer) for t in select(model, roles=("kernel", "embedding"))]
+
+
+@pytest.mark.parametrize("options", [{}, {"jit_compile": True}])
+def test_evaluate_after_fit_uses_the_rounded_arithmetic(options):
+    model = make_gpt()
+    model.compile(optimizer=keras.optimizers.Adam(1e-3), **options)
+    fit(model, [])  # Functions exist and must be traced anew.
+    plain = model.evaluate(*random_batch(seed=5), verbose=0)[0]
+    fit(model, [QuantizationAwareTraining(Int4())])
+    assert all(dressed(model))
+    rounded = model.evaluate(*random_batch(seed=5), verbose=0)[0]
+    logits = model(random_batch(seed=5)[0])
+    labels = random_batch(seed=5)[1]
+    direct = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(labels, logits)
+    assert rounded == pytest.approx(float(direct), rel=1e-4)
+    assert rounded != pytest.approx(plain, rel=1e-6)
+
+
+def test_start_step():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    callback = QuantizationAwareTraining(Int8(), start_step=5)
+    seen = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(all(dressed(model)))
+    )
+    fit(model, [callback, watch])
+    assert seen == [False] * 5 + [True] * 3
+
+
+def test_pruning_and_quantization_together_ship_zeros_on_the_grid():
+    model = make_gpt()
+    model.compile(optimizer=keras.optimizers.AdamW(1e-2))
+    fit(model, [Pruning(ConstantSparsity(0.5, 0)), QuantizationAwareTraining(Int4())])
+    zeros = [t.variable.constraint.mask.numpy() == 0 for t in select(model)]
+    tfgptopt.finalize(model)
+    for target, zero in zip(select(model), zeros, strict=True):
+        kernel = target.variable.numpy()
+        assert zero.mean() == pytest.approx(0.5, abs=0.01)
+        assert (kernel[zero] == 0).all()
+        scale = np.abs(kernel).max(target.input_axes, keepdims=True) / 7
+        np.testing.assert_allclose(kernel / scale, np.round(kernel / scale), atol=1e-3)
+
+
+def test_the_same_cell_run_again_continues_and_another_spec_is_refused():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    fit(model, [QuantizationAwareTraining(Int8())])
+    fit(model, [QuantizationAwareTraining(Int8())])
+    with pytest.raises(ValueError, match=r"already, with Int8\(\). Received: Int4"):
+        fit(model, [QuantizationAwareTraining(Int4())])
+    assert all(dressed(model))
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"must be Int8\(\) or Int4\(\)"):
+        QuantizationAwareTraining("int4")
+    with pytest.raises(ValueError, match="int >= 0"):
+        QuantizationAwareTraining(Int8(), start_step=-1)
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    with pytest.raises(ValueError, match="matches none"):
+        fit(model, [QuantizationAwareTraining(Int8(), targets="nothing")])
+    assert not any(dressed(model))

@@ -1,0 +1,101 @@
+"""Fixtures: small models and a small text. Two logical CPUs stand in for two GPUs."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+
+tf.config.set_logical_device_configuration(
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
+
+VOCABULARY = 300
+CONTEXT = 32
+
+
+def make_gpt(vocabulary_size: int = VOCABULARY, preprocessor=None, context: int = CONTEXT):
+    """Returns a GPT-2 of two layers with random weights, biases included."""
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        intermediate_dim=64,
+        dropout=0.0,
+        max_sequence_length=context,
+    )
+    generator = np.random.default_rng(0)
+    for weight in backbone.weights:
+        if weight.path.endswith(("bias", "beta")):
+            weight.assign(generator.normal(0, 0.1, weight.shape))
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)
+
+
+def random_batch(rows: int = 8, length: int = 16, seed: int = 0):
+    """Returns inputs and labels of random tokens."""
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (rows, length + 1), np.int32)
+    inputs = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((rows, length), np.int32)}
+    return inputs, tokens[:, 1:]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    keras.utils.set_random_seed(1)
+
+
+@pytest.fixture
+def gpt():
+    """A built, uncompiled GPT-2 without preprocessor."""
+    return make_gpt()
+
+
+@pytest.fixture(scope="session")
+def text_files(tmp_path_factory):
+    """A folder with three files of Python source."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("json/decoder.py", "json/encoder.py", "json/scanner.py"):
+        source = os.path.join(os.path.dirname(os.__file__), name)
+        with open(source, encoding="utf-8") as file:
+            (folder / os.path.basename(name)).write_text(file.read(), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(text_files):
+    """Windows of 16 tokens of three files of Python source."""
+    from tfgptopt.data import load_corpus
+
+    return load_corpus(
+        text_files, vocabulary_size=VOCABULARY, sequence_length=16, batch_size=8,
+        validation_share=0.2,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(corpus):
+    """A GPT-2 with tokenizer, pruned and quantized to int8 in one short `fit`, still dressed."""
+    from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
+    from tfgptopt.data import tokens_as_input
+    from tfgptopt.pruning import PolynomialDecay
+    from tfgptopt.quantization import Int8
+
+    keras.utils.set_random_seed(1)
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        corpus.tokenizer, sequence_length=CONTEXT
+    )
+    model = make_gpt(corpus.tokenizer.vocabulary_size(), preprocessor)
+    model.compile(optimizer=keras.optimizers.Adam(3e-3), sampler="greedy")
+    callbacks = [
+        Pruning(PolynomialDecay(0.0, 0.5, 5, 45, frequency=10)),
+        QuantizationAwareTraining(Int8()),
+    ]
+    with tokens_as_input(model):
+        model.fit(corpus.train.repeat(), steps_per_epoch=60, verbose=0, callbacks=callbacks)
+    return model
