@@ -18,6 +18,10 @@ class TrainingProgress(keras.callbacks.Callback):
     Args:
         description: str. What is being trained. Defaults to `"training"`.
         console: `rich.console.Console`. Defaults to `None`: standard output.
+        every: int. Steps between two entries of `history`. Defaults to `25`.
+
+    Attributes:
+        history: List of `(step, loss, sparsity)`, the loss averaged since the entry before.
 
     Example:
 
@@ -28,18 +32,22 @@ class TrainingProgress(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, description: str = "training", console: Console | None = None) -> None:
+    def __init__(
+        self, description: str = "training", console: Console | None = None, every: int = 25
+    ) -> None:
         super().__init__()
+        self.every = every
         self.description = description
         self.history: list[tuple[int, float, float]] = []
         self._console = console or Console()
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._started = 0.0
-        self._step = 0
+        self._first_step = 0
+        self._seen = (0, 0.0)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        self._first_step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
         steps, epochs = self.params.get("steps"), self.params.get("epochs") or 1
         self._bar = Progress(
             TextColumn("{task.description:<20}"),
@@ -65,13 +73,19 @@ class TrainingProgress(keras.callbacks.Callback):
         if "sparsity" in logs:
             shown += f" {logs['sparsity']:4.0%} zero"
         self._bar.update(self._task, advance=1, shown=shown)
+        if int(done + 1) % self.every == 0 or done + 1 == self._bar.tasks[0].total:
+            self._record(int(done) + 1, batch + 1, logs)
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        logs = logs or {}
-        self._step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
-        self.history.append(
-            (self._step, float(logs.get("loss", float("nan"))), float(logs.get("sparsity", 0.0)))
-        )
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._seen = (0, 0.0)
+
+    def _record(self, done: int, in_epoch: int, logs: dict[str, Any]) -> None:
+        """Adds an entry. Keras gives the mean loss of the epoch so far, this keeps the change."""
+        total = float(logs.get("loss", float("nan"))) * in_epoch
+        before, total_before = self._seen
+        loss = (total - total_before) / (in_epoch - before)
+        self._seen = (in_epoch, total)
+        self.history.append((self._first_step + done, loss, float(logs.get("sparsity", 0.0))))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._bar is not None:

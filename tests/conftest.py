@@ -6,6 +6,9 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import json.scanner
+from pathlib import Path
+
 import keras
 import keras_hub
 import numpy as np
@@ -60,10 +63,9 @@ def gpt():
 def text_files(tmp_path_factory):
     """A folder with three files of Python source."""
     folder = tmp_path_factory.mktemp("text")
-    for name in ("json/decoder.py", "json/encoder.py", "json/scanner.py"):
-        source = os.path.join(os.path.dirname(os.__file__), name)
-        with open(source, encoding="utf-8") as file:
-            (folder / os.path.basename(name)).write_text(file.read(), "utf-8")
+    for module in (json.decoder, json.encoder, json.scanner):
+        source = Path(module.__file__)
+        (folder / source.name).write_text(source.read_text("utf-8"), "utf-8")
     return folder
 
 
@@ -73,7 +75,10 @@ def corpus(text_files):
     from tfgptopt.data import load_corpus
 
     return load_corpus(
-        text_files, vocabulary_size=VOCABULARY, sequence_length=16, batch_size=8,
+        text_files,
+        vocabulary_size=VOCABULARY,
+        sequence_length=16,
+        batch_size=8,
         validation_share=0.2,
     )
 
@@ -82,6 +87,7 @@ def corpus(text_files):
 def trained(corpus):
     """A GPT-2 with tokenizer, pruned and quantized to int8 in one short `fit`, still dressed."""
     from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
+
     from tfgptopt.data import tokens_as_input
     from tfgptopt.pruning import PolynomialDecay
     from tfgptopt.quantization import Int8

@@ -26,9 +26,6 @@ from tfgptopt.recipe import Recipe
 from tfgptopt.reporting import write_report
 from tfgptopt.targets import select
 
-# Losses are averaged over this many steps in plots.
-_CHUNK = 25
-
 Curve = list[tuple[int, float, float]]
 
 
@@ -102,9 +99,7 @@ def compile_model(model: keras.Model, training: Training) -> None:
         warmup_target=training.learning_rate,
         warmup_steps=warmup,
     )
-    optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=0.05, beta_2=0.95, global_clipnorm=1.0
-    )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.05, beta_2=0.9, global_clipnorm=1.0)
     model.compile(optimizer=optimizer, sampler="greedy", weighted_metrics=[])
 
 
@@ -152,21 +147,14 @@ def _train(
 ) -> Curve:
     """Trains for a number of steps, over the data as often as it takes."""
     progress = TrainingProgress(name, console)
-    chunk = min(_CHUNK, steps)
-    epochs, rest = divmod(steps, chunk)
-    data = data.repeat()
     with tokens_as_input(model):
-        for count, length in ((epochs, chunk), (1, rest)):
-            if count and length:
-                progress.params = {}
-                model.fit(
-                    data,
-                    epochs=count,
-                    steps_per_epoch=length,
-                    shuffle=False,
-                    verbose=0,
-                    callbacks=[*callbacks, progress],
-                )
+        model.fit(
+            data.repeat(),
+            steps_per_epoch=steps,
+            shuffle=False,
+            verbose=0,
+            callbacks=[*callbacks, progress],
+        )
     return progress.history
 
 

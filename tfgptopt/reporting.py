@@ -53,7 +53,7 @@ HEADINGS = (
 def results_table(results: Sequence[Result]) -> Table:
     """Returns measurements as a table for a terminal of 80 columns."""
     table = Table(box=box.HORIZONTALS, padding=(0, 1))
-    narrow = ("", "weights", "non-\nzero", "MB", "MB\ngzip", "perp-\nlexity", "1st token\nms")
+    narrow = ("", "weights", "non-\nzero", "MB", "MB\ngzip", "perp-\nlexity", "1st\nms")
     for i, heading in enumerate((*narrow, "tokens\nper s")):
         table.add_column(heading, justify="right" if i else "left", no_wrap=True)
     for result in results:

@@ -2,9 +2,9 @@ import keras
 import numpy as np
 import pytest
 from conftest import make_gpt, random_batch
+from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
-from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.quantization.layers import is_dressed

@@ -44,7 +44,9 @@ def test_tied_table_is_rounded_row_by_row_for_both_uses():
     rounded = round_weights(table, 1, 7)
     np.testing.assert_allclose(layer(np.arange(10)), rounded, atol=1e-4)
     hidden = np.random.default_rng(1).normal(0, 1, (3, 16)).astype(np.float32)
-    np.testing.assert_allclose(layer(hidden, reverse=True), round_rows(hidden) @ rounded.T, atol=1e-4)
+    np.testing.assert_allclose(
+        layer(hidden, reverse=True), round_rows(hidden) @ rounded.T, atol=1e-4
+    )
 
 
 def test_int4_keeps_the_table_at_8_bits_by_default():

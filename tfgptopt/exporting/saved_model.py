@@ -65,4 +65,6 @@ def _signature(model: keras.Model) -> list[Any]:
     def spec(tensor: Any) -> tf.TensorSpec:
         return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, name=tensor.name)
 
-    return [keras.tree.map_structure(spec, model.input)]
+    # A Sequential that was never called has inputs, but no `input`.
+    inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    return [keras.tree.map_structure(spec, inputs)]

@@ -34,8 +34,12 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Yields a temporary path beside `target`, renamed to it at the end, removed on an error."""
-    target.absolute().parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.absolute().parent))
+    parent = target.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+    except OSError as error:
+        raise ValueError(f"Cannot write '{target}': {error}") from None
     temporary = folder / target.name
     try:
         yield temporary

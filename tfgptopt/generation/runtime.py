@@ -93,8 +93,8 @@ class TFLiteCausalLM:
         text: str = self._tokenizer.decode(list(ids))
         return text
 
-    def _prepare(self, prompt: Prompt, max_length: int | None) -> tuple[list[int], int]:
-        """Checks a prompt and returns its ids and the length to stop at."""
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Checks a prompt and returns its ids."""
         if isinstance(prompt, str):
             ids = self.tokenize(prompt)
             start = self._generation["start_token_id"]
@@ -112,11 +112,19 @@ class TFLiteCausalLM:
                 f"The prompt has token id {max(ids) if min(ids) >= 0 else min(ids)}; ids of this "
                 f"model go from 0 to {self.vocabulary_size - 1}."
             )
-        if len(ids) > self.context_length:
+        return ids
+
+    def _check_length(self, ids: list[int], most: int) -> None:
+        if len(ids) > most:
             raise ValueError(
                 f"The prompt has {len(ids)} tokens, and the model's context has "
                 f"{self.context_length}. Shorten the prompt."
             )
+
+    def _prepare(self, prompt: Prompt, max_length: int | None) -> tuple[list[int], int]:
+        """Checks a prompt and returns its ids and the length to stop at."""
+        ids = self._encode(prompt)
+        self._check_length(ids, self.context_length)
         length = self.context_length if max_length is None else max_length
         if not len(ids) <= length <= self.context_length:
             raise ValueError(
@@ -227,13 +235,15 @@ class TFLiteCausalLM:
         """Returns how likely each token of a text is, given those before it.
 
         Args:
-            prompt: A text or a list of token ids, no longer than the context.
+            prompt: A text or a list of token ids, longer than the context by one token at most
+                (the last is not read, only predicted).
 
         Returns:
             float32 array of natural logarithms of probabilities, one for each token but the first
             (for a text, the first is the start token).
         """
-        ids, _ = self._prepare(prompt, None)
+        ids = self._encode(prompt)
+        self._check_length(ids, self.context_length + 1)
         logits = self._engine.score(ids[:-1]).astype(np.float64)
         shifted = logits - logits.max(axis=-1, keepdims=True)
         chosen = shifted[np.arange(len(ids) - 1), ids[1:]]

@@ -183,7 +183,7 @@ class Graph:
         self,
         shape: tuple[int, ...],
         dtype: Any,
-        name: str,
+        name: str | None,
         buffer: int = 0,
         tensor_type: int | None = None,
         quantization: _SharedQuantization | None = None,
@@ -255,7 +255,8 @@ class Graph:
         version: int = 1,
     ) -> Tensor:
         """Adds an operator with one output and returns that."""
-        result = self._add(shape, dtype, operator.lower())
+        # Without a name: with them, a small model would be larger by a hundredth.
+        result = self._add(shape, dtype, None)
         kind = 0
         if options is not None:
             kind = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))

@@ -22,7 +22,7 @@ from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME
 from tfgptopt.recipe import recipe_of
 
 _SMALLEST_WINDOW = 128
-_PREFILL_LENGTHS = (16, 128)
+_PREFILL_LENGTHS = (32, 128)
 _SCORE_LENGTH = 128
 
 
@@ -38,7 +38,8 @@ def plan_signatures(context_length: int) -> dict[str, list[Step]]:
         windows.append(window)
         window *= 2
     windows.append(context_length)
-    lengths = sorted({min(length, context_length) for length in _PREFILL_LENGTHS})
+    # A short one for short prompts, where the context is not short itself.
+    lengths = [n for n in _PREFILL_LENGTHS if n < context_length // 4] or [context_length]
     score = min(_SCORE_LENGTH, context_length)
     return {
         "decode": [Step(f"decode_{w}", 1, w, logits=True) for w in windows],
