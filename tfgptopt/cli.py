@@ -129,7 +129,7 @@ def demo(
     check_target(out, force)
     _check_choice("bits", bits, (4, 8))
     chosen, words = _strategy(strategy)
-    training = Training(4, 4, 1e-3) if quick else Training(900, 250, 4e-3)
+    training = Training(4, 4, 1e-3) if quick else Training(900, 250, 1.5e-3)
     recipe = _default_recipe(training.shared_steps, training.steps, sparsity, bits)
     with console.status("Reading Python's standard library, training a tokenizer"):
         corpus = load_corpus(

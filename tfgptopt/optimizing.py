@@ -99,7 +99,9 @@ def compile_model(model: keras.Model, training: Training) -> None:
         warmup_target=training.learning_rate,
         warmup_steps=warmup,
     )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=0.05, beta_2=0.9, global_clipnorm=1.0)
+    optimizer = keras.optimizers.AdamW(
+        schedule, weight_decay=0.05, beta_2=0.99, global_clipnorm=1.0
+    )
     model.compile(optimizer=optimizer, sampler="greedy", weighted_metrics=[])
 
 
@@ -270,8 +272,7 @@ def _sample(path: Path, corpus: Corpus) -> str:
     lm = TFLiteCausalLM(path)
     inputs, _, _ = next(corpus.validation.as_numpy_iterator())
     text: str = lm.detokenize(inputs["token_ids"][0, :12])
-    length = min(lm.context_length, 64)
-    continued: str = lm.generate(text or "\n", max_length=length, sampler="top_k", seed=0)
+    continued: str = lm.generate(text or "\n", sampler="top_k", seed=0)
     return continued
 
 

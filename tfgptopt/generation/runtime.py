@@ -95,18 +95,18 @@ class TFLiteCausalLM:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Checks a prompt and returns its ids."""
+        if isinstance(prompt, bytes):
+            raise ValueError(
+                "A prompt is text or a list of token ids. Received bytes: decode them."
+            )
+        if len(prompt) == 0:
+            raise ValueError("The prompt is empty. Give at least one character or token id.")
         if isinstance(prompt, str):
             ids = self.tokenize(prompt)
             start = self._generation["start_token_id"]
             ids = ids if start is None else [start, *ids]
-        elif isinstance(prompt, bytes):
-            raise ValueError(
-                "A prompt is text or a list of token ids. Received bytes: decode them."
-            )
         else:
             ids = [int(token) for token in prompt]
-        if not ids:
-            raise ValueError("The prompt is empty. Give at least one character or token id.")
         if min(ids) < 0 or max(ids) >= self.vocabulary_size:
             raise ValueError(
                 f"The prompt has token id {max(ids) if min(ids) >= 0 else min(ids)}; ids of this "

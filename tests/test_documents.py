@@ -1,0 +1,66 @@
+"""Runs what the documents show."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import tfgptopt
+
+ROOT = Path(__file__).parent.parent
+
+
+def blocks(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text("utf-8"), re.S)
+
+
+def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_the_readmes_example(tmp_path, text_files):
+    code = blocks("README.md")[0]
+    assert "load_corpus()" in code and "steps_per_epoch=1000" in code
+    small = code.replace("load_corpus()", f"load_corpus({str(text_files)!r}, vocabulary_size=300)")
+    small = small.replace("steps_per_epoch=1000", "steps_per_epoch=3")
+    printed = run("import warnings; warnings.simplefilter('ignore')\n" + small, tmp_path).stdout
+    assert "import os" in printed
+    assert (tmp_path / "gpt.tflite").is_file()
+
+
+def test_a_consumer_without_this_package_generates_the_same_text(trained, tmp_path):
+    path = tfgptopt.export(trained, tmp_path / "gpt.tflite")
+    (code,) = blocks("docs/tflite_format.md")
+    assert "import tfgptopt" not in code
+    printed = run("import sys; sys.modules['tfgptopt'] = None\n" + code, tmp_path).stdout
+    lm = tfgptopt.TFLiteCausalLM(path)
+    assert printed.rstrip("\n") == lm.generate("import os\n").rstrip("\n")
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("STEPS", "40")
+    notebook = nbformat.read(ROOT / "notebooks/quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+    NotebookClient(
+        notebook,
+        timeout=280,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2

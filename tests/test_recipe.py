@@ -1,0 +1,86 @@
+import keras
+import numpy as np
+import pytest
+from conftest import make_gpt, random_batch
+from tfgptopt.callbacks import Pruning, QuantizationAwareTraining, from_recipe
+
+import tfgptopt
+from tfgptopt.pruning import ConstantSparsity, PolynomialDecay
+from tfgptopt.quantization import Int4, Int8
+from tfgptopt.recipe import Prune, QuantizeAware, Recipe, recipe_of
+from tfgptopt.targets import select
+
+RECIPE = Recipe(
+    (
+        Prune(PolynomialDecay(0.0, 0.5, 2, 6, frequency=2), targets="feedforward"),
+        QuantizeAware(Int4(embedding_bits=4), start_step=1),
+    )
+)
+
+
+def test_yaml_and_back(tmp_path):
+    RECIPE.save(tmp_path / "recipe.yaml")
+    again = Recipe.load(tmp_path / "recipe.yaml")
+    assert again.to_config() == RECIPE.to_config()
+    assert again.techniques[1] == RECIPE.techniques[1]
+
+
+def test_callbacks_carry_it_out_and_a_model_tells_its_recipe():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    callbacks = from_recipe(RECIPE)
+    assert [type(c) for c in callbacks] == [Pruning, QuantizationAwareTraining]
+    model.fit(*random_batch(rows=32), batch_size=4, verbose=0, callbacks=callbacks)
+    found = recipe_of(model)
+    assert found.techniques[1].spec == Int4(embedding_bits=4)
+    pruned = {t.path for t in select(model, found.techniques[0].targets)}
+    assert pruned == {t.path for t in select(model, "feedforward")}
+    tfgptopt.finalize(model)
+    assert recipe_of(model).to_config() == found.to_config()
+    assert recipe_of(make_gpt()) is None
+
+
+def test_a_reloaded_model_is_dressed_again_by_its_recipe(tmp_path):
+    model = make_gpt()
+    tfgptopt.prune(model, 0.5)
+    tfgptopt.quantize_aware(model, Int8())
+    recipe = recipe_of(model)
+    inputs, _ = random_batch()
+    expected = np.asarray(model(inputs))
+    model.backbone.save_to_preset(str(tmp_path / "preset"))
+    backbone = type(model.backbone).from_preset(str(tmp_path / "preset"))
+    again = type(model)(backbone=backbone, preprocessor=None)
+    assert np.abs(np.asarray(again(inputs)) - expected).max() > 1e-5
+    recipe.replay(again)
+    np.testing.assert_allclose(again(inputs), expected, atol=1e-6)
+    again.compile(optimizer=keras.optimizers.Adam(1e-2))
+    zeros = [t.variable.numpy() == 0 for t in select(again)]
+    again.fit(*random_batch(), verbose=0)
+    for target, zero in zip(select(again), zeros, strict=True):
+        np.testing.assert_array_equal(target.variable.numpy() == 0, zero)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("techniques: [", "no valid recipe"),
+        ("- prune", "mapping with a list of techniques"),
+        ("techniques: [{name: shrink}]", "name prune or quantize_aware"),
+        ("techniques: [{name: prune}]", "needs the field 'schedule'"),
+        ("techniques: [{name: quantize_aware, spec: {name: int2}}]", "named int8 or int4"),
+        ("techniques: [{name: quantize_aware, spec: {name: int8, bits: 3}}]", "Unknown setting"),
+        ("techniques: [{name: quantize_aware, spec: {name: int8}, x: 1}]", "'x'"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=message):
+        Recipe.load(path)
+
+
+def test_a_technique_twice_is_refused():
+    with pytest.raises(ValueError, match="each technique once"):
+        Recipe((Prune(ConstantSparsity(0.5, 0)), Prune(ConstantSparsity(0.3, 0))))
+    with pytest.raises(ValueError, match="Not a technique"):
+        Recipe(("prune",))
