@@ -34,7 +34,7 @@ _DEMO_SHAPE = {
     "num_heads": 4,
     "hidden_dim": 192,
     "intermediate_dim": 768,
-    "max_sequence_length": 128,
+    "max_sequence_length": 64,
 }
 
 
@@ -129,11 +129,11 @@ def demo(
     check_target(out, force)
     _check_choice("bits", bits, (4, 8))
     chosen, words = _strategy(strategy)
-    training = Training(4, 4, 1e-3) if quick else Training(900, 250, 1.5e-3)
+    training = Training(4, 4, 1e-3) if quick else Training(900, 250, 1.2e-3)
     recipe = _default_recipe(training.shared_steps, training.steps, sparsity, bits)
     with console.status("Reading Python's standard library, training a tokenizer"):
         corpus = load_corpus(
-            vocabulary_size=288, sequence_length=128, batch_size=8, validation_share=0.015
+            vocabulary_size=288, sequence_length=64, batch_size=16, validation_share=0.015
         )
     _print_corpus(corpus)
     import keras

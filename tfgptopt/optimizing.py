@@ -245,6 +245,7 @@ def _measure_and_write(
             "optimized TFLite": small,
         },
         corpus.validation,
+        new_tokens=min(96, model.backbone.max_sequence_length - 16),
     )
     export(model, folder / "saved_model")
     model.save_to_preset(str(folder / "model"))
