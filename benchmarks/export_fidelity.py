@@ -60,17 +60,19 @@ def main() -> None:
         lm.generate(prompts.tolist(), max_length=16 + arguments.new_tokens, stop=None), np.int32
     )
     scores = np.stack([lm._engine.score(row) for row in made])
-    table = Table("against", "logits: median", "largest", "std of logits", "next token", "greedy")
-    for name, model in (("dressed Keras", dressed), ("finalized Keras", finalized)):
+    headings = ("against Keras", "logits\nstd", "median\nerror", "largest\nerror")
+    table = Table(*headings, "within\n0.02", "next token\nequal", "greedy\nequal")
+    for name, model in (("dressed", dressed), ("finalized", finalized)):
         logits = keras_logits(model, made)
         difference = np.abs(scores - logits)
         same = (scores.argmax(-1) == logits.argmax(-1)).mean()
         greedy = (keras_greedy(model, prompts, arguments.new_tokens) == made)[:, 16:].mean()
         table.add_row(
             name,
-            f"{np.median(difference):.5f}",
-            f"{difference.max():.4f}",
             f"{logits.std():.2f}",
+            f"{np.median(difference):.1e}",
+            f"{difference.max():.4f}",
+            f"{(difference <= 0.02).mean():.2%}",
             f"{same:.2%}",
             f"{greedy:.1%}",
         )

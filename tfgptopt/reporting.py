@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import yaml
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -187,7 +188,7 @@ def write_report(outcome: Outcome, path: Path) -> None:
         rows=[_cells(result) for result in outcome.results],
         lines=summary_lines(outcome),
         figures={title: _inline(figure) for title, figure in figures.items()},
-        recipe=outcome.recipe.to_config()["techniques"],
+        recipe=yaml.safe_dump(outcome.recipe.to_config(), sort_keys=False),
         sample=outcome.sample,
         facts={
             "Training text": f"{len(corpus.training_files)} files, "
