@@ -73,3 +73,22 @@ def test_import_leaves_the_environment_alone():
     )
     environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_pruner_is_due_exactly_at_the_firings(gpt):
+    from tfgptopt.pruning.pruner import Pruner
+
+    pruner = Pruner(gpt, PolynomialDecay(0.0, 0.5, 3, 11, frequency=4))
+    due = []
+    for step in range(20):
+        if pruner.due(step):
+            due.append(step)
+            pruner.advance(step)
+    assert due == [3, 7, 11]
+    # Batches may run ahead of the optimizer: it stays due until the optimizer is there.
+    late = Pruner(gpt, PolynomialDecay(0.0, 0.5, 3, 11, frequency=4))
+    assert not late.due(2) and late.due(4)
+    late.advance(2)
+    assert late.due(4)
+    late.advance(4)
+    assert not late.due(6) and late.due(8)

@@ -35,7 +35,8 @@ class Pruner:
         self.timeline = Timeline(schedule)
         self.model = model
         self.targets = select(model, targets)
-        self._seen = -1
+        self._seen = self._scanned = -1
+        self._next: int | None = None  # The first firing that was not seen yet.
         with strategy_scope(model):
             masks.attach([t for t in self.targets if not masks.masked(t.variable)], schedule)
         self._updater = masks.MaskUpdater(self.targets, pattern or Unstructured())
@@ -47,7 +48,11 @@ class Pruner:
 
     def due(self, step: int) -> bool:
         """Returns whether the schedule fires between the last step seen and `step`."""
-        return self.timeline.last_firing(self._seen + 1, step) is not None
+        while self._next is None and self._scanned < step:
+            self._scanned += 1
+            if self.timeline.at(self._scanned)[0]:
+                self._next = self._scanned
+        return self._next is not None and self._next <= step
 
     def advance(self, step: int) -> None:
         """Moves to a step, with a new mask if the schedule fires on the way.
@@ -57,6 +62,8 @@ class Pruner:
         """
         sparsity = self.timeline.last_firing(self._seen + 1, step)
         self._seen = max(self._seen, step)
+        if self._next is not None and self._next <= step:
+            self._next, self._scanned = None, step
         if sparsity:
             with strategy_scope(self.model):
                 self._updater.update(sparsity)

@@ -124,6 +124,8 @@ class Timeline:
 
     def last_firing(self, first: int, last: int) -> float | None:
         """Returns the sparsity of the last step in `[first, last]` that fires, if any does."""
+        end = last_step(self.schedule)
+        last = last if end is None else min(last, end)
         for step in range(last, first - 1, -1):
             fires, sparsity = self.at(step)
             if fires:
