@@ -44,11 +44,13 @@ class TrainingProgress(keras.callbacks.Callback):
         self._task = TaskID(0)
         self._started = 0.0
         self._first_step = 0
+        self._done = self._epoch_start = self._timed_from = 0
         self._seen = (0, 0.0)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._first_step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
         steps, epochs = self.params.get("steps"), self.params.get("epochs") or 1
+        self._done = 0
         self._bar = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(bar_width=16),
@@ -64,20 +66,22 @@ class TrainingProgress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         assert self._bar is not None
-        done = self._bar.tasks[0].completed
-        if done == 1:  # The first step compiles; the rate counts from its end.
-            self._started = time.perf_counter()
-        rate = (done - 1) / max(time.perf_counter() - self._started, 1e-9) if done > 1 else 0.0
+        before, done = self._done, self._epoch_start + batch + 1
+        self._done = done
+        if before == 0:  # The first step compiles; the rate counts from its end.
+            self._started, self._timed_from = time.perf_counter(), done
+        rate = (done - self._timed_from) / max(time.perf_counter() - self._started, 1e-9)
         logs = logs or {}
         shown = f"{rate:4.1f}/s loss {float(logs.get('loss', float('nan'))):.3f}"
         if "sparsity" in logs:
             shown += f" {logs['sparsity']:4.0%} zero"
-        self._bar.update(self._task, advance=1, shown=shown)
-        if int(done + 1) % self.every == 0 or done + 1 == self._bar.tasks[0].total:
-            self._record(int(done) + 1, batch + 1, logs)
+        self._bar.update(self._task, completed=done, shown=shown)
+        if done // self.every > before // self.every or done == self._bar.tasks[0].total:
+            self._record(done, batch + 1, logs)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._seen = (0, 0.0)
+        self._epoch_start = self._done
 
     def _record(self, done: int, in_epoch: int, logs: dict[str, Any]) -> None:
         """Adds an entry. Keras gives the mean loss of the epoch so far, this keeps the change."""

@@ -10,7 +10,17 @@ import keras
 from tfgptopt.pruning.patterns import Unstructured
 from tfgptopt.pruning.pruner import Pruner
 from tfgptopt.pruning.schedules import PruningSchedule, Timeline, last_step
-from tfgptopt.targets import Selector
+from tfgptopt.targets import Selector, select
+
+
+def last_mask_step(model: keras.Model, first: int, params: dict[str, Any]) -> int | None:
+    """Returns the last value of `optimizer.iterations` at which a `fit` begins an execution."""
+    epochs, steps = params.get("epochs"), params.get("steps")
+    if not epochs or not steps:
+        return None
+    total = epochs * steps // (model.optimizer.gradient_accumulation_steps or 1)
+    execution = model.steps_per_execution
+    return int(first + (total - 1) // execution * execution)
 
 
 class Pruning(keras.callbacks.Callback):
@@ -52,6 +62,7 @@ class Pruning(keras.callbacks.Callback):
         self,
         schedule: PruningSchedule,
         pattern: Unstructured | None = None,
+        *,
         targets: Selector | None = None,
     ) -> None:
         super().__init__()
@@ -71,24 +82,30 @@ class Pruning(keras.callbacks.Callback):
     def _iterations(self) -> int:
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
+    def set_model(self, model: keras.Model) -> None:
+        # Keras does this for all callbacks of a `fit` before any may change the model.
+        super().set_model(model)
+        select(model, self.selector)
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        if self._pruner is None or self._pruner.model is not self.model:
+        pruner = self._pruner
+        if pruner is None or not pruner.can_continue(self.model, self._iterations()):
             self._pruner = Pruner(self.model, self.schedule, self.pattern, self.selector)
         self._first_batch = True
         self._warn_if_cut_off()
 
     def _warn_if_cut_off(self) -> None:
         first, end = self._iterations(), last_step(self.schedule)
-        epochs, steps = self.params.get("epochs"), self.params.get("steps")
-        if end is None:
-            return
-        if epochs and steps and first + epochs * steps < end:
+        begin = getattr(self.schedule, "begin_step", 0)
+        last = last_mask_step(self.model, first, self.params)
+        if last is not None and last < (begin if end is None else end):
+            what = f"begins at step {begin}" if last < begin else f"ends at step {end}"
             warnings.warn(
-                f"The pruning schedule ends at step {end}, but this training runs from step "
-                f"{first} to {first + epochs * steps}: the final sparsity will not be reached.",
+                f"The pruning schedule {what}, but the last step of this training that can prune "
+                f"is {last} (it runs from step {first}): the final sparsity will not be reached.",
                 stacklevel=2,
             )
-        if first > end:
+        if end is not None and first > end:
             warnings.warn(
                 f"The pruning schedule ended at step {end}, before this training begins at step "
                 f"{first}: the final sparsity is applied at once.",
@@ -111,6 +128,11 @@ class Pruning(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
             logs["sparsity"] = self.sparsity
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        # Keras may just have put averages (`use_ema`) in the place of the weights.
+        if self._pruner is not None:
+            self._pruner.hold()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:

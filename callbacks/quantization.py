@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
+from tfgptopt.callbacks.pruning import last_mask_step
 
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.specs import Spec
@@ -56,17 +58,28 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def _iterations(self) -> int:
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        targets = select(self.model, self.selector, roles=("kernel", "embedding"))
+    def set_model(self, model: keras.Model) -> None:
+        # Keras does this for all callbacks of a `fit` before any may change the model.
+        super().set_model(model)
+        targets = select(model, self.selector, roles=("kernel", "embedding"))
         specs = [getattr(t.layer, "quantization_spec", None) for t in targets]
         dressed = [layers.is_dressed(t.layer) for t in targets]
         # A second `fit` with the same settings, such as a notebook cell run again, continues.
         self._waiting = not (all(dressed) and all(spec == self.spec for spec in specs))
         if self._waiting and any(dressed):
             raise ValueError(
-                f"Layers of '{self.model.name}' are quantize-aware already, with "
+                f"Layers of '{model.name}' are quantize-aware already, with "
                 f"{specs[dressed.index(True)]}. Received: {self.spec}. "
                 "Call `tfgptopt.finalize(model)` first to change it."
+            )
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        last = last_mask_step(self.model, self._iterations(), self.params)
+        if last is not None and last < self.start_step:
+            warnings.warn(
+                f"Rounding begins at step {self.start_step}, but the last step of this training is "
+                f"{last}: nothing will be quantized.",
+                stacklevel=2,
             )
         self._dress_if_due()
 

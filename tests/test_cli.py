@@ -53,7 +53,17 @@ def test_optimize_does_the_whole_job_on_a_users_own_text(preset, text_files, tmp
     )
     out = tmp_path / "out"
     command = ["optimize", text_files / "decoder.py", "--preset", preset, "--recipe", recipe]
-    command += ["--out", out, "--steps", 12, "--sequence-length", 16, "--batch-size", 4]
+    command += [
+        "--dense-run",
+        "--out",
+        out,
+        "--steps",
+        12,
+        "--sequence-length",
+        16,
+        "--batch-size",
+        4,
+    ]
     result = run(*command)
     assert result.returncode == 0, result.stderr
     expected = {"model.tflite", "dense.tflite", "saved_model", "model", "recipe.yaml"}

@@ -5,12 +5,13 @@ import pytest
 from conftest import make_gpt
 
 from tfgptopt.optimizing import Training, check_fit, optimize
-from tfgptopt.recipe import Recipe
+from tfgptopt.quantization import Int8
+from tfgptopt.recipe import QuantizeAware, Recipe
 
 
 def test_model_and_text_must_fit_together(corpus):
     check_fit(make_gpt(corpus.tokenizer.vocabulary_size()), corpus)
-    with pytest.raises(ValueError, match="tokenizer has 300 tokens, and the model's .* only 299"):
+    with pytest.raises(ValueError, match=r"tokenizer has 300 tokens, and the model's .* only 299"):
         check_fit(make_gpt(299), corpus)
     longer = dataclasses.replace(corpus, sequence_length=33)
     with pytest.raises(ValueError, match="window has 33 tokens, and the model only 32"):
@@ -30,3 +31,9 @@ def test_bad_jobs_touch_nothing(corpus, tmp_path):
     with pytest.raises(FileExistsError, match="exists already"):
         optimize(make_gpt(300), corpus, Recipe(), Training(0, 1, 1e-3), existing)
     assert list(existing.iterdir()) == []
+    with pytest.raises(ValueError, match="no technique"):
+        optimize(make_gpt(300), corpus, Recipe(), Training(0, 1, 1e-3), tmp_path / "new")
+    typo = Recipe((QuantizeAware(Int8(), targets="typo"),))
+    with pytest.raises(ValueError, match="matches none"):
+        optimize(make_gpt(300), corpus, typo, Training(0, 1, 1e-3), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -79,6 +79,19 @@ def test_bad_recipes(tmp_path, text, message):
         Recipe.load(path)
 
 
+def test_groups_with_their_own_settings_come_back(tmp_path):
+    model = make_gpt()
+    tfgptopt.quantize_aware(model, Int4(), "feedforward")
+    tfgptopt.quantize_aware(model, Int8(), "attention")
+    recipe = recipe_of(model)
+    assert [technique.spec for technique in recipe.techniques] == [Int8(), Int4()]
+    again = make_gpt()
+    again.set_weights(model.get_weights())
+    recipe.replay(again)
+    inputs, _ = random_batch()
+    np.testing.assert_allclose(again(inputs), model(inputs), atol=1e-6)
+
+
 def test_a_technique_twice_is_refused():
     with pytest.raises(ValueError, match="each technique once"):
         Recipe((Prune(ConstantSparsity(0.5, 0)), Prune(ConstantSparsity(0.3, 0))))

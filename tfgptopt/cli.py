@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from tfgptopt.backend import require_tensorflow
 from tfgptopt.quiet import quiet_native_logs
 
 app = typer.Typer(
@@ -40,6 +42,7 @@ _DEMO_SHAPE = {
 
 def _load_libraries() -> None:
     """Imports TensorFlow and KerasHub, which takes seconds and logs a page."""
+    require_tensorflow()
     with console.status("Loading TensorFlow and KerasHub"), quiet_native_logs():
         import tfgptopt.optimizing  # noqa: F401
 
@@ -65,7 +68,7 @@ def _load_preset(preset: str) -> Any:
         missing = missing or ("" if weights else "weights (*.weights.h5)")
         if missing:
             raise ValueError(f"The preset folder '{preset}' has no {missing}.")
-    elif (folder.suffix or os.sep in preset) and ":" not in preset:
+    elif os.sep in preset and ":" not in preset:
         raise FileNotFoundError(f"There is no preset folder '{preset}'.")
     try:
         return keras_hub.models.CausalLM.from_preset(preset)
@@ -168,6 +171,7 @@ def optimize_command(
     """Optimize your own model on your own text: fine-tune, prune, quantize, export, measure."""
     _load_libraries()
     from tfgptopt.data import load_corpus
+    from tfgptopt.decoder import check_readable
     from tfgptopt.exporting.writing import check_target
     from tfgptopt.optimizing import Training, check_fit, compile_model, optimize
     from tfgptopt.recipe import Recipe
@@ -176,8 +180,9 @@ def optimize_command(
     training = Training(0, steps, learning_rate, dense_run)
     loaded = Recipe.load(recipe) if recipe else _default_recipe(0, steps, 0.5, 8)
     chosen, words = _strategy(strategy)
-    with chosen.scope(), console.status(f"Loading {preset}"):
+    with chosen.scope(), console.status(f"Loading {escape(preset)}"):
         model = _load_preset(preset)
+        check_readable(model)
         if model.preprocessor is None:
             raise ValueError(f"The preset '{preset}' has no tokenizer.")
         compile_model(model, training)
@@ -214,7 +219,7 @@ def export_command(
 
     check_target(path, force)
     loaded = Recipe.load(recipe) if recipe else None
-    with console.status(f"Loading {preset}"):
+    with console.status(f"Loading {escape(preset)}"):
         model = _load_preset(preset)
     if loaded:
         loaded.replay(model)
@@ -271,7 +276,7 @@ def bench(
     prompt = list(range(min(16, shortest // 2)))
     new_tokens = min(new_tokens, shortest - len(prompt))
     if preset:
-        with console.status(f"Loading {preset}"):
+        with console.status(f"Loading {escape(preset)}"):
             models = {preset: _load_preset(preset), **models}
     from tfgptopt.evaluation.speed import compare_speed
 
@@ -301,21 +306,31 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         app()
-    except (ValueError, OSError) as error:
-        Console(stderr=True, highlight=False).print(f"[red]Error:[/red] {error}", soft_wrap=True)
-        sys.exit(1)
+    except (ValueError, OSError, ImportError) as error:
+        _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        _fail(f"Unexpected {type(error).__name__}: {error}")
     finally:
         # LiteRT logs while the process unloads it, when no code of ours runs any more.
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
+def _fail(message: str) -> None:
+    """Prints an error and ends with exit code 1."""
+    errors = Console(stderr=True, highlight=False)
+    errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
+    sys.exit(1)
+
+
 def _show_warning(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
     """Shows warnings of this package as one line."""
     if "tfgptopt" in filename or "callbacks" in filename:
-        Console(stderr=True, highlight=False).print(f"[yellow]Note:[/yellow] {message}")
+        Console(stderr=True, highlight=False).print(
+            f"[yellow]Note:[/yellow] {escape(str(message))}"
+        )
 
 
 if __name__ == "__main__":

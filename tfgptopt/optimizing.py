@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from tfgptopt.finalizing import finalize
 from tfgptopt.pruning.pruner import zero_share
 from tfgptopt.recipe import Recipe
 from tfgptopt.reporting import write_report
+from tfgptopt.retracing import strategy_scope
 from tfgptopt.targets import select
 
 Curve = list[tuple[int, float, float]]
@@ -86,7 +87,6 @@ class Outcome:
     strategy: str
     corpus: Corpus
     sample: str
-    files: list[str] = field(default_factory=list)
 
 
 def compile_model(model: keras.Model, training: Training) -> None:
@@ -131,6 +131,9 @@ def _variables(model: keras.Model) -> list[Any]:
 
 
 def _snapshot(model: keras.Model) -> list[Any]:
+    with strategy_scope(model):
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
     return [keras.ops.convert_to_numpy(variable) for variable in _variables(model)]
 
 
@@ -150,13 +153,16 @@ def _train(
     """Trains for a number of steps, over the data as often as it takes."""
     progress = TrainingProgress(name, console)
     with tokens_as_input(model):
-        model.fit(
-            data.repeat(),
-            steps_per_epoch=steps,
-            shuffle=False,
-            verbose=0,
-            callbacks=[*callbacks, progress],
-        )
+        try:
+            model.fit(
+                data.repeat(),
+                steps_per_epoch=steps,
+                shuffle=False,
+                verbose=0,
+                callbacks=[*callbacks, progress],
+            )
+        finally:
+            progress.on_train_end()
     return progress.history
 
 
@@ -205,6 +211,11 @@ def optimize(
     console = console or Console()
     target = check_target(out, overwrite)
     check_fit(model, corpus)
+    if not recipe.techniques:
+        raise ValueError("The recipe has no technique, so there is nothing to optimize.")
+    callbacks = from_recipe(recipe)
+    for callback in callbacks:
+        callback.set_model(model)  # Raises if its targets are not in the model.
     curves: dict[str, Curve] = {}
     if training.shared_steps:
         name = "dense, shared part"
@@ -215,7 +226,7 @@ def optimize(
     dense_weights = model.get_weights()
     _restore(model, shared)
     curves["optimized"] = _train(
-        model, corpus.train, training.steps, "optimized", console, from_recipe(recipe)
+        model, corpus.train, training.steps, "optimized", console, callbacks
     )
     with console.status("Measuring dense and optimized, Keras and TFLite, side by side"):
         dense = _clone_with(model, dense_weights)
@@ -259,7 +270,6 @@ def _measure_and_write(
         strategy=strategy,
         corpus=corpus,
         sample=_sample(small, corpus),
-        files=sorted(path.name for path in folder.iterdir()),
     )
     write_results(outcome, folder / "results.json")
     write_report(outcome, folder / "report.html")

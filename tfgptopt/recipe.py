@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,15 @@ from tfgptopt.quantization.layers import deserialize_spec, is_dressed, serialize
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.quantization.training import check_spec, quantize_aware
 from tfgptopt.retracing import strategy_scope
-from tfgptopt.targets import Target, select, walk
+from tfgptopt.targets import Target, candidates, select
 
 # Where `finalize` leaves the recipe on a model.
 FINALIZED_RECIPE = "_tfgptopt_recipe"
+
+
+def _check_targets(targets: Any) -> None:
+    if targets is not None and not isinstance(targets, str):
+        raise ValueError(f"`targets` of a recipe is a regular expression. Received: {targets!r}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Prune:
 
     def __post_init__(self) -> None:
         Timeline(self.schedule)
+        _check_targets(self.targets)
 
     def to_config(self) -> dict[str, Any]:
         """Returns the technique as plain data."""
@@ -73,6 +80,9 @@ class QuantizeAware:
 
     def __post_init__(self) -> None:
         check_spec(self.spec)
+        _check_targets(self.targets)
+        if not isinstance(self.start_step, int) or self.start_step < 0:
+            raise ValueError(f"`start_step` must be an int >= 0. Received: {self.start_step!r}")
 
     def to_config(self) -> dict[str, Any]:
         """Returns the technique as plain data."""
@@ -123,8 +133,8 @@ class Recipe:
     ```
 
     Args:
-        techniques: `Prune` and `QuantizeAware`, in the order of their application, each at most
-            once.
+        techniques: `Prune` and `QuantizeAware`, in the order of their application, each once
+            for the same targets.
 
     Raises:
         ValueError: If something else is in the list, or a technique is there twice.
@@ -137,9 +147,12 @@ class Recipe:
         for technique in self.techniques:
             if not isinstance(technique, Prune | QuantizeAware):
                 raise ValueError(f"Not a technique: {technique!r}")
-        kinds = [type(technique).__name__ for technique in self.techniques]
+        kinds = [(type(technique).__name__, technique.targets) for technique in self.techniques]
         if len(set(kinds)) < len(kinds):
-            raise ValueError(f"A recipe holds each technique once. Received: {', '.join(kinds)}")
+            raise ValueError(
+                "A recipe holds each technique once for the same targets. Received: "
+                f"{', '.join(kind for kind, _ in kinds)}"
+            )
 
     def to_config(self) -> dict[str, Any]:
         """Returns the recipe as plain data."""
@@ -189,27 +202,45 @@ class Recipe:
         return model
 
 
-def _selector_for(model: keras.Layer, chosen: list[Target], default: list[Target]) -> str | None:
+def _selector_for(chosen: list[Target], default: list[Target]) -> str | None:
     """Returns the regular expression that selects exactly `chosen`, or `None` for the default."""
     if [t.path for t in chosen] == [t.path for t in default]:
         return None
     return "^(?:" + "|".join(re.escape(target.path) for target in chosen) + ")$"
 
 
+def _groups(targets: list[Target], key: Callable[[Target], Any]) -> list[tuple[Any, list[Target]]]:
+    """Returns targets grouped by a key, in the order in which the keys appear."""
+    groups: list[tuple[Any, list[Target]]] = []
+    for target in targets:
+        value = key(target)
+        members = next((members for known, members in groups if known == value), None)
+        if members is None:
+            groups.append((value, [target]))
+        else:
+            members.append(target)
+    return groups
+
+
 def recipe_of(model: keras.Layer) -> Recipe | None:
-    """Returns the recipe of a dressed or finalized model, or `None` for a plain one."""
-    found = [target for target in walk(model) if isinstance(target, Target)]
+    """Returns the recipe of a dressed or finalized model, or `None` for a plain one.
+
+    It says how the model is dressed now, so the `start_step` of rounding is 0 in it.
+    """
+    found = [target for target in candidates(model) if isinstance(target, Target)]
     kernels = [target for target in found if target.role == "kernel"]
     pruned = [target for target in found if masks.masked(target.variable)]
     rounded = [target for target in found if is_dressed(target.layer)]
-    techniques: list[Technique] = []
-    if pruned:
-        schedule = pruned[0].variable.constraint.schedule
-        techniques.append(Prune(schedule, _selector_for(model, pruned, kernels)))
-    if rounded:
-        spec = rounded[0].layer.quantization_spec
-        techniques.append(QuantizeAware(spec, _selector_for(model, rounded, found)))
-    if techniques:
-        return Recipe(tuple(techniques))
-    recipe: Recipe | None = getattr(model, FINALIZED_RECIPE, None)
-    return recipe
+    techniques: list[Technique] = [
+        Prune(schedule, _selector_for(group, kernels))
+        for schedule, group in _groups(pruned, lambda t: t.variable.constraint.schedule)
+    ]
+    techniques += [
+        QuantizeAware(spec, _selector_for(group, found))
+        for spec, group in _groups(rounded, lambda t: t.layer.quantization_spec)
+    ]
+    earlier: Recipe | None = getattr(model, FINALIZED_RECIPE, None)
+    if earlier is not None:
+        now = [(type(t), t.targets) for t in techniques]
+        techniques[:0] = [t for t in earlier.techniques if (type(t), t.targets) not in now]
+    return Recipe(tuple(techniques)) if techniques else None

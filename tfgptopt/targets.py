@@ -124,13 +124,20 @@ def _layers_in_order(layer: keras.Layer, seen: set[int]) -> Iterator[keras.Layer
         yield from _layers_in_order(inner, seen)
 
 
-def walk(model: keras.Layer) -> Iterator[Target | Skipped]:
-    """Yields every target of a model, and every candidate that is none, each shared layer once."""
+def candidates(model: keras.Layer) -> Iterator[Target | Skipped]:
+    """Yields every target of a model, frozen or not, and every candidate that is none."""
     for layer in _layers_in_order(model, set()):
         found = _describe(layer)
-        if isinstance(found, Target) and not (layer.trainable and found.variable.trainable):
-            found = Skipped(found.path, "frozen")
         if found is not None:
+            yield found
+
+
+def walk(model: keras.Layer) -> Iterator[Target | Skipped]:
+    """Yields every target of a model, and every candidate that is none, each shared layer once."""
+    for found in candidates(model):
+        if isinstance(found, Target) and not (found.layer.trainable and found.variable.trainable):
+            yield Skipped(found.path, "frozen")
+        else:
             yield found
 
 

@@ -4,10 +4,11 @@ import keras
 import numpy as np
 import pytest
 from conftest import make_gpt, random_batch
-from tfgptopt.callbacks import Pruning
+from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.pruning import ConstantSparsity, PolynomialDecay
+from tfgptopt.quantization import Int8
 from tfgptopt.targets import select
 
 
@@ -43,6 +44,8 @@ def test_zeros_hold_after_every_batch(optimizer):
     zeros = ZerosAfterEveryBatch()
     fit(model, [Pruning(ConstantSparsity(0.5, 0, frequency=1000)), zeros])
     assert np.allclose(zeros.shares, 0.5, atol=0.002)
+    # Also after `fit`, where Keras writes averages over the weights.
+    assert all(np.isclose((t.variable.numpy() == 0).mean(), 0.5, atol=0.002) for t in select(model))
 
 
 def test_follows_the_schedule_and_traces_the_step_once():
@@ -119,8 +122,28 @@ def test_a_resumed_model_keeps_its_zeros(tmp_path):
         np.testing.assert_array_equal(target.variable.numpy() == 0, zero)
 
 
+def test_the_same_callback_object_works_after_finalize_and_after_compile():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    callback = Pruning(ConstantSparsity(0.5, 0, frequency=1))
+    fit(model, [callback])
+    tfgptopt.finalize(model)
+    for target in select(model):
+        target.variable.assign(target.variable + 0.5)
+    fit(model, [callback])
+    assert all((t.variable.numpy() == 0).mean() > 0.49 for t in select(model))
+    for target in select(model):
+        target.variable.constraint.mask.assign(np.ones(target.variable.shape))
+        target.variable.assign(target.variable + 0.5)
+    model.compile(optimizer="adam")
+    fit(model, [callback], epochs=1)
+    assert all((t.variable.numpy() == 0).mean() > 0.49 for t in select(model))
+
+
 def test_one_shot_prune_then_train(gpt):
     tfgptopt.prune(gpt, 0.5, targets="feedforward")
+    with pytest.raises(ValueError, match="is pruned already"):
+        tfgptopt.prune(gpt, 0.3)
     gpt.compile(optimizer="adam")
     fit(gpt, [])
     shares = {t.path: (t.variable.numpy() == 0).mean() for t in select(gpt)}
@@ -130,7 +153,7 @@ def test_one_shot_prune_then_train(gpt):
 def test_warns_with_the_numbers_when_training_is_too_short_or_too_late():
     model = make_gpt()
     model.compile(optimizer="adam")
-    with pytest.warns(UserWarning, match="ends at step 100, .* runs from step 0 to 12"):
+    with pytest.warns(UserWarning, match=r"ends at step 100, .* is 11 \(it runs from step 0\)"):
         fit(model, [Pruning(PolynomialDecay(0.0, 0.5, 0, 100, frequency=10))])
     with pytest.warns(UserWarning, match="ended at step 5, before .* begins at step 12"):
         fit(model, [Pruning(PolynomialDecay(0.0, 0.5, 0, 5, frequency=1))])
@@ -149,10 +172,15 @@ def test_bad_input_changes_nothing():
     before = model.get_weights()
     with pytest.raises(ValueError, match="matches none"):
         fit(model, [Pruning(ConstantSparsity(0.5, 0), targets="nothing")])
+    with pytest.raises(ValueError, match="matches none"):
+        rounding = QuantizationAwareTraining(Int8(), targets="nothing")
+        fit(model, [Pruning(ConstantSparsity(0.5, 0)), rounding])
+    assert all(t.variable.constraint is None for t in select(model))
     with pytest.raises(ValueError, match="Two prunings act on"):
         fit(model, [Pruning(ConstantSparsity(0.5, 0)), Pruning(ConstantSparsity(0.3, 0))])
     for ours, theirs in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+    assert all(t.variable.constraint is None for t in select(model))
     plain = keras.Sequential([keras.Input((4,)), keras.layers.Activation("relu")])
     plain.compile(loss="mse")
     with pytest.raises(ValueError, match="no weight to act on"):

@@ -82,13 +82,14 @@ def find_files(sources: str | Path | Sequence[str | Path]) -> list[TextFile]:
     """
     if isinstance(sources, str | Path):
         sources = [sources]
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}
     for source in sources:
         paths = _expand(source)
         if not paths:
             raise FileNotFoundError(f"'{source}' is no text file, and no folder or glob with any.")
-        found.update((path, None) for path in paths)
-    files = [TextFile(path, 0, path.stat().st_size) for path in found]
+        for path in paths:
+            found.setdefault(path.resolve(), path)
+    files = [TextFile(path, 0, path.stat().st_size) for path in found.values()]
     if not any(file.size for file in files):
         raise ValueError(f"The text is empty: {', '.join(str(f.path) for f in files[:3])}")
     return [file for file in files if file.size]
@@ -97,7 +98,9 @@ def find_files(sources: str | Path | Sequence[str | Path]) -> list[TextFile]:
 def standard_library() -> list[TextFile]:
     """Returns the source of Python's standard library, a corpus that every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = (p for p in sorted(root.rglob("*.py")) if not _NOT_CORPUS & set(p.parts))
+    paths = (
+        p for p in sorted(root.rglob("*.py")) if not _NOT_CORPUS & set(p.relative_to(root).parts)
+    )
     return [TextFile(p, 0, p.stat().st_size) for p in paths if p.stat().st_size]
 
 

@@ -55,6 +55,19 @@ def read_from_zeros(targets: list[Target]) -> None:
         target.variable.constraint.mask.assign(keras.ops.cast(kept, target.variable.dtype))
 
 
+def apply(targets: list[Target]) -> None:
+    """Zeroes what the masks of targets drop."""
+    for target in targets:
+        target.variable.assign(keras.ops.multiply(target.variable, target.variable.constraint.mask))
+
+
+def remove(targets: list[Target]) -> None:
+    """Takes the masks off targets and leaves their weights as they are."""
+    for target in targets:
+        if masked(target.variable):
+            target.variable.constraint = target.variable.constraint.inner
+
+
 def masked(variable: Any) -> bool:
     """Returns whether a mask holds a variable."""
     return isinstance(variable.constraint, Mask)

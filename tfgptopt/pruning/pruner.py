@@ -37,8 +37,9 @@ class Pruner:
         self.targets = select(model, targets)
         self._seen = self._scanned = -1
         self._next: int | None = None  # The first firing that was not seen yet.
+        self._attached = [t for t in self.targets if not masks.masked(t.variable)]
         with strategy_scope(model):
-            masks.attach([t for t in self.targets if not masks.masked(t.variable)], schedule)
+            masks.attach(self._attached, schedule)
         self._updater = masks.MaskUpdater(self.targets, pattern or Unstructured())
         for target in self.targets:
             target.variable.constraint.owner = self
@@ -69,14 +70,28 @@ class Pruner:
                 self._updater.update(sparsity)
             self._sparsity = self._updater.sparsity()
 
+    def can_continue(self, model: keras.Layer, step: int) -> bool:
+        """Returns whether another `fit` goes on where this pruner stands."""
+        owned = all(self._owns(target) for target in self.targets)
+        return self.model is model and owned and step >= self._seen
+
+    def _owns(self, target: Target) -> bool:
+        return getattr(target.variable.constraint, "owner", None) is self
+
+    def hold(self) -> None:
+        """Zeroes what the masks drop, where something else has written to the weights."""
+        with strategy_scope(self.model):
+            masks.apply([target for target in self.targets if self._owns(target)])
+
     def check_ownership(self) -> None:
-        """Raises if another pruner took over the weights.
+        """Raises if another pruner took over the weights, and takes its own masks off them.
 
         Raises:
             ValueError: If two pruners act on one weight.
         """
         for target in self.targets:
-            if getattr(target.variable.constraint, "owner", None) is not self:
+            if not self._owns(target):
+                masks.remove(self._attached)
                 raise ValueError(
                     f"Two prunings act on {target.path}. Give each its own `targets`, or use one."
                 )
@@ -129,5 +144,11 @@ def prune(
 
     if not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
         raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
+    for target in select(model, targets):
+        if masks.masked(target.variable):
+            raise ValueError(
+                f"{target.path} is pruned already. Call `tfgptopt.finalize(model)` first to prune "
+                "it again."
+            )
     Pruner(model, ConstantSparsity(sparsity, 0, frequency=1), pattern, targets).advance(0)
     return model

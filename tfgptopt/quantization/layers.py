@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.specs import Int4, Int8, Spec
-from tfgptopt.targets import Target, select
+from tfgptopt.targets import Target, target_of
 
 _SPEC = "quantization_spec"
 
@@ -135,7 +135,7 @@ def _restore_when_built(layer: keras.Layer, spec: Spec) -> None:
     def build_then_dress(*args: Any, **kwargs: Any) -> None:
         build(*args, **kwargs)
         layer.build = build
-        dress(select(layer, roles=("kernel", "embedding"))[0], spec)
+        dress(target_of(layer), spec)
 
     layer.build = build_then_dress
 

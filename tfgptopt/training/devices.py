@@ -52,7 +52,9 @@ def strategy(name: str = "auto") -> tf.distribute.Strategy:
     Example:
 
     ```python
-    with tfgptopt.training.strategy("auto").scope():
+    from tfgptopt.training import strategy
+
+    with strategy("auto").scope():
         model = keras_hub.models.GPT2CausalLM(...)
         model.compile(...)
     model.fit(data, callbacks=[Pruning(...)])

@@ -85,8 +85,8 @@ def _generation_defaults(preprocessor: Any) -> dict[str, int | None]:
     }
 
 
-def _arrays(spec: DecoderSpec) -> list[np.ndarray]:
-    """Returns every array of a decoder, integers where there are any."""
+def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns the weights of a decoder, integers where there are any, and the scales of those."""
     norms = [spec.final_norm]
     matrices = [spec.token_embedding]
     for block in spec.blocks:
@@ -96,13 +96,12 @@ def _arrays(spec: DecoderSpec) -> list[np.ndarray]:
     for matrix in matrices:
         arrays.append(matrix.values if matrix.integers is None else matrix.integers)
         arrays += [] if matrix.bias is None else [matrix.bias]
-    return arrays
+    return arrays, [matrix.scale for matrix in matrices if matrix.scale is not None]
 
 
 def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
     """Returns how many weights there are, how many are not zero, and a hash of their bytes."""
-    arrays = _arrays(spec)
-    scales = [m.scale for b in spec.blocks for m in (b.query, b.up) if m.scale is not None]
+    arrays, scales = _arrays(spec)
     digest = hashlib.sha256()
     for array in (*arrays, *scales):
         digest.update(array.tobytes())
