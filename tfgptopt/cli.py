@@ -173,7 +173,7 @@ def optimize_command(
     from tfgptopt.data import load_corpus
     from tfgptopt.decoder import check_readable
     from tfgptopt.exporting.writing import check_target
-    from tfgptopt.optimizing import Training, check_fit, compile_model, optimize
+    from tfgptopt.optimizing import Training, compile_model, optimize
     from tfgptopt.recipe import Recipe
 
     check_target(out, force)
@@ -194,7 +194,6 @@ def optimize_command(
             batch_size=batch_size,
         )
     _print_corpus(corpus)
-    check_fit(model, corpus)
     outcome = optimize(model, corpus, loaded, training, out, words, force, console)
     _print_outcome(outcome, out)
 

@@ -6,7 +6,7 @@ import keras
 
 from tfgptopt.pruning import masks
 from tfgptopt.pruning.patterns import Unstructured
-from tfgptopt.pruning.schedules import PruningSchedule, Timeline
+from tfgptopt.pruning.schedules import ConstantSparsity, PruningSchedule, Timeline
 from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.targets import Selector, Target, select
 
@@ -19,7 +19,7 @@ class Pruner:
         schedule: A `PruningSchedule`, in steps of `optimizer.iterations`.
         pattern: Which weights go together. Defaults to `Unstructured()`.
         targets: Selector of the weights to prune. Defaults to `None`: kernels of Dense and
-            EinsumDense, wherever they are nested, except an output head over the vocabulary.
+            EinsumDense, wherever they are nested.
 
     Raises:
         ValueError: If the schedule is none, the model is not built, or nothing matches.
@@ -101,10 +101,6 @@ class Pruner:
         """Share of pruned weights over all targets, in `[0, 1)`."""
         return self._sparsity
 
-    def sparsity_by_target(self) -> dict[str, float]:
-        """Returns the share of exact zeros in each target, by path."""
-        return {target.path: zero_share(target) for target in self.targets}
-
 
 def zero_share(target: Target) -> float:
     """Returns the share of exact zeros in a weight."""
@@ -140,8 +136,6 @@ def prune(
     tfgptopt.finalize(model)
     ```
     """
-    from tfgptopt.pruning.schedules import ConstantSparsity
-
     if not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
         raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
     for target in select(model, targets):
