@@ -118,8 +118,8 @@ def check_fit(model: Any, corpus: Corpus) -> None:
         raise ValueError(
             f"The tokenizer has {tokens} tokens, and the model's vocabulary only {known}."
         )
-    positions = model.backbone.max_sequence_length
-    if corpus.sequence_length > positions:
+    positions = getattr(model.backbone, "max_sequence_length", None)
+    if positions is not None and corpus.sequence_length > positions:
         raise ValueError(
             f"A window has {corpus.sequence_length} tokens, and the model only {positions} "
             "positions. Choose shorter windows."
@@ -256,7 +256,7 @@ def _measure_and_write(
             "optimized TFLite": small,
         },
         corpus.validation,
-        new_tokens=min(96, model.backbone.max_sequence_length - 16),
+        new_tokens=min(96, getattr(model.backbone, "max_sequence_length", 1024) - 16),
     )
     export(model, folder / "saved_model")
     model.save_to_preset(str(folder / "model"))

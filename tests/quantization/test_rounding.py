@@ -91,9 +91,9 @@ def test_rows_are_rounded_as_litert_does(bits, shift):
     integers, scale = (x.numpy() for x in rounding.quantize(weights, (1,), bits))
     model = Model("one product")
     graph = model.graph("serve")
-    matrix = Matrix("w", integers * scale, bits, integers.astype(np.int8), scale.reshape(-1))
+    matrix = Matrix("w", integers.astype(np.int8), bits, scale.reshape(-1))
     x = graph.input("x", inputs.shape, np.float32)
     graph.output("y", op.fully_connected(graph, x, matrix))
     run = Interpreter(model_content=model.tobytes()).get_signature_runner("serve")
-    emulated = rounding.fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.values.T
+    emulated = rounding.fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.floats().T
     np.testing.assert_allclose(run(x=inputs)["y"], emulated, atol=1e-5)

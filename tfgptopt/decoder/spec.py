@@ -1,14 +1,19 @@
 """One plain description of a GPT-style decoder, which every exporter reads.
 
-Readers (one for each model family) write it, exporters read it. Neither knows the other.
+Readers (one for each model family) write it, exporters read it. Neither knows the other. It holds
+what a family computes as values, not as names of families: a new family needs a reader, not a new
+branch in the exporters.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,52 +21,200 @@ class Matrix:
     """A weight of a product, as the rows that each output is computed from.
 
     Attributes:
-        name: Path of the weight in the model it was read from.
-        values: float32 array of shape `(outputs, inputs)`: what the product computes with.
-        bits: 4 or 8 if the values lie on a grid, `None` for plain floats.
-        integers: int8 array of shape `(outputs, inputs)`, or `None`.
-        scale: float32 array of shape `(outputs,)`, or `None`.
+        name: Path of the weight in the model it was read from; no other weight has it.
+        values: Array of shape `(outputs, inputs)`: float32, or int8 integers on a grid.
+        bits: 4 or 8 if the values are integers, `None` for plain floats.
+        scale: float32 array of shape `(outputs,)` that maps the integers to floats, or `None`.
         bias: float32 array of shape `(outputs,)`, or `None`.
     """
 
     name: str
     values: np.ndarray
     bits: int | None = None
-    integers: np.ndarray | None = None
     scale: np.ndarray | None = None
     bias: np.ndarray | None = None
+
+    def floats(self) -> np.ndarray:
+        """Returns what the product computes with, as float32 of shape `(outputs, inputs)`."""
+        if self.scale is None:
+            return self.values
+        return self.values.astype(np.float32) * self.scale[:, None]
+
+    def rows(self, name: str, chosen: np.ndarray) -> Matrix:
+        """Returns a matrix of some of the outputs, under a name of its own."""
+        scale = None if self.scale is None else self.scale[chosen]
+        bias = None if self.bias is None else self.bias[chosen]
+        return Matrix(name, self.values[chosen], self.bits, scale, bias)
 
 
 @dataclass(frozen=True, eq=False)
 class Norm:
-    """Layer normalization over the last axis."""
+    """Normalization over the last axis.
+
+    Attributes:
+        name: Path of the layer; no other norm has it.
+        kind: `"layer"` subtracts the mean and divides by the standard deviation, `"rms"` divides
+            by the root of the mean square.
+        gamma: float32 factor for each feature.
+        epsilon: What is added under the root.
+        beta: float32 summand for each feature, or `None`.
+    """
 
     name: str
+    kind: Literal["layer", "rms"]
     gamma: np.ndarray
-    beta: np.ndarray
     epsilon: float
+    beta: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """One decoder layer: `x += attention(norm(x))`, then `x += feedforward(norm(x))`.
+class Rotary:
+    """Rotation of queries and keys by an angle that grows with the position.
+
+    Feature `i` of the first half of the rotated features turns together with feature `i` of the
+    second half. Features behind those pass as they are.
 
     Attributes:
-        attention_norm: Norm before attention.
-        query, key, value: Projections, heads one after the other along the outputs.
-        output: Projection of the attended values.
-        feedforward_norm: Norm before the feed-forward network.
-        up, down: The two products of the feed-forward network.
+        frequencies: float32 angle per position, one for each pair: all scaling is in them.
+        magnitude: Factor on the rotated features.
+        long_frequencies: Frequencies for contexts of more than `original_length` positions, or
+            `None` if they are the same.
+        original_length: See `long_frequencies`.
     """
 
-    attention_norm: Norm
+    frequencies: np.ndarray
+    magnitude: float = 1.0
+    long_frequencies: np.ndarray | None = None
+    original_length: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of rotated features of a head."""
+        return 2 * self.frequencies.size
+
+    def table(self, context_length: int) -> np.ndarray:
+        """Returns cosines and sines of each position, float32 `(context_length, size)`."""
+        frequencies = self.frequencies
+        if self.long_frequencies is not None and self.original_length is not None:
+            longer = context_length > self.original_length
+            frequencies = self.long_frequencies if longer else frequencies
+        angles = np.outer(np.arange(context_length, dtype=np.float32), frequencies)
+        both = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        return (both * self.magnitude).astype(np.float32)
+
+    def __str__(self) -> str:
+        longest = 2 * np.pi / float(self.frequencies.min())
+        text = f"rotary over {self.size} features, wavelengths up to {longest:.0f}"
+        if self.magnitude != 1.0:
+            text += f", times {self.magnitude:.3g}"
+        if self.long_frequencies is not None:
+            text += f", others above {self.original_length} positions"
+        return text
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Causal attention: `softmax(scale * query . key + bias) . value`.
+
+    Attributes:
+        query, key, value: Projections, heads one after the other along the outputs.
+        output: Projection of the attended values.
+        num_heads: Heads of the queries.
+        num_key_value_heads: Heads of keys and values; each serves as many query heads.
+        head_dim: Features of a head.
+        scale: Factor on the products of queries and keys.
+        rotary: How positions turn queries and keys, or `None`.
+        alibi: float32 slope for each head, times minus the distance to a key, or `None`.
+        window: How many positions a token sees, itself included; `None` for all before it.
+        logit_soft_cap: `cap * tanh(score / cap)`, or `None`.
+        query_norm, key_norm: Norms over a head before the rotation, or `None`.
+    """
+
     query: Matrix
     key: Matrix
     value: Matrix
     output: Matrix
-    feedforward_norm: Norm
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    scale: float
+    rotary: Rotary | None = None
+    alibi: np.ndarray | None = None
+    window: int | None = None
+    logit_soft_cap: float | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.num_heads} heads of {self.head_dim}"
+        if self.num_key_value_heads != self.num_heads:
+            text += f" over {self.num_key_value_heads} of keys and values"
+        text += f", scale {self.scale:.4g}"
+        text += f", {self.rotary}" if self.rotary else ""
+        text += ", ALiBi" if self.alibi is not None else ""
+        text += f", window {self.window}" if self.window else ""
+        text += f", soft cap {self.logit_soft_cap:g}" if self.logit_soft_cap else ""
+        text += ", norm of queries and keys" if self.query_norm else ""
+        return text + (", biases" if self.query.bias is not None else "")
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """`down(activation(up(x)))`, or gated: `down(activation(gate(x)) * up(x))`."""
+
     up: Matrix
     down: Matrix
+    activation: Activation
+    gate: Matrix | None = None
+
+    def __str__(self) -> str:
+        gated = "gated " if self.gate else ""
+        biases = ", biases" if self.up.bias is not None else ""
+        return f"{gated}{self.activation} of {self.up.values.shape[0]}{biases}"
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One decoder layer.
+
+    One after the other: `x += attention(norm(x))`, then `x += feedforward(norm(x))`. Parallel: both
+    read the same `x`. A post-norm is applied to a branch before it is added.
+
+    Attributes:
+        attention_norm, feedforward_norm: Norms before the branches.
+        attention, feedforward: The branches.
+        post_attention_norm, post_feedforward_norm: Norms behind the branches, or `None`.
+        parallel: Whether both branches read the same input.
+    """
+
+    attention_norm: Norm
+    attention: Attention
+    feedforward_norm: Norm
+    feedforward: FeedForward
+    post_attention_norm: Norm | None = None
+    post_feedforward_norm: Norm | None = None
+    parallel: bool = False
+
+    def matrices(self) -> list[Matrix]:
+        """Returns the weights of products."""
+        a, f = self.attention, self.feedforward
+        gate = [] if f.gate is None else [f.gate]
+        return [a.query, a.key, a.value, a.output, *gate, f.up, f.down]
+
+    def norms(self) -> list[Norm]:
+        """Returns the norms that there are."""
+        a = self.attention
+        found = [self.attention_norm, a.query_norm, a.key_norm, self.post_attention_norm]
+        found += [self.feedforward_norm, self.post_feedforward_norm]
+        return [norm for norm in found if norm is not None]
+
+    def __str__(self) -> str:
+        posts = " and after" if self.post_attention_norm or self.post_feedforward_norm else ""
+        form = "parallel, " if self.parallel else ""
+        return (
+            f"{form}{self.attention_norm.kind} norms before{posts} the branches; "
+            f"attention: {self.attention}; feed-forward: {self.feedforward}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,25 +224,28 @@ class DecoderSpec:
     Attributes:
         family: Name of the model class it was read from.
         config: The configuration of that class, as plain data.
-        num_heads, head_dim: Shape of attention.
-        context_length: Number of positions, in tokens.
-        activation: Activation of the feed-forward network.
-        token_embedding: Token table of shape `(vocabulary_size, hidden_dim)`; also the head.
-        position_embedding: float32 array of shape `(context_length, hidden_dim)`.
+        token_embedding: Token table of shape `(vocabulary_size, hidden_dim)`.
         blocks: The decoder layers.
         final_norm: Norm before the head.
+        head: The head, or `None` if it is the token table.
+        position_embedding: float32 array of shape `(context_length, hidden_dim)`, or `None`.
+        embedding_scale: Factor on the looked-up tokens.
+        embedding_norm: Norm of the embeddings, or `None`.
+        logit_soft_cap: `cap * tanh(logit / cap)`, or `None`.
+        context_length: Positions that the model has, in tokens; `None` for any number.
     """
 
     family: str
     config: dict[str, Any]
-    num_heads: int
-    head_dim: int
-    context_length: int
-    activation: Literal["gelu_tanh"]
     token_embedding: Matrix
-    position_embedding: np.ndarray
     blocks: tuple[Block, ...]
     final_norm: Norm
+    head: Matrix | None = None
+    position_embedding: np.ndarray | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: Norm | None = None
+    logit_soft_cap: float | None = None
+    context_length: int | None = None
 
     @property
     def hidden_dim(self) -> int:
@@ -101,10 +257,61 @@ class DecoderSpec:
         """Number of tokens."""
         return self.token_embedding.values.shape[0]
 
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """Shape of the keys, and of the values, of each layer, if there is a context length."""
+        attention = self.blocks[0].attention
+        return attention.num_key_value_heads, self.context_length or 0, attention.head_dim
+
+    def with_context(self, length: int) -> DecoderSpec:
+        """Returns the same decoder with a number of positions."""
+        positions = self.position_embedding
+        if positions is not None:
+            positions = np.ascontiguousarray(positions[:length])
+        return replace(self, context_length=length, position_embedding=positions)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """Yields every weight of a product, and the token table."""
+        yield self.token_embedding
+        for block in self.blocks:
+            yield from block.matrices()
+        if self.head is not None:
+            yield self.head
+
+    def norms(self) -> Iterator[Norm]:
+        """Yields every norm."""
+        if self.embedding_norm is not None:
+            yield self.embedding_norm
+        for block in self.blocks:
+            yield from block.norms()
+        yield self.final_norm
+
     def __str__(self) -> str:
-        bits = {matrix.bits or 32 for block in self.blocks for matrix in (block.query, block.up)}
-        return (
-            f"{self.family}: {len(self.blocks)} layers, {self.num_heads} heads of {self.head_dim}, "
-            f"width {self.hidden_dim}, vocabulary {self.vocabulary_size}, context "
-            f"{self.context_length}, weights of {'/'.join(map(str, sorted(bits)))} bits"
-        )
+        bits = "/".join(sorted({str(m.bits or 32) for b in self.blocks for m in b.matrices()}))
+        extras = ["learned positions"] if self.position_embedding is not None else []
+        extras += [f"embeddings times {self.embedding_scale:.4g}"] * (self.embedding_scale != 1.0)
+        extras += ["norm of the embeddings"] * (self.embedding_norm is not None)
+        extras += ["own head" if self.head is not None else "tied head"]
+        extras += [f"logit soft cap {self.logit_soft_cap:g}"] if self.logit_soft_cap else []
+        lines = [
+            f"{self.family}: {len(self.blocks)} layers, width {self.hidden_dim}, vocabulary "
+            f"{self.vocabulary_size}, context {self.context_length or 'free'}, weights of {bits} "
+            f"bits, {', '.join(extras)}"
+        ]
+        texts = [str(block) for block in self.blocks]
+        for text in dict.fromkeys(texts):
+            layers = [i for i, other in enumerate(texts) if other == text]
+            which = "all layers" if len(layers) == len(texts) else f"layers {_ranges(layers)}"
+            lines.append(f"  {which}: {text}")
+        return "\n".join(lines)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Returns `0-4, 6` for 0, 1, 2, 3, 4, 6."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)

@@ -61,7 +61,7 @@ class Engine:
     def _make_cache(self, decoder: dict[str, Any]) -> dict[str, Any]:
         signature = self._decode[0][1]
         names = [f"{kind}_{i}" for i in range(decoder["num_layers"]) for kind in ("key", "value")]
-        shape = (decoder["num_heads"], self.context_length, decoder["head_dim"])
+        shape = (decoder["num_key_value_heads"], self.context_length, decoder["head_dim"])
         cache = {n: self._model.create_input_buffer_by_name(signature, n) for n in names}
         for buffer in cache.values():
             # A masked position must hold a finite number: zero weight times infinity is NaN.

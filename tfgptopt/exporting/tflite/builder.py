@@ -91,7 +91,8 @@ class Model:
         self._description = description
         self._buffers = [_AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
         self._by_key: dict[Any, int] = {}
-        self._quantizations: dict[str, _SharedQuantization] = {}
+        self._weights: dict[int, tuple[np.ndarray, int]] = {}
+        self._quantizations: dict[int, _SharedQuantization] = {}
         self._zeros: dict[Any, int] = {}
         self._codes: dict[tuple[int, int], int] = {}
         self._graphs: list[tuple[str, Graph]] = []
@@ -106,11 +107,19 @@ class Model:
             self._by_key[key] = len(self._buffers) - 1
         return len(self._buffers) - 1
 
-    def quantization(self, name: str, scale: np.ndarray) -> _SharedQuantization:
-        """Returns the scales of a weight, one for each row; the same name means the same ones."""
-        if name not in self._quantizations:
-            self._quantizations[name] = _SharedQuantization(scale, self._zeros)
-        return self._quantizations[name]
+    def weight(self, values: np.ndarray, bits: int | None) -> int:
+        """Adds a weight once, however many graphs ask, and returns the index of its buffer."""
+        if id(values) not in self._weights:
+            data = pack_int4(values) if bits == 4 else np.ascontiguousarray(values)
+            # The array is kept, so that no other one can get its id.
+            self._weights[id(values)] = (values, self.buffer(data))
+        return self._weights[id(values)][1]
+
+    def quantization(self, scale: np.ndarray) -> _SharedQuantization:
+        """Returns the scales of a weight, one for each row; the same array means the same ones."""
+        if id(scale) not in self._quantizations:
+            self._quantizations[id(scale)] = _SharedQuantization(scale, self._zeros)
+        return self._quantizations[id(scale)]
 
     def operator_code(self, operator: int, version: int) -> int:
         """Returns the index of an operator in the file's table."""
@@ -224,23 +233,23 @@ class Graph:
         bits: int | None = None,
         scale: np.ndarray | None = None,
     ) -> Tensor:
-        """Adds a weight under a name, once in the file however many graphs use it.
+        """Adds a weight, once in the file however many graphs use it.
 
         Args:
-            name: Name of the weight; the same name means the same bytes.
-            values: float32 values, or int8 integers with `bits` and `scale`.
+            name: Name of the tensor.
+            values: float32 values, or int8 integers with `bits` and `scale`. The same array object
+                means the same bytes.
             bits: 4 or 8 for integers.
             scale: float32 array, one for each row of `values`.
         """
-        key = ("weight", name)
+        key = ("weight", id(values))
         if key in self._constants:
             return self._constants[key]
-        quantization, tensor_type, data = None, None, values
+        quantization, tensor_type = None, None
         if bits is not None and scale is not None:
-            data = pack_int4(values) if bits == 4 else values
             tensor_type = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
-            quantization = self._model.quantization(name, scale)
-        buffer = self._model.buffer(np.ascontiguousarray(data), key=key)
+            quantization = self._model.quantization(scale)
+        buffer = self._model.weight(values, bits)
         tensor = self._add(values.shape, values.dtype, name, buffer, tensor_type, quantization)
         self._constants[key] = tensor
         return tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from tfgptopt.decoder.spec import Matrix, Norm
+from tfgptopt.decoder.spec import Activation, Matrix, Norm
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
 
 _BINARY_OPTIONS = {
@@ -77,17 +77,18 @@ def embedding_lookup(graph: Graph, ids: Tensor, table: Tensor) -> Tensor:
 
 def matrix_weight(graph: Graph, matrix: Matrix) -> Tensor:
     """Adds the rows of a matrix as floats or as the integers it was trained to."""
-    if matrix.integers is None:
-        return graph.weight(matrix.name, matrix.values)
-    return graph.weight(matrix.name, matrix.integers, matrix.bits, matrix.scale)
+    return graph.weight(matrix.name, matrix.values, matrix.bits, matrix.scale)
 
 
-def fully_connected(graph: Graph, x: Tensor, matrix: Matrix) -> Tensor:
+def fully_connected(graph: Graph, x: Tensor, matrix: Matrix, relu: bool = False) -> Tensor:
     """Adds a product with a matrix, its bias fused, inputs rounded row by row if it is integer."""
     weights = matrix_weight(graph, matrix)
     bias = None if matrix.bias is None else graph.weight(f"{matrix.name}/bias", matrix.bias)
+    functions = schema.ActivationFunctionType
     options = schema.FullyConnectedOptionsT(
-        keepNumDims=True, asymmetricQuantizeInputs=matrix.bits is not None
+        fusedActivationFunction=functions.RELU if relu else functions.NONE,
+        keepNumDims=True,
+        asymmetricQuantizeInputs=matrix.bits is not None,
     )
     shape = (*x.shape[:-1], weights.shape[0])
     return graph.add_operator(
@@ -95,22 +96,51 @@ def fully_connected(graph: Graph, x: Tensor, matrix: Matrix) -> Tensor:
     )
 
 
-def layer_norm(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
-    """Adds layer normalization over the last axis."""
-    mean = reduce(graph, "MEAN", x, -1, keep=True)
-    squares = binary(graph, "SQUARED_DIFFERENCE", x, mean)
+def normalize(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
+    """Adds layer or root-mean-square normalization over the last axis."""
+    if norm.kind == "layer":
+        mean = reduce(graph, "MEAN", x, -1, keep=True)
+        squares = binary(graph, "SQUARED_DIFFERENCE", x, mean)
+        x = binary(graph, "SUB", x, mean)
+    else:
+        squares = binary(graph, "MUL", x, x)
     variance = reduce(graph, "MEAN", squares, -1, keep=True)
-    shifted = binary(graph, "ADD", variance, scalar(graph, norm.epsilon))
-    inverse = graph.add_operator("RSQRT", [shifted], shifted.shape)
-    normed = binary(graph, "MUL", binary(graph, "SUB", x, mean), inverse)
-    scaled = binary(graph, "MUL", normed, graph.weight(f"{norm.name}/gamma", norm.gamma))
-    return binary(graph, "ADD", scaled, graph.weight(f"{norm.name}/beta", norm.beta))
+    inverse = unary(graph, "RSQRT", binary(graph, "ADD", variance, scalar(graph, norm.epsilon)))
+    gamma = graph.weight(f"{norm.name}/gamma", norm.gamma)
+    x = binary(graph, "MUL", binary(graph, "MUL", x, inverse), gamma)
+    if norm.beta is None:
+        return x
+    return binary(graph, "ADD", x, graph.weight(f"{norm.name}/beta", norm.beta))
 
 
-def gelu_tanh(graph: Graph, x: Tensor) -> Tensor:
-    """Adds the tanh approximation of GELU."""
-    options = schema.GeluOptionsT(approximate=True)
+def unary(graph: Graph, operator: str, x: Tensor) -> Tensor:
+    """Adds an elementwise operator of one tensor: `RSQRT`, `TANH`, `LOGISTIC`."""
+    return graph.add_operator(operator, [x], x.shape)
+
+
+def activate(graph: Graph, x: Tensor, activation: Activation) -> Tensor:
+    """Adds the activation of a feed-forward network."""
+    if activation == "relu":
+        return unary(graph, "RELU", x)
+    if activation == "silu":
+        return binary(graph, "MUL", x, unary(graph, "LOGISTIC", x))
+    options = schema.GeluOptionsT(approximate=activation == "gelu_tanh")
     return graph.add_operator("GELU", [x], x.shape, options=options)
+
+
+def soft_cap(graph: Graph, x: Tensor, cap: float) -> Tensor:
+    """Adds `cap * tanh(x / cap)`."""
+    shrunk = binary(graph, "MUL", x, scalar(graph, 1.0 / cap))
+    return binary(graph, "MUL", unary(graph, "TANH", shrunk), scalar(graph, cap))
+
+
+def concatenate(graph: Graph, tensors: list[Tensor], axis: int) -> Tensor:
+    """Adds a concatenation along an axis."""
+    axis %= len(tensors[0].shape)
+    shape = list(tensors[0].shape)
+    shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
+    options = schema.ConcatenationOptionsT(axis=axis)
+    return graph.add_operator("CONCATENATION", list(tensors), tuple(shape), options=options)
 
 
 def softmax(graph: Graph, x: Tensor) -> Tensor:

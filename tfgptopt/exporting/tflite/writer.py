@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import tensorflow as tf
 import tfgptopt
 from tfgptopt.decoder import DecoderSpec, read_decoder
 from tfgptopt.exporting.tflite.builder import Model
-from tfgptopt.exporting.tflite.decoder_graph import Step, add_step
+from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
 from tfgptopt.exporting.writing import replacing
 from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME
 from tfgptopt.recipe import recipe_of
@@ -24,6 +23,8 @@ from tfgptopt.recipe import recipe_of
 _SMALLEST_WINDOW = 128
 _PREFILL_LENGTHS = (32, 128)
 _SCORE_LENGTH = 128
+# Of models that have any number of positions: KerasHub's own default length of a text.
+_DEFAULT_CONTEXT = 1024
 
 
 def plan_signatures(context_length: int) -> dict[str, list[Step]]:
@@ -48,16 +49,18 @@ def plan_signatures(context_length: int) -> dict[str, list[Step]]:
     }
 
 
-def _with_context(spec: DecoderSpec, context_length: int | None) -> DecoderSpec:
+def _with_context(spec: DecoderSpec, model: Any, context_length: int | None) -> DecoderSpec:
+    """Returns the decoder with as many positions as are asked for, or as fit the model."""
+    largest = spec.context_length
     if context_length is None:
-        return spec
-    if not isinstance(context_length, int) or not 2 <= context_length <= spec.context_length:
-        raise ValueError(
-            f"`context_length` must be an int from 2 to {spec.context_length}, the positions that "
-            f"the model has. Received: {context_length!r}"
-        )
-    positions = np.ascontiguousarray(spec.position_embedding[:context_length])
-    return replace(spec, context_length=context_length, position_embedding=positions)
+        if largest is not None:
+            return spec
+        preprocessor = getattr(model, "preprocessor", None)
+        context_length = getattr(preprocessor, "sequence_length", None) or _DEFAULT_CONTEXT
+    if not isinstance(context_length, int) or not 2 <= context_length <= (largest or 2**24):
+        limits = f"from 2 to {largest}, the positions that the model has" if largest else ">= 2"
+        raise ValueError(f"`context_length` must be an int {limits}. Received: {context_length!r}")
+    return spec.with_context(context_length)
 
 
 def _tokenizer_json(preprocessor: Any) -> str | None:
@@ -87,16 +90,15 @@ def _generation_defaults(preprocessor: Any) -> dict[str, int | None]:
 
 def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the weights of a decoder, integers where there are any, and the scales of those."""
-    norms = [spec.final_norm]
-    matrices = [spec.token_embedding]
-    for block in spec.blocks:
-        norms += [block.attention_norm, block.feedforward_norm]
-        matrices += [block.query, block.key, block.value, block.output, block.up, block.down]
-    arrays = [spec.position_embedding, *(array for n in norms for array in (n.gamma, n.beta))]
-    for matrix in matrices:
-        arrays.append(matrix.values if matrix.integers is None else matrix.integers)
-        arrays += [] if matrix.bias is None else [matrix.bias]
-    return arrays, [matrix.scale for matrix in matrices if matrix.scale is not None]
+    arrays, scales = [], []
+    if spec.position_embedding is not None:
+        arrays.append(spec.position_embedding)
+    for norm in spec.norms():
+        arrays += [norm.gamma] if norm.beta is None else [norm.gamma, norm.beta]
+    for matrix in spec.matrices():
+        arrays += [matrix.values] if matrix.bias is None else [matrix.values, matrix.bias]
+        scales += [] if matrix.scale is None else [matrix.scale]
+    return arrays, scales
 
 
 def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
     arrays, scales = _arrays(spec)
     digest = hashlib.sha256()
     for array in (*arrays, *scales):
-        digest.update(array.tobytes())
+        digest.update(np.ascontiguousarray(array).data)
     return {
         "parameters": sum(array.size for array in arrays),
         "nonzero": sum(int(np.count_nonzero(array)) for array in arrays),
@@ -130,8 +132,9 @@ def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> di
         "source": {"class": type(model).__name__, "family": spec.family, "config": spec.config},
         "decoder": {
             "num_layers": len(spec.blocks),
-            "num_heads": spec.num_heads,
-            "head_dim": spec.head_dim,
+            "num_heads": spec.blocks[0].attention.num_heads,
+            "num_key_value_heads": spec.cache_shape[0],
+            "head_dim": spec.cache_shape[2],
             "context_length": spec.context_length,
             "vocabulary_size": spec.vocabulary_size,
         },
@@ -154,11 +157,10 @@ def write_tflite(model: keras.Model, target: Path, context_length: int | None) -
     Raises:
         ValueError: If the family has no reader, or `context_length` is out of range.
     """
-    spec = _with_context(read_decoder(model), context_length)
-    steps = plan_signatures(spec.context_length)
+    spec = _with_context(read_decoder(model), model, context_length)
+    steps = plan_signatures(spec.cache_shape[1])
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}")
-    for step in (step for kind in steps.values() for step in kind):
-        add_step(file, spec, step)
+    add_signatures(file, spec, (step for kind in steps.values() for step in kind))
     metadata = _metadata(model, spec, steps)
     file.metadata(METADATA_NAME, json.dumps(metadata, ensure_ascii=False).encode())
     with replacing(target) as temporary:

@@ -1,0 +1,151 @@
+"""Reads what Keras layers hold: weights as they were trained, norms, activations, rotations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfgptopt.decoder.spec import Activation, Matrix, Norm, Rotary
+from tfgptopt.pruning import masks
+from tfgptopt.quantization import layers, rounding
+from tfgptopt.targets import Target, target_of
+
+
+def as_floats(variable: Any) -> np.ndarray:
+    """Returns a variable as a float32 array."""
+    return np.asarray(keras.ops.convert_to_numpy(variable), np.float32)
+
+
+def _current_values(target: Target) -> np.ndarray:
+    """Returns the weights with the mask applied that training holds, if any."""
+    values = as_floats(target.variable.value)
+    if masks.masked(target.variable):
+        values = values * as_floats(target.variable.constraint.mask.value)
+    return values
+
+
+def _as_rows(array: np.ndarray, target: Target) -> np.ndarray:
+    """Returns a kernel as `(outputs, inputs)`."""
+    order = target.output_axes + target.input_axes
+    outputs = int(np.prod([array.shape[axis] for axis in target.output_axes]))
+    return np.ascontiguousarray(array.transpose(order).reshape(outputs, -1))
+
+
+def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
+    """Reads the kernel or table of a layer, with the integers it was trained to.
+
+    Args:
+        layer: A built Dense, EinsumDense, Embedding or ReversibleEmbedding, dressed or plain.
+        activated: Whether the caller reads the activation of the layer, too.
+
+    Returns:
+        `Matrix` with the integers that the one rounding function gives.
+
+    Raises:
+        ValueError: If the layer has an activation that nobody reads.
+    """
+    target = target_of(layer)
+    activation = getattr(layer, "activation", None)
+    if not activated and activation not in (None, keras.activations.linear):
+        raise ValueError(f"{target.path}: expected a layer without activation, has {activation}.")
+    values = _current_values(target)
+    bias = getattr(layer, "bias", None)
+    bias = None if bias is None else as_floats(bias).reshape(-1)
+    bits = layers.bits_of(layer)
+    if bits is None:
+        return Matrix(target.path, _as_rows(values, target), bias=bias)
+    integers, scale = (x.numpy() for x in rounding.quantize(values, target.input_axes, bits))
+    if not layers.is_dressed(layer) and not np.array_equal(integers * scale, values):
+        warnings.warn(
+            f"{target.path} changed since `finalize`: it is rounded to {bits} bits again, which "
+            "it was not trained for.",
+            stacklevel=2,
+        )
+    return Matrix(
+        name=target.path,
+        values=_as_rows(integers.astype(np.int8), target),
+        bits=bits,
+        scale=_as_rows(scale, target).reshape(-1),
+        bias=bias,
+    )
+
+
+def read_head(embedding: Any) -> Matrix | None:
+    """Reads the head of a ReversibleEmbedding: `None` if it is the token table."""
+    if embedding.tie_weights:
+        return None
+    variable = embedding.reverse_embeddings
+    return Matrix(variable.path, np.ascontiguousarray(as_floats(variable).T))
+
+
+def read_norm(layer: Any, gamma_offset: float = 0.0) -> Norm:
+    """Reads a layer normalization, or a root-mean-square one (with `scale` in place of `gamma`).
+
+    Args:
+        layer: A built normalization over the last axis.
+        gamma_offset: What the layer adds to its `scale`: 1 in Gemma.
+    """
+    if hasattr(layer, "gamma"):
+        gamma = as_floats(layer.gamma)
+        beta = None if layer.beta is None else as_floats(layer.beta)
+        return Norm(layer.path, "layer", gamma, float(layer.epsilon), beta)
+    gamma = np.float32(gamma_offset) + as_floats(layer.scale)
+    return Norm(layer.path, "rms", gamma, float(layer.epsilon))
+
+
+def _erf_gelu(x: np.ndarray) -> np.ndarray:
+    return keras.ops.convert_to_numpy(keras.activations.gelu(x, approximate=False))
+
+
+def _tanh_gelu(x: np.ndarray) -> np.ndarray:
+    return keras.ops.convert_to_numpy(keras.activations.gelu(x, approximate=True))
+
+
+_ACTIVATIONS: dict[Activation, Callable[[np.ndarray], np.ndarray]] = {
+    "gelu": _erf_gelu,
+    "gelu_tanh": _tanh_gelu,
+    "relu": lambda x: np.maximum(x, 0.0),
+    "silu": lambda x: x / (1.0 + np.exp(-x)),
+}
+
+
+def read_activation(function: Callable[[Any], Any]) -> Activation:
+    """Returns the name of an activation, found by what it computes.
+
+    Raises:
+        ValueError: If it computes none that is known.
+    """
+    x = np.linspace(-6.0, 6.0, 97, dtype=np.float32)
+    y = keras.ops.convert_to_numpy(function(keras.ops.convert_to_tensor(x)))
+    for name, known in _ACTIVATIONS.items():
+        if np.allclose(y, known(x), atol=1e-6):
+            return name
+    raise ValueError(f"The activation {function} is none of {', '.join(_ACTIVATIONS)}.")
+
+
+def read_rotary(layer: Any, size: int) -> Rotary:
+    """Reads a `keras_hub.layers.RotaryEmbedding` of any scaling.
+
+    Args:
+        layer: The layer.
+        size: How many features of a head it turns.
+    """
+    frequencies = as_floats(layer._get_inverse_freq(size))
+    cosines, _ = layer._compute_cos_sin_embedding(keras.ops.zeros((1, 1, 1, size)))
+    return Rotary(frequencies, float(as_floats(cosines).reshape(-1)[0]))
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Returns the slopes of ALiBi, float32, one for each head.
+
+    Reference: Press et al., 2022, "Train Short, Test Long: Attention with Linear Biases Enables
+    Input Length Extrapolation" (https://arxiv.org/abs/2108.12409).
+    """
+    power = 2 ** int(np.log2(num_heads))
+    slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+    between = 2.0 ** (-4.0 / power * np.arange(1, 2 * power + 1, 2))
+    return np.concatenate([slopes, between[: num_heads - power]]).astype(np.float32)

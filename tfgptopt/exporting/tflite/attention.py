@@ -1,0 +1,224 @@
+"""Attention of a decoder layer on its KV cache.
+
+Keys and values are held by head, `(key-value heads, context, head_dim)`. Query heads that share a
+key-value head are neighbours, as in KerasHub, so that nothing is repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tfgptopt.decoder.spec import Attention, Matrix, Norm
+from tfgptopt.exporting.tflite import operators as op
+from tfgptopt.exporting.tflite.builder import Graph, Tensor
+
+# Large enough to vanish in a softmax, small enough to stay finite after a multiplication.
+_MASKED = 1e9
+
+
+def joined(name: str, parts: Iterable[Matrix]) -> Matrix | None:
+    """Returns matrices of one input as one matrix, or `None` if they are not stored alike."""
+    parts = list(parts)
+    if len({part.bits for part in parts}) > 1:
+        return None
+    scales = [part.scale for part in parts if part.scale is not None]
+    biases = [np.zeros(len(m.values), np.float32) if m.bias is None else m.bias for m in parts]
+    return Matrix(
+        name=name,
+        values=np.concatenate([part.values for part in parts]),
+        bits=parts[0].bits,
+        scale=np.concatenate(scales) if scales else None,
+        bias=np.concatenate(biases) if any(m.bias is not None for m in parts) else None,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """What a layer does to make query, key and value, put together once for all signatures.
+
+    Attributes:
+        matrices: All three as one, or one by one if they are not stored alike.
+        norm: Norm over the heads of queries and keys, gamma of shape `(heads, 1, head_dim)`.
+        table: Cosines and sines of all positions, or `None`.
+    """
+
+    matrices: tuple[Matrix, ...]
+    norm: Norm | None
+    table: np.ndarray | None
+
+    @classmethod
+    def of(cls, attention: Attention, tables: dict[bytes, np.ndarray], context: int) -> Projection:
+        """Puts it together; `tables` holds the tables that layers share."""
+        parts = (attention.query, attention.key, attention.value)
+        both = joined(f"{attention.query.name}+key+value", parts)
+        table = None
+        if attention.rotary is not None:
+            table = attention.rotary.table(context)
+            table = tables.setdefault(table.tobytes(), table)
+        return cls(parts if both is None else (both,), _norm_of_both(attention), table)
+
+
+def _norm_of_both(attention: Attention) -> Norm | None:
+    """Returns the norms of queries and keys as one over all their heads."""
+    first, second = attention.query_norm, attention.key_norm
+    if first is None or second is None:
+        return None
+    if (first.kind, first.epsilon) != (second.kind, second.epsilon):
+        raise ValueError(f"{first.name} and {second.name} must have the same kind and epsilon.")
+    gammas = [first.gamma] * attention.num_heads + [second.gamma] * attention.num_key_value_heads
+    return Norm(f"{first.name}+key", first.kind, np.stack(gammas)[:, None, :], first.epsilon)
+
+
+class Positions:
+    """What depends on the positions only, and is shared by all layers of a signature.
+
+    Args:
+        graph: The graph of the signature.
+        length: Tokens read in one call.
+        window: Positions that are attended to, from the first on.
+    """
+
+    def __init__(self, graph: Graph, length: int, window: int) -> None:
+        first = graph.input("position", (1,), np.int32)
+        offsets = graph.constant(np.arange(length, dtype=np.int32))
+        self.indices = op.binary(graph, "ADD", first, offsets)
+        self.start = op.pad_vector(graph, first, 1, 1)
+        self.window = window
+        self._graph = graph
+        self._biases: dict[object, Tensor] = {}
+        self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def bias(self, attention: Attention) -> Tensor:
+        """Returns what is added to the scores: very negative where a token may not look.
+
+        The shape is `(1, length, window)`, or `(heads, length, window)` with ALiBi.
+        """
+        alibi = attention.alibi
+        key = (attention.window, None if alibi is None else alibi.tobytes())
+        if key not in self._biases:
+            self._biases[key] = self._make_bias(attention)
+        return self._biases[key]
+
+    def _make_bias(self, attention: Attention) -> Tensor:
+        graph, length = self._graph, self.indices.shape[0]
+        rows = op.reshape(graph, op.cast_to_float(graph, self.indices), (1, length, 1))
+        columns = np.arange(self.window, dtype=np.float32).reshape(1, 1, self.window)
+        distance = op.binary(graph, "SUB", rows, graph.constant(columns))
+        refused = op.binary(graph, "MINIMUM", distance, op.scalar(graph, 0))
+        if attention.window is not None and attention.window < self.window:
+            left = op.binary(graph, "SUB", op.scalar(graph, attention.window - 1), distance)
+            refused = op.binary(graph, "MINIMUM", refused, left)
+        bias = op.binary(graph, "MUL", refused, op.scalar(graph, _MASKED))
+        if attention.alibi is None:
+            return bias
+        slopes = graph.constant(-attention.alibi.reshape(-1, 1, 1))
+        return op.binary(graph, "ADD", op.binary(graph, "MUL", distance, slopes), bias)
+
+    def turn(self, table: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns cosines and signed sines, `(length, size)`, from a table of all positions."""
+        if id(table) not in self._turns:
+            graph, size = self._graph, table.shape[1]
+            rows = op.embedding_lookup(graph, self.indices, graph.weight("rotary", table))
+            part = (rows.shape[0], size // 2)
+            cosine, sine = (op.slice_(graph, rows, (0, at), part) for at in (0, size // 2))
+            minus = op.binary(graph, "MUL", sine, op.scalar(graph, -1))
+            self._turns[id(table)] = (
+                op.concatenate(graph, [cosine, cosine], -1),
+                op.concatenate(graph, [minus, sine], -1),
+            )
+        return self._turns[id(table)]
+
+
+def _turned(graph: Graph, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the first features of every head, `(heads, length, head_dim)`."""
+    heads, length, head_dim = x.shape
+    size = turn[0].shape[1]
+    half = (heads, length, size // 2)
+    halves = [op.slice_(graph, x, (0, 0, at), half) for at in (size // 2, 0)]
+    ahead = op.slice_(graph, x, (0, 0, 0), (heads, length, size))
+    turned = op.binary(
+        graph,
+        "ADD",
+        op.binary(graph, "MUL", ahead, turn[0]),
+        op.binary(graph, "MUL", op.concatenate(graph, halves, -1), turn[1]),
+    )
+    if size == head_dim:
+        return turned
+    rest = op.slice_(graph, x, (0, 0, size), (heads, length, head_dim - size))
+    return op.concatenate(graph, [turned, rest], -1)
+
+
+def project(
+    graph: Graph, attention: Attention, projection: Projection, x: Tensor, positions: Positions
+) -> list[Tensor]:
+    """Returns query, key and value of `x`, each `(heads, length, head_dim)`, turned and normed."""
+    length, size = x.shape[0], attention.head_dim
+    queries, keys = attention.num_heads, attention.num_key_value_heads
+    products = [op.fully_connected(graph, x, matrix) for matrix in projection.matrices]
+    both = products[0] if len(products) == 1 else op.concatenate(graph, products, -1)
+    if length == 1:
+        by_head = op.reshape(graph, both, (queries + 2 * keys, 1, size))
+    else:
+        by_head = op.reshape(graph, both, (length, queries + 2 * keys, size))
+        by_head = op.transpose(graph, by_head, (1, 0, 2))
+    value = op.slice_(graph, by_head, (queries + keys, 0, 0), (keys, length, size))
+    if projection.norm is not None or projection.table is not None:
+        by_head = op.slice_(graph, by_head, (0, 0, 0), (queries + keys, length, size))
+    if projection.norm is not None:
+        by_head = op.normalize(graph, by_head, projection.norm)
+    if projection.table is not None:
+        by_head = _turned(graph, by_head, positions.turn(projection.table))
+    query = op.slice_(graph, by_head, (0, 0, 0), (queries, length, size))
+    key = op.slice_(graph, by_head, (queries, 0, 0), (keys, length, size))
+    return [query, key, value]
+
+
+def attend(
+    graph: Graph, attention: Attention, query: Tensor, cache: list[Tensor], positions: Positions
+) -> Tensor:
+    """Returns the attended values, `(length, heads * head_dim)`."""
+    heads, length, size = query.shape
+    window = (attention.num_key_value_heads, positions.window, size)
+    keys, values = (op.slice_(graph, held, (0, 0, 0), window) for held in cache)
+    cap, scale = attention.logit_soft_cap, attention.scale
+    query = op.binary(graph, "MUL", query, op.scalar(graph, scale / cap if cap else scale))
+    alone = length == 1 and heads == attention.num_key_value_heads
+    scores = (_scores_of_one if alone else _scores_of_many)(graph, query, keys)
+    if cap:
+        scores = op.binary(graph, "MUL", op.unary(graph, "TANH", scores), op.scalar(graph, cap))
+    weights = op.softmax(graph, op.binary(graph, "ADD", scores, positions.bias(attention)))
+    return (_mix_of_one if alone else _mix_of_many)(graph, weights, values)
+
+
+def _scores_of_one(graph: Graph, query: Tensor, keys: Tensor) -> Tensor:
+    """Scores of one token, `(heads, 1, window)`: broadcasting does not repack the cache."""
+    scores = op.reduce(graph, "SUM", op.binary(graph, "MUL", keys, query), 2, keep=False)
+    return op.reshape(graph, scores, (keys.shape[0], 1, keys.shape[1]))
+
+
+def _mix_of_one(graph: Graph, weights: Tensor, values: Tensor) -> Tensor:
+    heads, window, size = values.shape
+    weights = op.reshape(graph, weights, (heads, window, 1))
+    mixed = op.reduce(graph, "SUM", op.binary(graph, "MUL", values, weights), 1, keep=False)
+    return op.reshape(graph, mixed, (1, heads * size))
+
+
+def _scores_of_many(graph: Graph, query: Tensor, keys: Tensor) -> Tensor:
+    """Scores, `(heads, length, window)`: one product for the heads that share keys."""
+    heads, length, size = query.shape
+    shared = (keys.shape[0], heads // keys.shape[0] * length, size)
+    scores = op.batch_matmul(graph, op.reshape(graph, query, shared), keys, transpose_y=True)
+    return op.reshape(graph, scores, (heads, length, keys.shape[1]))
+
+
+def _mix_of_many(graph: Graph, weights: Tensor, values: Tensor) -> Tensor:
+    heads, length, window = weights.shape
+    groups, _, size = values.shape
+    shared = op.reshape(graph, weights, (groups, heads // groups * length, window))
+    mixed = op.batch_matmul(graph, shared, values)
+    if length > 1:
+        mixed = op.transpose(graph, op.reshape(graph, mixed, (heads, length, size)), (1, 0, 2))
+    return op.reshape(graph, mixed, (length, heads * size))
