@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["TFGPTOPT_WEIGHT_CACHE"] = "off"  # Tests leave the user's folders alone.
 
 import json.scanner
 from pathlib import Path

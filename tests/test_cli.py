@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import tfgptopt
+from tfgptopt.generation import MinP, Random, RepetitionPenalty, TopK, TopP
 
 MAIN = [sys.executable, "-m", "tfgptopt.cli"]
 
@@ -108,7 +109,21 @@ def test_generate_streams_and_repeats_with_a_seed(file):
 def test_bench_compares_with_keras(file, preset):
     result = run("bench", file, "--preset", preset, "--runs", 1, "--new-tokens", 8)
     assert result.returncode == 0, result.stderr
-    assert "tok/s" in result.stdout
+    assert "tok/s" in result.stdout and "peak RSS" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_generate_combines_sampler_options_and_stops(file):
+    command = ["generate", file, "def ", "--max-length", 20, "--seed", 3]
+    options = ["--temperature", 0.7, "--top-k", 9, "--top-p", 0.9, "--min-p", 0.01]
+    first = run(*command, *options, "--repetition-penalty", 1.3)
+    assert first.returncode == 0 and first.stdout.startswith("def ")
+    lm = tfgptopt.TFLiteCausalLM(file)
+    chain = [RepetitionPenalty(1.3), Random(0.7), TopK(9), TopP(0.9), MinP(0.01)]
+    assert first.stdout == lm.generate("def ", 20, chain, seed=3) + "\n"
+    whole = lm.generate("def ", 20)
+    stopped = run(*command, "--stop", whole[8:10])
+    assert stopped.stdout == whole[:4] + whole[4:].split(whole[8:10])[0] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +132,7 @@ def test_bench_compares_with_keras(file, preset):
         (["generate", "{tmp}/none.tflite", "x"], "There is no file"),
         (["generate", "{file}", ""], "prompt is empty"),
         (["generate", "{file}", "x", "--max-length", "999"], "`max_length` counts the prompt"),
-        (["generate", "{file}", "x", "--sampler", "beam"], "must be one of greedy, top_k"),
+        (["generate", "{file}", "x", "--sampler", "beam"], "must be one of greedy, random, top_k"),
         (["export", "{tmp}/no/preset", "{tmp}/x.tflite"], "There is no preset folder"),
         (["export", "{tmp}", "{tmp}/x.tflite"], "has no config.json"),
         (["export", "{preset}", "{file}"], "exists already"),

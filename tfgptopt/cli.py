@@ -235,19 +235,47 @@ def generate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens, prompt included. Default: the whole context.")
     ] = None,
-    sampler: Annotated[str, typer.Option(help="greedy or top_k.")] = "greedy",
-    k: Annotated[int, typer.Option(help="For top_k: tokens to choose from.")] = 5,
-    temperature: Annotated[float, typer.Option(help="For top_k.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="For top_k.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="greedy, random, top_k, top_p or min_p. Default: greedy, or what follows."
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Above 1 for more variety, below for less.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from so many tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens with so much probability together.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Draw from tokens this share as likely as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, tokens of the text so far get less likely.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text to stop at; may be given several times.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.")] = None,
 ) -> None:
     """Continue a text with an exported file. Needs neither TensorFlow nor Keras."""
-    from tfgptopt.generation import TFLiteCausalLM, TopK
-    from tfgptopt.generation.samplers import get
+    from tfgptopt.generation import MinP, Random, RepetitionPenalty, TFLiteCausalLM, TopK, TopP
 
-    chosen = TopK(k, temperature) if sampler == "top_k" else get(sampler)
+    settings: list[tuple[Any, Any]] = [
+        (Random, temperature),
+        (TopK, top_k),
+        (TopP, top_p),
+        (MinP, min_p),
+    ]
+    chain: list[Any] = [make(value) for make, value in settings if value is not None]
+    if sampler is not None or not chain:
+        chain.append(sampler or "greedy")
+    if repetition_penalty is not None:
+        chain.insert(0, RepetitionPenalty(repetition_penalty))
     lm = TFLiteCausalLM(file, threads)
-    pieces = lm.stream(prompt, max_length, chosen, seed=seed)
+    pieces = lm.stream(prompt, max_length, chain, stop or "auto", seed)
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)
@@ -265,9 +293,21 @@ def bench(
     runs: Annotated[int, typer.Option(help="Runs whose median counts.")] = 7,
 ) -> None:
     """Measure the speed of exported files, and of Keras' compiled generate, in one run."""
-    _load_libraries()
     from rich.table import Table
 
+    from tfgptopt.generation.measuring import measure_in_fresh_process
+
+    with console.status("Loading, reading and decoding in a fresh process for each file"):
+        alone = {file: measure_in_fresh_process(file) for file in files}
+    table = Table("file", padding=(0, 1))
+    for heading in ("load s", "prefill tok/s", "decode ms at", "peak RSS MB"):
+        table.add_column(heading, justify="right")
+    for file, found in alone.items():
+        decode = ", ".join(f"{depth}: {ms:.2f}" for depth, ms in found.decode_ms.items())
+        numbers = (f"{found.load_seconds:.2f}", f"{found.prefill_tokens_per_second:,.0f}")
+        table.add_row(str(file), *numbers, decode, f"{found.peak_rss_bytes / 1e6:.0f}")
+    console.print(table)
+    _load_libraries()
     from tfgptopt.generation import TFLiteCausalLM
 
     models: dict[str, Any] = {str(file): TFLiteCausalLM(file) for file in files}

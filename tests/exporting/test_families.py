@@ -12,7 +12,7 @@ _BROKEN_CACHE = ("GPTNeoX", "Qwen2")
 
 
 def file_logits(lm, tokens):
-    return lm._engine.score(tokens)
+    return lm._engine.score(lm._engine.new_cache(), tokens)
 
 
 def keras_generate(model, tokens):

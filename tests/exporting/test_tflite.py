@@ -25,7 +25,7 @@ def greedy(model, prompt, new):
 
 def logits_of_file(path, tokens):
     lm = tfgptopt.TFLiteCausalLM(path)
-    return lm._engine.score(tokens)
+    return lm._engine.score(lm._engine.new_cache(), tokens)
 
 
 def prompts(model, count, length=8):
@@ -39,16 +39,17 @@ def test_float32_file_is_the_keras_model(gpt, tmp_path):
     for prompt in prompts(gpt, 5):
         assert lm.generate(prompt, max_length=CONTEXT, stop=None) == greedy(gpt, prompt, 24)
         tokens = prompt * 4
-        np.testing.assert_allclose(lm._engine.score(tokens), all_logits(gpt, tokens), atol=1e-4)
+        np.testing.assert_allclose(logits_of_file(path, tokens), all_logits(gpt, tokens), atol=1e-4)
 
 
 def test_trained_file_computes_as_the_dressed_model(trained, tmp_path):
     path = tfgptopt.export(trained, tmp_path / "gpt.tflite")
     lm = tfgptopt.TFLiteCausalLM(path)
+    cache = lm._engine.new_cache()
     same = total = 0
     for prompt in prompts(trained, 20):
         tokens = prompt * 3
-        ours, theirs = lm._engine.score(tokens), all_logits(trained, tokens)
+        ours, theirs = lm._engine.score(cache, tokens), all_logits(trained, tokens)
         # One activation at the edge between two integers may fall either way.
         assert np.abs(ours - theirs).max() < 0.02 * theirs.std() + 0.02
         same += int((ours.argmax(1) == theirs.argmax(1)).sum())
@@ -136,7 +137,7 @@ def test_any_runtime_loads_it(gpt, tmp_path):
     tokens = prompts(gpt, 1, length=CONTEXT)[0]
     expected = all_logits(gpt, tokens)
     for interpreter in (Interpreter(str(path)), tf.lite.Interpreter(str(path))):
-        run = interpreter.get_signature_runner("score_32")
+        run = interpreter.get_signature_runner("score_32_32")
         shapes = run.get_input_details()
         inputs = {n: np.zeros(d["shape"], np.float32) for n, d in shapes.items() if "_" in n}
         result = run(tokens=np.asarray(tokens, np.int32), position=np.zeros(1, np.int32), **inputs)

@@ -1,5 +1,7 @@
+import itertools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -7,18 +9,7 @@ import tensorflow as tf
 from conftest import CONTEXT
 
 import tfgptopt
-from tfgptopt.generation import Greedy, TFLiteCausalLM, TopK
-
-
-@pytest.fixture(scope="module")
-def path(trained, tmp_path_factory):
-    return tfgptopt.export(trained, tmp_path_factory.mktemp("export") / "gpt.tflite")
-
-
-@pytest.fixture(scope="module")
-def lm(path):
-    return TFLiteCausalLM(path)
-
+from tfgptopt.generation import TFLiteCausalLM, TopK
 
 PROMPT = "def scan(\n"
 
@@ -50,11 +41,14 @@ def test_lists_give_lists_and_ids_give_ids(lm):
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32])
 def test_prompts_of_any_length_up_to_the_context(lm, length):
     tokens = (list(range(1, 30)) * 2)[:length]
-    logits = lm._engine.score(tokens)
-    lm._engine.prefill(tokens[:-1])
+    engine = lm._engine
+    logits = engine.score(engine.new_cache(), tokens)
+    cache = engine.new_cache()
+    engine.read(cache, tokens[:-1])
     np.testing.assert_allclose(
-        lm._engine.decode(tokens[-1], length - 1), logits[-1], atol=0.05 * logits.std()
+        engine.decode(cache, tokens[-1]), logits[-1], atol=0.05 * logits.std()
     )
+    assert cache.tokens == tokens
     assert lm.generate(tokens, stop=None)[:length] == tokens
 
 
@@ -70,23 +64,62 @@ def test_stream_is_generate_piece_by_piece(lm):
     assert PROMPT + "".join(pieces) == lm.generate(PROMPT, max_length=CONTEXT)
 
 
-def test_stream_never_yields_half_a_character(lm):
-    tokens = iter(lm.tokenize("é漢🙂!"))
-    assert list(lm._decode_stream(tokens)) == ["é", "漢", "🙂", "!"]
-
-
-def test_top_k_draws_from_the_most_likely_and_repeats_with_a_seed(lm):
-    logits = np.log(np.asarray([0.5, 0.25, 0.15, 0.1], np.float32))
-    generator = np.random.default_rng(0)
-    draws = [TopK(2)(logits, generator) for _ in range(4000)]
-    assert set(draws) == {0, 1}
-    assert np.mean(np.asarray(draws) == 0) == pytest.approx(2 / 3, abs=0.03)
-    hot = [TopK(4, temperature=0.25)(logits, generator) for _ in range(4000)]
-    weights = np.asarray([0.5, 0.25, 0.15, 0.1]) ** 4
-    assert np.mean(np.asarray(hot) == 0) == pytest.approx(weights[0] / weights.sum(), abs=0.03)
-    assert Greedy()(logits, generator) == 0
+def test_a_sampler_repeats_with_a_seed(lm):
     first = lm.generate(PROMPT, sampler="top_k", seed=7)
     assert first == lm.generate(PROMPT, sampler=TopK(5), seed=7)
+    assert first == lm.generate(PROMPT, sampler=[TopK(5)], seed=7)
+    assert len({lm.generate(PROMPT, sampler="random", seed=seed) for seed in range(5)}) > 1
+
+
+def test_a_prompt_that_begins_like_the_last_one_is_read_from_where_they_differ(lm, monkeypatch):
+    engine, shared, read = lm._engine, list(range(1, 20)), []
+    run = engine._run
+
+    def counted(signature, cache, tokens, position):
+        read.append((position, len(tokens)))
+        return run(signature, cache, tokens, position)
+
+    prompts = [[*shared, 40, 41], [*shared, 50, 51]]
+    lm.reset()
+    fresh = []
+    for prompt in prompts:
+        lm.reset()
+        fresh.append(lm.generate(prompt, max_length=30, stop=None))
+    lm.reset()
+    monkeypatch.setattr(engine, "_run", counted)
+    assert lm.generate(prompts, max_length=30, stop=None) == fresh
+    starts = [i for i, (position, length) in enumerate(read) if position < 20 and length > 1]
+    assert read[0][0] == 0
+    second = read[len(read) // 2 :]
+    assert min(position for position, _ in second) >= 19 and len(starts) >= 1
+    read.clear()
+    lm.generate(prompts[1], max_length=22, stop=None)
+    assert read == [(20, 1)]
+
+
+def test_streams_of_one_model_may_be_read_in_turns(lm):
+    prompts = [PROMPT, "import"]
+    expected = [lm.generate(p, max_length=CONTEXT, strip_prompt=True) for p in prompts]
+    streams = [lm.stream(prompt, max_length=CONTEXT) for prompt in prompts]
+    texts = ["", ""]
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == expected
+
+
+def test_threads_of_one_model_get_what_one_alone_gets(lm):
+    prompts = [[i, i + 1, i + 2] for i in range(1, 9)]
+    expected = [lm.generate(prompt, stop=None) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda prompt: lm.generate(prompt, stop=None), prompts))
+    assert made == expected
+
+
+def test_a_stream_that_is_broken_off_changes_nothing_for_the_next(lm):
+    expected = lm.generate(PROMPT, max_length=CONTEXT)
+    for _ in lm.stream(PROMPT, max_length=CONTEXT):
+        break
+    assert lm.generate(PROMPT, max_length=CONTEXT) == expected
 
 
 def test_score_is_the_log_softmax_of_the_dressed_model(lm, trained):
@@ -110,8 +143,10 @@ def test_score_is_the_log_softmax_of_the_dressed_model(lm, trained):
         ([5, -1], {}, "token id -1"),
         ([5, 6, 7], {"max_length": 2}, "must lie between the prompt's 3"),
         ([5], {"max_length": 33}, "the context of 32"),
-        ([5], {"sampler": "nucleus"}, "must be one of greedy, top_k"),
-        ([5], {"stop": "###"}, "'auto', None or token ids"),
+        ([5], {"sampler": "nucleus"}, "must be one of greedy, random, top_k"),
+        ([5], {"stop": ""}, "'auto', None, or texts and token ids"),
+        ([5], {"stop": [1.5]}, "'auto', None, or texts and token ids"),
+        ([5], {"sampler": []}, "a list of samplers"),
     ],
 )
 def test_bad_prompts_say_what_to_do(lm, prompt, options, message):
@@ -126,34 +161,9 @@ def test_a_model_without_tokenizer_works_with_ids(gpt, tmp_path):
         lm.generate("text")
 
 
-def test_bad_samplers_and_threads(path):
-    for arguments in ({"k": 0}, {"temperature": 0.0}):
-        with pytest.raises(ValueError, match="must be"):
-            TopK(**arguments)
+def test_bad_threads(path):
     with pytest.raises(ValueError, match="num_threads"):
         TFLiteCausalLM(path, num_threads=0)
-
-
-def test_bad_files(path, tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no file"):
-        TFLiteCausalLM(tmp_path / "nothing.tflite")
-    foreign = tmp_path / "foreign.tflite"
-    foreign.write_bytes(b"not a model at all")
-    with pytest.raises(ValueError, match="not a TFLite file"):
-        TFLiteCausalLM(foreign)
-    whole = path.read_bytes()
-    for share in (0.1, 0.5, 0.9, 0.999):
-        foreign.write_bytes(whole[: int(len(whole) * share)])
-        with pytest.raises(ValueError, match="damaged or was cut off"):
-            TFLiteCausalLM(foreign)
-    from tfgptopt.exporting.tflite.builder import Model
-
-    other = Model("other")
-    graph = other.graph("serve")
-    graph.output("y", graph.input("x", (1,), np.float32))
-    foreign.write_bytes(other.tobytes())
-    with pytest.raises(ValueError, match="was not written by tfgptopt"):
-        TFLiteCausalLM(foreign)
 
 
 def test_needs_neither_tensorflow_nor_keras(path):

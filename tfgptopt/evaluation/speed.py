@@ -55,7 +55,11 @@ def _tflite_calls(
     lm: TFLiteCausalLM, prompt: list[int], new_tokens: int
 ) -> tuple[Callable[[], Any], Callable[[], Any]]:
     def call(count: int) -> Callable[[], Any]:
-        return lambda: lm.generate(prompt, max_length=len(prompt) + count, stop=None)
+        def timed() -> Any:
+            lm.reset()  # Else the prompt would not be read again.
+            return lm.generate(prompt, max_length=len(prompt) + count, stop=None)
+
+        return timed
 
     return call(1), call(new_tokens)
 

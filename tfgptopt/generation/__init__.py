@@ -1,6 +1,23 @@
 """Text from an exported file. Imports neither TensorFlow nor Keras."""
 
 from tfgptopt.generation.runtime import TFLiteCausalLM
-from tfgptopt.generation.samplers import Greedy, TopK
+from tfgptopt.generation.samplers import (
+    Greedy,
+    MinP,
+    Random,
+    RepetitionPenalty,
+    TopK,
+    TopP,
+)
+from tfgptopt.generation.session import Session
 
-__all__ = ["Greedy", "TFLiteCausalLM", "TopK"]
+__all__ = [
+    "Greedy",
+    "MinP",
+    "Random",
+    "RepetitionPenalty",
+    "Session",
+    "TFLiteCausalLM",
+    "TopK",
+    "TopP",
+]

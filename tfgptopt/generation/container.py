@@ -1,30 +1,87 @@
-"""What a tfgptopt file says of itself: the metadata inside the `.tflite`."""
+"""What a tfgptopt file says of itself: the metadata inside the `.tflite`, and its checksum.
+
+The checksum covers the whole file and stands behind it, in 16 bytes that the flatbuffer does not
+know of. It guards LiteRT against damage, which can crash it; it is no signature.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
+import os
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ai_edge_litert import schema_py_generated as schema
 
 METADATA_NAME = "tfgptopt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+_SEAL = b"TFGPTOPT"
+_SEAL_BYTES = len(_SEAL) + 8
+_BLOCK = 1 << 20
+_THREADS = min(4, os.cpu_count() or 1)
+_FIELDS = ("decoder", "generation", "signatures", "tokenizer", "weights")
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Container:
+    """A file that was found whole.
+
+    Attributes:
+        metadata: What the file says of itself; `docs/tflite_format.md` lists the fields.
+        content_hash: Differs between files of different content.
+    """
+
+    metadata: dict[str, Any]
+    content_hash: str
+
+
+def seal(data: bytes) -> bytes:
+    """Returns the 16 bytes that `tfgptopt.export` writes behind a flatbuffer."""
+    blocks = [data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK)]
+    crcs = b"".join(zlib.crc32(block).to_bytes(4, "little") for block in blocks)
+    return _SEAL + zlib.crc32(crcs).to_bytes(8, "little")
+
+
+def checksum(file: BinaryIO, size: int) -> int:
+    """Returns the checksum of the first `size` bytes of a file: the CRC-32 of those of its blocks.
+
+    Threads share the blocks, since the time to load is mostly spent here. They read, for a mapped
+    file would count as memory of the process.
+    """
+    count = -(-size // _BLOCK)
+    crcs = bytearray(4 * count)
+
+    def work(first: int) -> None:
+        buffer = memoryview(bytearray(min(size, _BLOCK)))
+        for i in range(first, count, _THREADS):
+            block = buffer[: min(_BLOCK, size - i * _BLOCK)]
+            read = os.preadv(file.fileno(), [block], i * _BLOCK)
+            crcs[4 * i : 4 * i + 4] = zlib.crc32(block[:read]).to_bytes(4, "little")
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(work, range(_THREADS)))
+    return zlib.crc32(crcs)
+
+
+def read_container(path: str | Path) -> Container:
     """Reads the metadata of a file, and checks that the file is whole.
 
     Args:
         path: A `.tflite` file written by `tfgptopt.export`.
 
     Returns:
-        The metadata as plain data; `docs/tflite_format.md` lists its fields.
+        A `Container`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no TFLite file, was cut off, or was not written by tfgptopt.
+        ValueError: If the file is no TFLite file, is damaged or was cut off, was not written by
+            tfgptopt, or by a newer version of it.
     """
     path = Path(path)
     if not path.is_file():
@@ -32,23 +89,73 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     with path.open("rb") as file:
         if file.read(8)[4:] != b"TFL3":
             raise ValueError(f"'{path}' is not a TFLite file: it does not begin with TFL3.")
+        crc, sealed = _verify(path, file)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 blob = _find(data)
+                metadata = None if blob is None else dict(json.loads(blob))
             except Exception as error:
                 raise ValueError(f"'{path}' is damaged or was cut off ({error!r}).") from None
-    if blob is None:
+    if blob is None or metadata is None:
         raise ValueError(
             f"'{path}' is a TFLite file, but was not written by tfgptopt: it has no metadata named "
             f"'{METADATA_NAME}'. Write it with `tfgptopt.export(model, path)`."
         )
-    metadata: dict[str, Any] = json.loads(blob)
-    if metadata["format_version"] > FORMAT_VERSION:
+    _check_metadata(path, metadata, sealed)
+    name = f"{hashlib.sha256(blob).hexdigest()[:16]}{crc:08x}"
+    return Container(_as_format_2(metadata), name)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Returns the metadata of a file; see `read_container`."""
+    return read_container(path).metadata
+
+
+def _verify(path: Path, file: BinaryIO) -> tuple[int, bool]:
+    """Returns the checksum of a file and whether the file has one, which must then be right."""
+    size = path.stat().st_size
+    file.seek(max(0, size - _SEAL_BYTES))
+    end = file.read(_SEAL_BYTES)
+    sealed = end.startswith(_SEAL)
+    crc = checksum(file, size - _SEAL_BYTES if sealed else size)
+    stored = int.from_bytes(end[len(_SEAL) :], "little")
+    if sealed and stored != crc:
         raise ValueError(
-            f"'{path}' has format {metadata['format_version']}; this tfgptopt reads up to "
-            f"{FORMAT_VERSION}. Update tfgptopt."
+            f"'{path}' is damaged: its checksum is {crc:08x}, and {stored:08x} was written. "
+            "Copy or export it again."
         )
-    return metadata
+    return crc, sealed
+
+
+def _check_metadata(path: Path, metadata: dict[str, Any], sealed: bool) -> None:
+    version = metadata.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"'{path}' is damaged: its format version is {version!r}.")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"'{path}' has format {version}; this tfgptopt reads up to {FORMAT_VERSION}. "
+            "Update tfgptopt."
+        )
+    if version > 1 and not sealed:
+        raise ValueError(
+            f"'{path}' is damaged or was cut off: the checksum at its end is missing. "
+            "Copy or export it again."
+        )
+    missing = [field for field in _FIELDS if field not in metadata]
+    if missing:
+        raise ValueError(f"'{path}' is damaged: its metadata lacks {', '.join(missing)}.")
+
+
+def _as_format_2(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns metadata whose signatures are `[length, window]` pairs, which format 1 has not."""
+    if metadata["format_version"] > 1:
+        return metadata
+    context = metadata["decoder"]["context_length"]
+    signatures = {
+        kind: {n: [1, size] if kind == "decode" else [size, context] for n, size in sizes.items()}
+        for kind, sizes in metadata["signatures"].items()
+    }
+    return {**metadata, "signatures": signatures}
 
 
 def _find(data: Any) -> bytes | None:

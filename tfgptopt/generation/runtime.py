@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from tfgptopt.generation import samplers
-from tfgptopt.generation.container import read_metadata
-from tfgptopt.generation.engine import Engine
-
-Prompt = str | Sequence[int]
+from tfgptopt.generation.codec import Codec, Prompt, StopLike
+from tfgptopt.generation.container import read_container
+from tfgptopt.generation.continuing import Continuation, sampled_tokens
+from tfgptopt.generation.engine import Cache, Engine
+from tfgptopt.generation.session import Session
+from tfgptopt.generation.weight_cache import cache_folder
 
 
 class TFLiteCausalLM:
     """Generates text with a file that `tfgptopt.export` wrote.
 
-    It needs numpy, tokenizers and ai-edge-litert, and neither TensorFlow nor Keras.
+    It needs numpy, tokenizers and ai-edge-litert, and neither TensorFlow nor Keras. Threads may
+    share it; they take turns at each token.
+
+    A prompt that begins like the one before it is read from where they differ.
 
     Args:
         path: The `.tflite` file.
         num_threads: int. Threads for the kernels. Defaults to `None`: all cores.
+        weight_cache: Folder for the weights as the CPU's kernels want them, so that the file loads
+            in an instant the second time; `False` for none. Defaults to `True`: the folder that
+            the environment variable `TFGPTOPT_WEIGHT_CACHE` names (`off` for none), else
+            `tfgptopt` in the user's cache folder. A folder that cannot be written is no error.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no TFLite file, was cut off, or was not written by tfgptopt.
+        ValueError: If the file is no TFLite file, is damaged or was cut off, or was not written by
+            tfgptopt.
 
     Example:
 
@@ -41,20 +51,23 @@ class TFLiteCausalLM:
     ```
     """
 
-    def __init__(self, path: str | Path, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        num_threads: int | None = None,
+        weight_cache: bool | str | Path = True,
+    ) -> None:
         if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
             raise ValueError(f"`num_threads` must be an int >= 1. Received: {num_threads!r}")
         self.path = Path(path)
-        self.metadata: dict[str, Any] = read_metadata(path)
-        self._generation = self.metadata["generation"]
-        blob = self.metadata["tokenizer"]
-        self._tokenizer = tokenizers.Tokenizer.from_str(blob) if blob else None
-        self._engine = Engine(
-            self.path,
-            self.metadata["decoder"],
-            self.metadata["signatures"],
-            num_threads or os.cpu_count() or 1,
-        )
+        container = read_container(path)
+        self.metadata: dict[str, Any] = container.metadata
+        self._codec = Codec(self.metadata, self.metadata["decoder"]["vocabulary_size"])
+        threads = num_threads or os.cpu_count() or 1
+        self._engine = Engine(self.path, container, threads, cache_folder(weight_cache))
+        self._idle: Cache | None = None
+        # Reentrant: a stream that is thrown away gives its cache back whenever Python collects it.
+        self._idle_lock = threading.RLock()
 
     @property
     def context_length(self) -> int:
@@ -72,96 +85,22 @@ class TFLiteCausalLM:
         Raises:
             ValueError: If the file has no tokenizer, or the text has characters it cannot encode.
         """
-        if self._tokenizer is None:
-            raise ValueError(
-                "The file has no tokenizer: the model was exported without a preprocessor. "
-                "Give lists of token ids."
-            )
-        try:
-            ids: list[int] = self._tokenizer.encode(text).ids
-            lossless = self._tokenizer.decode(ids, skip_special_tokens=False) == text
-        except (UnicodeEncodeError, TypeError) as error:
-            raise ValueError(f"The prompt is no valid Unicode text: {error}") from None
-        if not lossless:
-            raise ValueError("The prompt has characters that the tokenizer's vocabulary lacks.")
-        return ids
+        return self._codec.tokenize(text)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids, without special tokens."""
-        if self._tokenizer is None:
-            raise ValueError("The file has no tokenizer: the model was exported without one.")
-        text: str = self._tokenizer.decode(list(ids))
-        return text
+        """Returns the text of token ids, without special tokens.
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        """Checks a prompt and returns its ids."""
-        if isinstance(prompt, bytes):
-            raise ValueError(
-                "A prompt is text or a list of token ids. Received bytes: decode them."
-            )
-        if len(prompt) == 0:
-            raise ValueError("The prompt is empty. Give at least one character or token id.")
-        if isinstance(prompt, str):
-            ids = self.tokenize(prompt)
-            start = self._generation["start_token_id"]
-            ids = ids if start is None else [start, *ids]
-        else:
-            ids = [int(token) for token in prompt]
-        if min(ids) < 0 or max(ids) >= self.vocabulary_size:
-            raise ValueError(
-                f"The prompt has token id {max(ids) if min(ids) >= 0 else min(ids)}; ids of this "
-                f"model go from 0 to {self.vocabulary_size - 1}."
-            )
-        return ids
-
-    def _check_length(self, ids: list[int], most: int) -> None:
-        if len(ids) > most:
-            raise ValueError(
-                f"The prompt has {len(ids)} tokens, and the model's context has "
-                f"{self.context_length}. Shorten the prompt."
-            )
-
-    def _prepare(self, prompt: Prompt, max_length: int | None) -> tuple[list[int], int]:
-        """Checks a prompt and returns its ids and the length to stop at."""
-        ids = self._encode(prompt)
-        self._check_length(ids, self.context_length)
-        length = self.context_length if max_length is None else max_length
-        if not len(ids) <= length <= self.context_length:
-            raise ValueError(
-                f"`max_length` counts the prompt too: it must lie between the prompt's {len(ids)} "
-                f"tokens and the context of {self.context_length}. Received: {max_length}"
-            )
-        return ids, length
-
-    def _stop_ids(self, stop: str | Sequence[int] | None) -> set[int]:
-        if stop == "auto":
-            end = self._generation["end_token_id"]
-            return set() if end is None else {end}
-        if stop is None:
-            return set()
-        if isinstance(stop, str):
-            raise ValueError(f"`stop` is 'auto', None or token ids. Received: {stop!r}")
-        return {int(token) for token in stop}
-
-    def _new_tokens(
-        self, ids: list[int], length: int, sampler: samplers.Sampler, stop: set[int], seed: Any
-    ) -> Iterator[int]:
-        generator = np.random.default_rng(seed)
-        self._engine.prefill(ids[:-1])
-        token, position = ids[-1], len(ids) - 1
-        while position + 1 < length:
-            token = sampler(self._engine.decode(token, position), generator)
-            if token in stop:
-                return
-            yield token
-            position += 1
+        Raises:
+            ValueError: If the file has no tokenizer.
+        """
+        return self._codec.detokenize(ids)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         max_length: int | None = None,
-        sampler: str | samplers.Sampler = "greedy",
-        stop: str | Sequence[int] | None = "auto",
+        sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
+        stop: StopLike = "auto",
         strip_prompt: bool = False,
         seed: int | None = None,
     ) -> Any:
@@ -171,10 +110,12 @@ class TFLiteCausalLM:
             prompts: A text, a list of token ids, or a list of those.
             max_length: int. Tokens of prompt and continuation together, the start token that a
                 text gets included. Defaults to `None`: the whole context.
-            sampler: `"greedy"`, `"top_k"`, or a callable such as `TopK(k=5)`. Defaults to
-                `"greedy"`.
-            stop: `"auto"` for the tokenizer's end token, `None` to go on to `max_length`, or
-                token ids. Defaults to `"auto"`.
+            sampler: `"greedy"`, `"random"`, `"top_k"`, `"top_p"`, `"min_p"`; or a sampler such as
+                `TopK(k=5)`; or several, which are applied one after the other, such as
+                `[RepetitionPenalty(1.2), TopK(40), TopP(0.9)]`. Defaults to `"greedy"`.
+            stop: `"auto"` for the tokenizer's end token; `None` to go on to `max_length`; a text
+                or token id, or a list of those. The end token stops too unless ids are given.
+                What stops is not part of the result. Defaults to `"auto"`.
             strip_prompt: bool. Return only what is new. Defaults to `False`.
             seed: int. Seed of the sampler. Defaults to `None`: another result at each call.
 
@@ -185,51 +126,51 @@ class TFLiteCausalLM:
             ValueError: If a prompt is empty, too long or cannot be encoded, or an argument is out
                 of range.
         """
-        chosen, stop_ids = samplers.get(sampler), self._stop_ids(stop)
+        chosen, ends = samplers.get(sampler), self._codec.stop(stop)
         single = _is_single(prompts)
         batch: list[Any] = [prompts] if single else list(prompts)
         prepared = [self._prepare(prompt, max_length) for prompt in batch]
         results: list[Any] = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
-            new = list(self._new_tokens(ids, length, chosen, stop_ids, seed))
-            if isinstance(prompt, str):
-                completed = self.detokenize(ids + new)
-                shown = len(self.detokenize(ids)) if strip_prompt else 0
-                results.append(completed[shown:])
-            else:
-                results.append(new if strip_prompt else ids + new)
+            with self._cache() as cache:
+                new = sampled_tokens(self._engine, cache, ids, length, chosen, seed)
+                continuation = Continuation(new, self._codec, ids, ends)
+                if isinstance(prompt, str):
+                    text = "".join(continuation.pieces(flush=True))
+                    results.append(text if strip_prompt else prompt + text)
+                else:
+                    tokens = continuation.run()
+                    results.append(tokens if strip_prompt else ids + tokens)
         return results[0] if single else results
 
     def stream(
         self,
         prompt: str,
         max_length: int | None = None,
-        sampler: str | samplers.Sampler = "greedy",
-        stop: str | Sequence[int] | None = "auto",
+        sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
+        stop: StopLike = "auto",
         seed: int | None = None,
     ) -> Iterator[str]:
-        """Yields the continuation of a text as it comes, never half a character.
+        """Yields the continuation of a text as it comes.
 
         Args:
             prompt: The text to continue.
             max_length, sampler, stop, seed: As for `generate`.
 
         Yields:
-            Pieces of text, without the prompt.
+            Pieces of text, without the prompt: whole characters, and nothing of a stop text.
         """
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
+        chosen, ends = samplers.get(sampler), self._codec.stop(stop)
         ids, length = self._prepare(prompt, max_length)
-        new = self._new_tokens(ids, length, samplers.get(sampler), self._stop_ids(stop), seed)
-        return self._decode_stream(new)
 
-    def _decode_stream(self, new: Iterator[int]) -> Iterator[str]:
-        assert self._tokenizer is not None  # The prompt was tokenized with it.
-        decoder = DecodeStream(skip_special_tokens=True)
-        for token in new:
-            piece = decoder.step(self._tokenizer, token)
-            if piece:
-                yield piece
+        def pieces() -> Iterator[str]:
+            with self._cache() as cache:
+                new = sampled_tokens(self._engine, cache, ids, length, chosen, seed)
+                yield from Continuation(new, self._codec, ids, ends).pieces()
+
+        return pieces()
 
     def score(self, prompt: Prompt) -> np.ndarray:
         """Returns how likely each token of a text is, given those before it.
@@ -242,12 +183,54 @@ class TFLiteCausalLM:
             float32 array of natural logarithms of probabilities, one for each token but the first
             (for a text, the first is the start token).
         """
-        ids = self._encode(prompt)
+        ids = self._codec.encode(prompt)
         self._check_length(ids, self.context_length + 1)
-        logits = self._engine.score(ids[:-1]).astype(np.float64)
-        shifted = logits - logits.max(axis=-1, keepdims=True)
-        chosen = shifted[np.arange(len(ids) - 1), ids[1:]]
-        return (chosen - np.log(np.exp(shifted).sum(axis=-1))).astype(np.float32)
+        with self._cache() as cache:
+            logits = self._engine.score(cache, ids[:-1])
+        logits -= logits.max(axis=-1, keepdims=True)
+        chosen = logits[np.arange(len(ids) - 1), ids[1:]]
+        sums = np.exp(logits, out=logits).sum(axis=-1, dtype=np.float64)
+        return (chosen - np.log(sums)).astype(np.float32)
+
+    def session(self) -> Session:
+        """Returns a text that grows by turns, as in a chat, with a KV cache of its own."""
+        return Session(self._engine, self._codec, self._engine.new_cache(), [])
+
+    def reset(self) -> None:
+        """Forgets the last prompt, which is kept for the next one that begins like it."""
+        with self._idle_lock:
+            self._idle = None
+
+    @contextlib.contextmanager
+    def _cache(self) -> Iterator[Cache]:
+        """Lends a cache, the one that was used last if it is free."""
+        with self._idle_lock:
+            cache, self._idle = self._idle, None
+        cache = cache or self._engine.new_cache()
+        try:
+            yield cache
+        finally:
+            with self._idle_lock:
+                self._idle = cache
+
+    def _check_length(self, ids: list[int], most: int) -> None:
+        if len(ids) > most:
+            raise ValueError(
+                f"The prompt has {len(ids)} tokens, and the model's context has "
+                f"{self.context_length}. Shorten the prompt."
+            )
+
+    def _prepare(self, prompt: Prompt, max_length: int | None) -> tuple[list[int], int]:
+        """Checks a prompt and returns its ids and the length to stop at."""
+        ids = self._codec.encode(prompt)
+        self._check_length(ids, self.context_length)
+        length = self.context_length if max_length is None else max_length
+        if not len(ids) <= length <= self.context_length:
+            raise ValueError(
+                f"`max_length` counts the prompt too: it must lie between the prompt's {len(ids)} "
+                f"tokens and the context of {self.context_length}. Received: {max_length}"
+            )
+        return ids, length
 
 
 def _is_single(prompts: Any) -> bool:

@@ -17,35 +17,41 @@ from tfgptopt.decoder import DecoderSpec, read_decoder
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
 from tfgptopt.exporting.writing import replacing
-from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME
+from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME, seal
 from tfgptopt.recipe import recipe_of
 
 _SMALLEST_WINDOW = 128
-_PREFILL_LENGTHS = (32, 128)
-_SCORE_LENGTH = 128
 # Of models that have any number of positions: KerasHub's own default length of a text.
 _DEFAULT_CONTEXT = 1024
+# Lengths of prefill: the best for a long prompt, and one for what is left of it.
+_CHUNK, _SHORT_CHUNK = 128, 32
+
+
+def _windows(context_length: int, growth: float) -> list[int]:
+    """Returns windows up to the whole context, in steps of 128 that grow with the window."""
+    windows = [min(_SMALLEST_WINDOW, context_length)]
+    while windows[-1] < context_length:
+        steps = max(1, int(windows[-1] * (growth - 1)) // _SMALLEST_WINDOW)
+        windows.append(min(windows[-1] + steps * _SMALLEST_WINDOW, context_length))
+    return windows
 
 
 def plan_signatures(context_length: int) -> dict[str, list[Step]]:
     """Returns the signatures of a file, by what they are for.
 
-    `decode` reads one token and attends to a window of the cache, the next power of two and the
-    whole context being the widest; `prefill` reads many without logits; `score` gives all logits.
+    `decode` reads one token; `prefill` reads many without logits; `score` gives all logits. Each
+    attends to a window of the cache, so that a short text does not pay for the whole context. The
+    windows are few, since each signature takes some 5 ms to load, and memory.
     """
-    windows = []
-    window = _SMALLEST_WINDOW
-    while window < context_length:
-        windows.append(window)
-        window *= 2
-    windows.append(context_length)
-    # A short one for short prompts, where the context is not short itself.
-    lengths = [n for n in _PREFILL_LENGTHS if n < context_length // 4] or [context_length]
-    score = min(_SCORE_LENGTH, context_length)
+    chunk = min(context_length, _CHUNK)
+    doubled, few = _windows(context_length, 2), _windows(context_length, 4)
+    prefill = [(chunk, window) for window in doubled]
+    if chunk > _SHORT_CHUNK:
+        prefill += [(_SHORT_CHUNK, window) for window in few]
     return {
-        "decode": [Step(f"decode_{w}", 1, w, logits=True) for w in windows],
-        "prefill": [Step(f"prefill_{n}", n, context_length, logits=False) for n in lengths],
-        "score": [Step(f"score_{score}", score, context_length, logits=True)],
+        "decode": [Step(f"decode_{w}", 1, w, True) for w in _windows(context_length, 1.5)],
+        "prefill": [Step(f"prefill_{n}_{w}", n, w, False) for n, w in prefill],
+        "score": [Step(f"score_{chunk}_{w}", chunk, w, True) for w in few],
     }
 
 
@@ -117,8 +123,7 @@ def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
 def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> dict[str, Any]:
     preprocessor = getattr(model, "preprocessor", None)
     sizes = {
-        kind: {s.name: s.window if kind == "decode" else s.length for s in steps[kind]}
-        for kind in steps
+        kind: {step.name: [step.length, step.window] for step in steps[kind]} for kind in steps
     }
     recipe = recipe_of(model)
     return {
@@ -164,4 +169,7 @@ def write_tflite(model: keras.Model, target: Path, context_length: int | None) -
     metadata = _metadata(model, spec, steps)
     file.metadata(METADATA_NAME, json.dumps(metadata, ensure_ascii=False).encode())
     with replacing(target) as temporary:
-        temporary.write_bytes(file.tobytes())
+        data = file.tobytes()
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.write(seal(data))

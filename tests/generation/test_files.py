@@ -1,0 +1,114 @@
+"""Files that are damaged, foreign or too new raise, and never reach LiteRT."""
+
+import json
+
+import numpy as np
+import pytest
+import tokenizers
+from ai_edge_litert import schema_py_generated as schema
+
+from tfgptopt.exporting.tflite.builder import Model
+from tfgptopt.generation import TFLiteCausalLM, container
+from tfgptopt.generation.container import read_container, seal
+
+
+def rewritten(data: bytes, change) -> bytes:
+    """Returns a file whose metadata were changed, with a right checksum."""
+    flat = data[:-16]
+    model = schema.ModelT.InitFromPackedBuf(flat, 0)
+    (entry,) = [e for e in model.metadata if e.name == b"tfgptopt"]
+    metadata = json.loads(bytes(model.buffers[entry.buffer].data))
+    change(metadata)
+    buffer = model.buffers[entry.buffer]
+    buffer.data = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
+    import flatbuffers
+
+    builder = flatbuffers.Builder(len(flat))
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    changed = bytes(builder.Output())
+    return changed + seal(changed)
+
+
+def refused(path, data, message):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        TFLiteCausalLM(path)
+
+
+def test_no_file_and_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
+        TFLiteCausalLM(tmp_path / "nothing.tflite")
+    refused(tmp_path / "a.tflite", b"", "not a TFLite file")
+    refused(tmp_path / "a.tflite", b"not a model at all", "not a TFLite file")
+
+
+def test_every_flipped_bit_is_found(path, tmp_path):
+    whole = path.read_bytes()
+    generator = np.random.default_rng(0)
+    spots = {0, 4, len(whole) - 1, len(whole) - 8, len(whole) - 16}
+    spots |= set(generator.integers(0, len(whole), 250).tolist())
+    for spot in spots:
+        data = bytearray(whole)
+        data[spot] ^= 1 << int(generator.integers(8))
+        refused(tmp_path / "a.tflite", bytes(data), "damaged|not a TFLite file")
+
+
+def test_every_truncation_is_found(path, tmp_path):
+    whole = path.read_bytes()
+    ends = {1, 7, 8, 9, 20, len(whole) - 16, len(whole) - 15, len(whole) - 1}
+    ends |= set(np.random.default_rng(1).integers(0, len(whole), 60).tolist())
+    for end in ends:
+        refused(tmp_path / "a.tflite", whole[:end], "damaged|not a TFLite file")
+
+
+def test_files_of_others(tmp_path):
+    other = Model("other")
+    graph = other.graph("serve")
+    graph.output("y", graph.input("x", (1,), np.float32))
+    refused(tmp_path / "a.tflite", other.tobytes(), "was not written by tfgptopt")
+
+
+def test_a_newer_format_and_missing_fields(path, tmp_path):
+    def newer(metadata):
+        metadata["format_version"] = container.FORMAT_VERSION + 1
+
+    whole = path.read_bytes()
+    refused(tmp_path / "a.tflite", rewritten(whole, newer), "Update tfgptopt")
+    for field in ("format_version", "decoder", "signatures"):
+        changed = rewritten(whole, lambda metadata, field=field: metadata.pop(field))
+        refused(tmp_path / "a.tflite", changed, "is damaged")
+
+
+def test_format_1_had_no_checksum_and_is_still_read(path, lm, tmp_path):
+    def older(metadata):
+        metadata["format_version"] = 1
+        sizes = metadata["signatures"]
+        metadata["signatures"] = {
+            kind: {n: window if kind == "decode" else n_ for n, (n_, window) in sizes[kind].items()}
+            for kind in sizes
+        }
+
+    old = tmp_path / "old.tflite"
+    old.write_bytes(rewritten(path.read_bytes(), older)[:-16])
+    assert read_container(old).metadata["signatures"] == lm.metadata["signatures"]
+    assert TFLiteCausalLM(old).generate("import") == lm.generate("import")
+    refused(old, old.read_bytes()[:-2000], "damaged")
+
+
+def test_a_tokenizer_that_is_larger_than_the_model(path, tmp_path):
+    def enlarge(metadata):
+        tokenizer = tokenizers.Tokenizer.from_str(metadata["tokenizer"])
+        tokenizer.add_tokens([f"<{i}>" for i in range(2)])
+        metadata["tokenizer"] = tokenizer.to_str()
+
+    changed = rewritten(path.read_bytes(), enlarge)
+    refused(tmp_path / "a.tflite", changed, "tokenizer has 302 tokens, and its model only 300")
+
+
+def test_any_change_of_content_changes_the_hash(path, tmp_path):
+    first = read_container(path).content_hash
+    other = tmp_path / "other.tflite"
+    other.write_bytes(rewritten(path.read_bytes(), lambda m: m["generation"].update(extra=1)))
+    assert read_container(other).content_hash != first
+    other.write_bytes(path.read_bytes())
+    assert read_container(other).content_hash == first

@@ -1,0 +1,159 @@
+"""A text that grows by turns, as in a chat, and keeps its KV cache between them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+
+from tfgptopt.generation import samplers
+from tfgptopt.generation.codec import Codec, StopLike
+from tfgptopt.generation.continuing import Continuation, sampled_tokens
+from tfgptopt.generation.engine import Cache, Engine
+
+
+class Session:
+    """A text that grows by turns. `TFLiteCausalLM.session()` makes it.
+
+    Only what is new is read at each turn. Sessions of one model share its weights, and each has a
+    KV cache of its own.
+
+    Attributes:
+        tokens: list of int. The text so far, as token ids: prompts and continuations.
+
+    Example:
+
+    ```python
+    chat = lm.session()
+    print(chat.generate("Q: What is a KV cache?\\nA:", max_new_tokens=40, stop="\\n"))
+    print(chat.generate("\\nQ: Why does it help?\\nA:", max_new_tokens=40, stop="\\n"))
+    ```
+    """
+
+    def __init__(self, engine: Engine, codec: Codec, cache: Cache, tokens: Sequence[int]) -> None:
+        self.tokens = list(tokens)
+        self._engine = engine
+        self._codec = codec
+        self._cache = cache
+        self._lock = threading.Lock()
+        self._turn: Iterator[str] | None = None
+
+    @property
+    def text(self) -> str:
+        """The text so far, without special tokens.
+
+        Raises:
+            ValueError: If the file has no tokenizer.
+        """
+        return self._codec.detokenize(self.tokens)
+
+    def generate(
+        self,
+        text: str,
+        max_new_tokens: int | None = None,
+        sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
+        stop: StopLike = "auto",
+        seed: int | None = None,
+    ) -> str:
+        """Appends a text and its continuation to the session, and returns the continuation.
+
+        Args:
+            text: What comes next. The first text gets the model's start token, if it has one.
+            max_new_tokens: int. Most tokens to continue with. Defaults to `None`: until the
+                context is full.
+            sampler, stop, seed: As for `TFLiteCausalLM.generate`. What stops the continuation is
+                not kept: in a chat, begin the next text with it.
+
+        Returns:
+            The continuation.
+
+        Raises:
+            ValueError: If the text is empty, cannot be encoded or does not fit into the context,
+                or an argument is out of range. The session is then as it was.
+            RuntimeError: If another thread is using the session.
+        """
+        return "".join(self.stream(text, max_new_tokens, sampler, stop, seed))
+
+    def stream(
+        self,
+        text: str,
+        max_new_tokens: int | None = None,
+        sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
+        stop: StopLike = "auto",
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Appends a text to the session, and yields its continuation as it comes.
+
+        A stream that is broken off leaves the session with what came until then; the next call
+        ends a stream that is still open.
+
+        Args:
+            text, max_new_tokens, sampler, stop, seed: As for `generate`.
+
+        Yields:
+            Pieces of text: whole characters, and nothing of a stop text.
+        """
+        chosen, ends = samplers.get(sampler), self._codec.stop(stop)
+        with self._lock:
+            self._end_turn()
+            tokens = self.tokens + self._encode(text)
+            length = self._length(len(tokens), max_new_tokens)
+            new = sampled_tokens(self._engine, self._cache, tokens, length, chosen, seed)
+            self._turn = self._run(Continuation(new, self._codec, tokens, ends), tokens)
+            return self._turn
+
+    def reset(self) -> None:
+        """Forgets the text. The cache stays, for what begins with the same tokens."""
+        with self._lock:
+            self._end_turn()
+            self.tokens = []
+
+    def fork(self) -> Session:
+        """Returns a session with the same text so far, which then goes its own way."""
+        with self._lock:
+            self._end_turn()
+            cache = self._engine.copy_cache(self._cache)
+            return Session(self._engine, self._codec, cache, self.tokens)
+
+    def _end_turn(self) -> None:
+        """Ends a stream that is still open."""
+        if self._turn is not None:
+            try:
+                self._turn.close()  # type: ignore[attr-defined]
+            except ValueError:  # Python's own check: the generator is running.
+                raise RuntimeError(
+                    "Another thread is using this session. Give each thread a session of its own: "
+                    "`lm.session()` or `session.fork()`."
+                ) from None
+            self._turn = None
+
+    def _encode(self, text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"A session continues text. Received: {type(text).__name__}")
+        return self._codec.encode(text, start=not self.tokens)
+
+    def _length(self, size: int, max_new_tokens: int | None) -> int:
+        """Returns the number of tokens to stop at."""
+        context = self._engine.context_length
+        if max_new_tokens is not None and (
+            isinstance(max_new_tokens, bool)
+            or not isinstance(max_new_tokens, int)
+            or max_new_tokens < 1
+        ):
+            raise ValueError(
+                f"`max_new_tokens` must be an int >= 1, or None. Received: {max_new_tokens!r}"
+            )
+        if size >= context:
+            raise ValueError(
+                f"The session would have {size} tokens, and the model's context has {context}. "
+                f"It has {len(self.tokens)} now: call `reset()`, and give a shorter text."
+            )
+        return context if max_new_tokens is None else min(context, size + max_new_tokens)
+
+    def _run(self, turn: Continuation, tokens: list[int]) -> Iterator[str]:
+        self.tokens = tokens
+        try:
+            yield from turn.pieces()
+        finally:
+            self.tokens = [*tokens, *turn.tokens]
+            if turn.tail:
+                self.tokens += self._codec.tokenizer.encode(turn.tail, add_special_tokens=False).ids

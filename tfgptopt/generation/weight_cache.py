@@ -1,0 +1,151 @@
+"""Keeps the weights as XNNPACK packs them in a per-user folder, so that a file loads at once.
+
+An entry is one file, whose name says what it was made from and what its checksum is. It is built
+where no one sees it and renamed, so that processes that start together do no harm, and it is used
+only if its checksum is right: LiteRT neither notices a changed model nor survives a damaged entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TypeVar
+
+from tfgptopt.generation.container import checksum
+
+Model = TypeVar("Model")
+
+ENVIRONMENT = "TFGPTOPT_WEIGHT_CACHE"
+MEMORY = ":memory"
+
+_SUFFIX = ".xnnpack"
+_MOST_BYTES = 4 << 30
+_ABANDONED_SECONDS = 3600
+
+
+def cache_folder(choice: bool | str | Path) -> Path | None:
+    """Returns the folder of the entries, or `None` for no folder.
+
+    Args:
+        choice: A folder, `False` for none, or `True` for the one that the environment variable
+            `TFGPTOPT_WEIGHT_CACHE` names ("off" is none), by default the user's cache folder.
+    """
+    if not isinstance(choice, bool):
+        return Path(choice)
+    named = os.environ.get(ENVIRONMENT, "")
+    if not choice or named.lower() == "off":
+        return None
+    if named:
+        return Path(named)
+    if sys.platform == "darwin":
+        return Path("~/Library/Caches/tfgptopt").expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tfgptopt"
+
+
+def load(compiled: Callable[[str], Model], content_hash: str, folder: Path | None) -> Model:
+    """Loads a model with its packed weights from the folder, and puts them there if need be.
+
+    A folder that cannot be used is no error: the weights are then packed in memory, as without.
+
+    Args:
+        compiled: Loads the model with a path of packed weights, which LiteRT writes if there is
+            no such file, or with `":memory"`.
+        content_hash: Of the model's file.
+        folder: Where the entries are, or `None`.
+    """
+    if folder is None:
+        return compiled(MEMORY)
+    name = f"{content_hash}-{_machine()}"
+    entry = _valid_entry(folder, name)
+    if entry is not None:
+        return compiled(str(entry))
+    with _scratch() as path:
+        model = compiled(MEMORY if path is None else path)
+        if path is not None:
+            with contextlib.suppress(OSError):
+                _store(Path(path), folder, name)
+    return model
+
+
+def _machine() -> str:
+    """Returns a hash of what decides how weights are packed: the runtime and the CPU."""
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        cpu = next((x for x in lines if x.startswith(("flags", "Features"))), cpu)
+    facts = [metadata.version("ai-edge-litert"), sys.platform, platform.machine(), cpu]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _valid_entry(folder: Path, name: str) -> Path | None:
+    """Returns the entry of a name if it is whole; a damaged one is removed."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.glob(f"{name}-*{_SUFFIX}")):
+            with path.open("rb") as file:
+                crc = checksum(file, path.stat().st_size)
+            if path.stem == f"{name}-{crc:08x}":
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # The oldest are removed first.
+                return path
+            path.unlink()
+    return None
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str | None]:
+    """Yields a path that LiteRT can write to without fail, or `None`.
+
+    LiteRT aborts the process if it cannot write, as on a full disk. On Linux it therefore writes to
+    memory, which it needs for the weights anyway; we copy from there, and may fail.
+    """
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("tfgptopt weights")
+        try:
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        roomy = shutil.disk_usage(folder).free > _MOST_BYTES
+        yield f"{folder}/weights" if roomy else None
+
+
+def _store(packed: Path, folder: Path, name: str) -> None:
+    """Copies packed weights into the folder under their final name."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, temporary_name = tempfile.mkstemp(dir=folder, prefix="building-")
+    temporary = Path(temporary_name)
+    try:
+        with packed.open("rb") as source, os.fdopen(descriptor, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+        with packed.open("rb") as source:
+            crc = checksum(source, packed.stat().st_size)
+        temporary.replace(folder / f"{name}-{crc:08x}{_SUFFIX}")
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _remove_old(folder)
+
+
+def _remove_old(folder: Path) -> None:
+    """Removes the entries that were not used for longest, beyond 4 GiB, and abandoned work."""
+    now, total = time.time(), 0
+    files = [(path, path.stat()) for path in folder.iterdir() if path.is_file()]
+    for path, stat in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
+        if path.name.startswith("building-"):
+            if now - stat.st_mtime > _ABANDONED_SECONDS:
+                path.unlink()
+        elif path.suffix == _SUFFIX:
+            total += stat.st_size
+            if total > _MOST_BYTES and total > stat.st_size:
+                path.unlink()
