@@ -19,7 +19,7 @@ from tfgptopt.exporting.tflite.builder import Graph, Tensor
 _MASKED = 1e9
 
 
-def joined(name: str, parts: Iterable[Matrix]) -> Matrix | None:
+def _joined(name: str, parts: Iterable[Matrix]) -> Matrix | None:
     """Returns matrices of one input as one matrix, or `None` if they are not stored alike."""
     parts = list(parts)
     if len({part.bits for part in parts}) > 1:
@@ -53,7 +53,7 @@ class Projection:
     def of(cls, attention: Attention, tables: dict[bytes, np.ndarray], context: int) -> Projection:
         """Puts it together; `tables` holds the tables that layers share."""
         parts = (attention.query, attention.key, attention.value)
-        both = joined(f"{attention.query.name}+key+value", parts)
+        both = _joined(f"{attention.query.name}+key+value", parts)
         table = None
         if attention.rotary is not None:
             table = attention.rotary.table(context)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfgptopt.decoder.spec import Block, DecoderSpec, FeedForward, Matrix, Norm
+from tfgptopt.decoder.spec import DecoderSpec, FeedForward, Norm
 from tfgptopt.exporting.tflite import operators as op
-from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, joined, project
+from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
 
 
@@ -34,15 +34,6 @@ class Step:
     logits: bool
 
 
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """A block with the products of one input put together, once for all signatures."""
-
-    block: Block
-    projection: Projection
-    gate_and_up: Matrix | None
-
-
 def add_signatures(model: Model, spec: DecoderSpec, steps: Iterable[Step]) -> None:
     """Adds signatures to a model, which share every weight.
 
@@ -57,35 +48,35 @@ def add_signatures(model: Model, spec: DecoderSpec, steps: Iterable[Step]) -> No
     """
     assert spec.context_length is not None
     tables: dict[bytes, np.ndarray] = {}
-    layers = []
-    for block in spec.blocks:
-        projection = Projection.of(block.attention, tables, spec.context_length)
-        gate, up = block.feedforward.gate, block.feedforward.up
-        both = None if gate is None else joined(f"{gate.name}+up", (gate, up))
-        layers.append(_Layer(block, projection, both))
+    projections = [
+        Projection.of(block.attention, tables, spec.context_length) for block in spec.blocks
+    ]
     for step in steps:
-        _add_signature(model.graph(step.name), spec, layers, step)
+        _add_signature(model.graph(step.name), spec, projections, step)
 
 
-def _add_signature(graph: Graph, spec: DecoderSpec, layers: list[_Layer], step: Step) -> None:
+def _add_signature(
+    graph: Graph, spec: DecoderSpec, projections: list[Projection], step: Step
+) -> None:
     tokens = graph.input("tokens", (step.length,), np.int32)
     positions = Positions(graph, step.length, step.window)
     caches = [
         [graph.input(f"{kind}_{i}", spec.cache_shape, np.float32) for kind in ("key", "value")]
-        for i in range(len(layers))
+        for i in range(len(spec.blocks))
     ]
     x = _embed(graph, spec, tokens, positions)
-    for i, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-        block, attention = layer.block, layer.block.attention
+    layers = zip(spec.blocks, projections, caches, strict=True)
+    for i, (block, projection, cache) in enumerate(layers):
+        attention = block.attention
         normed = op.normalize(graph, x, block.attention_norm)
-        query, *new = project(graph, attention, layer.projection, normed, positions)
+        query, *new = project(graph, attention, projection, normed, positions)
         cache = [
             op.dynamic_update_slice(graph, held, part, positions.start)
             for held, part in zip(cache, new, strict=True)
         ]
         graph.output(f"key_{i}", cache[0])
         graph.output(f"value_{i}", cache[1])
-        if not step.logits and i == len(layers) - 1:
+        if not step.logits and i == len(spec.blocks) - 1:
             return  # Nothing behind the last cache is needed.
         mixed = attend(graph, attention, query, cache, positions)
         attended = op.fully_connected(graph, mixed, attention.output)
@@ -93,7 +84,7 @@ def _add_signature(graph: Graph, spec: DecoderSpec, layers: list[_Layer], step: 
         if not block.parallel:
             x = op.binary(graph, "ADD", x, attended)
         normed = op.normalize(graph, x, block.feedforward_norm)
-        added = _feedforward(graph, block.feedforward, layer.gate_and_up, normed)
+        added = _feedforward(graph, block.feedforward, normed)
         added = _maybe_normalize(graph, added, block.post_feedforward_norm)
         if block.parallel:
             added = op.binary(graph, "ADD", added, attended)
@@ -120,21 +111,13 @@ def _maybe_normalize(graph: Graph, x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else op.normalize(graph, x, norm)
 
 
-def _feedforward(
-    graph: Graph, feedforward: FeedForward, gate_and_up: Matrix | None, x: Tensor
-) -> Tensor:
-    activation = feedforward.activation
-    if feedforward.gate is None:
-        hidden = op.fully_connected(graph, x, feedforward.up, relu=activation == "relu")
-        if activation != "relu":
-            hidden = op.activate(graph, hidden, activation)
-        return op.fully_connected(graph, hidden, feedforward.down)
-    if gate_and_up is None:
+def _feedforward(graph: Graph, feedforward: FeedForward, x: Tensor) -> Tensor:
+    relu = feedforward.activation == "relu" and feedforward.gate is None
+    hidden = op.fully_connected(graph, x, feedforward.up, relu=relu)
+    if feedforward.gate is not None:
+        # As one product with `up` it was no faster: the halves must be copied out of it.
         gate = op.fully_connected(graph, x, feedforward.gate)
-        up = op.fully_connected(graph, x, feedforward.up)
-    else:
-        both = op.fully_connected(graph, x, gate_and_up)
-        half = (x.shape[0], both.shape[1] // 2)
-        gate, up = (op.slice_(graph, both, (0, at), half) for at in (0, half[1]))
-    hidden = op.binary(graph, "MUL", op.activate(graph, gate, activation), up)
+        hidden = op.binary(graph, "MUL", op.activate(graph, gate, feedforward.activation), hidden)
+    elif not relu:
+        hidden = op.activate(graph, hidden, feedforward.activation)
     return op.fully_connected(graph, hidden, feedforward.down)

@@ -16,6 +16,7 @@ import tfgptopt
 from tfgptopt.decoder import DecoderSpec, read_decoder
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
+from tfgptopt.exporting.tokenizer import tokenizer_json
 from tfgptopt.exporting.writing import replacing
 from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME, seal
 from tfgptopt.recipe import recipe_of
@@ -69,21 +70,6 @@ def _with_context(spec: DecoderSpec, model: Any, context_length: int | None) -> 
     return spec.with_context(context_length)
 
 
-def _tokenizer_json(preprocessor: Any) -> str | None:
-    """Returns the tokenizer in the format of the `tokenizers` library."""
-    tokenizer = getattr(preprocessor, "tokenizer", None)
-    if tokenizer is None:
-        return None
-    if not isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
-        raise ValueError(
-            f"Cannot store a {type(tokenizer).__name__}: only byte-pair tokenizers can be. "
-            "Set `model.preprocessor = None` and work with token ids."
-        )
-    tokenizer("")  # KerasHub makes its backend on first use.
-    text: str = tokenizer._tokenizer.to_str()
-    return text
-
-
 def _generation_defaults(preprocessor: Any) -> dict[str, int | None]:
     tokenizer = getattr(preprocessor, "tokenizer", None)
     starts = getattr(preprocessor, "add_start_token", False)
@@ -122,6 +108,7 @@ def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
 
 def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> dict[str, Any]:
     preprocessor = getattr(model, "preprocessor", None)
+    tokenizer = getattr(preprocessor, "tokenizer", None)
     sizes = {
         kind: {step.name: [step.length, step.window] for step in steps[kind]} for kind in steps
     }
@@ -147,7 +134,7 @@ def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> di
         "generation": _generation_defaults(preprocessor),
         "recipe": recipe.to_config() if recipe else None,
         "weights": _describe_weights(spec),
-        "tokenizer": _tokenizer_json(preprocessor),
+        "tokenizer": None if tokenizer is None else tokenizer_json(tokenizer),
     }
 
 
