@@ -21,19 +21,27 @@ def export(
 ) -> Path:
     """Exports a model as TFLite (a name that ends with `.tflite`) or SavedModel (a folder).
 
-    A `.tflite` file holds prefill and decode signatures with a KV cache, each weight once, as the
-    integers that training rounded to, the tokenizer and the recipe. `TFLiteCausalLM` reads it, and
-    so does any LiteRT runtime. A SavedModel holds `serve`, and `generate` for a causal LM;
-    TensorFlow loads it without Keras.
-
     The model may be dressed by pruning and quantization, finalized, or plain (float32 weights).
-    It is not changed.
+    It is not changed. What a `.tflite` file holds depends on the model:
+
+    - A causal language model of a known family (Bloom, Falcon, Gemma 1 to 3, GPT-2, GPT-NeoX,
+      Llama, Mistral, OPT, Phi-3, Qwen 2 and 3, SmolLM3): prefill and decode signatures with a KV
+      cache, each weight once, as the integers that training rounded to, the tokenizer and the
+      recipe. `TFLiteCausalLM` reads it, and so does any LiteRT runtime.
+    - Any other causal language model of KerasHub, such as a mixture of experts: the same
+      signatures, made by TensorFlow's converter from the model's `call_with_cache`. It warns: the
+      export takes longer, and the file is larger and slower.
+    - Any other Keras model: what `keras.Model.export` gives, with the weights of its quantized
+      Dense, EinsumDense and Embedding layers as the integers that training rounded to.
+
+    A SavedModel holds `serve`, and `generate` for a causal LM; TensorFlow loads it without Keras.
 
     Args:
-        model: A built Keras 3 model. For TFLite: a `keras_hub.models.GPT2CausalLM`.
+        model: A built Keras 3 model.
         path: Where to write.
-        context_length: int. For TFLite, how many positions the KV cache holds, in tokens. Defaults
-            to `None`: all that the model has.
+        context_length: int. For TFLite files of causal LMs, how many positions the KV cache holds,
+            in tokens. Defaults to `None`: all that the model has; of a model that has any number,
+            the `sequence_length` of its preprocessor, or else 1024.
         overwrite: bool. Replace an existing file or folder. Defaults to `False`.
 
     Returns:
@@ -41,7 +49,7 @@ def export(
 
     Raises:
         FileExistsError: If `path` exists and `overwrite` is false.
-        ValueError: If the model is not built, its family cannot be exported, or
+        ValueError: If the model is not built, its configuration cannot be exported, or
             `context_length` is out of range. Nothing is written then.
 
     Example:

@@ -84,6 +84,27 @@ def pack_int4(integers: np.ndarray) -> np.ndarray:
     return flat[0::2] | (flat[1::2] << 4)
 
 
+def pack(model: schema.ModelT) -> bytes:
+    """Returns a model as the bytes of a file, its buffers aligned as kernels expect.
+
+    Raises:
+        ValueError: If the file would be larger than a flatbuffer can be.
+    """
+    for i, buffer in enumerate(model.buffers):
+        if isinstance(buffer, schema.BufferT):
+            data = b"" if buffer.data is None else np.asarray(buffer.data, np.uint8)
+            model.buffers[i] = _AlignedBuffer(data)
+    size = sum(buffer.data.nbytes for buffer in model.buffers)
+    if size > _FILE_LIMIT - 2**24:
+        raise ValueError(
+            f"The weights need {size / 2**30:.2f} GiB, and a TFLite file ends at 2 GiB. "
+            "Quantize the model first, to Int8() or Int4()."
+        )
+    builder = flatbuffers.Builder(size + 2**20)
+    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
+    return bytes(builder.Output())
+
+
 class Model:
     """The file: shared buffers, operator codes, graphs with signatures, metadata."""
 
@@ -141,12 +162,6 @@ class Model:
         Raises:
             ValueError: If the file would be larger than a flatbuffer can be.
         """
-        size = sum(buffer.data.nbytes for buffer in self._buffers)
-        if size > _FILE_LIMIT - 2**24:
-            raise ValueError(
-                f"The weights need {size / 2**30:.2f} GiB, and a TFLite file ends at 2 GiB. "
-                "Quantize the model first, to Int8() or Int4()."
-            )
         model = schema.ModelT(
             version=3,
             description=self._description,
@@ -163,9 +178,7 @@ class Model:
             ],
             metadata=self._metadata,
         )
-        builder = flatbuffers.Builder(size + 2**20)
-        builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-        return bytes(builder.Output())
+        return pack(model)
 
 
 class Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
 
 import tfgptopt
-from tfgptopt.decoder import DecoderSpec, read_decoder
-from tfgptopt.exporting.tflite.builder import Model
+from tfgptopt.decoder import DecoderSpec, Matrix, has_reader, read_decoder
+from tfgptopt.decoder.reading import as_floats
+from tfgptopt.exporting.tflite import constants, converting
+from tfgptopt.exporting.tflite.builder import Model, pack
 from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
 from tfgptopt.exporting.tokenizer import tokenizer_json
 from tfgptopt.exporting.writing import replacing
@@ -56,18 +60,26 @@ def plan_signatures(context_length: int) -> dict[str, list[Step]]:
     }
 
 
-def _with_context(spec: DecoderSpec, model: Any, context_length: int | None) -> DecoderSpec:
-    """Returns the decoder with as many positions as are asked for, or as fit the model."""
-    largest = spec.context_length
-    if context_length is None:
-        if largest is not None:
-            return spec
+def plan_few_signatures(context_length: int) -> dict[str, list[Step]]:
+    """Returns one signature of each kind, for files of which each costs a conversion."""
+    chunk, window = min(context_length, _CHUNK), context_length
+    return {
+        "decode": [Step(f"decode_{window}", 1, window, True)],
+        "prefill": [Step(f"prefill_{chunk}_{window}", chunk, window, False)],
+        "score": [Step(f"score_{chunk}_{window}", chunk, window, True)],
+    }
+
+
+def _context(model: Any, largest: int | None, wanted: int | None) -> int:
+    """Returns how many positions the cache holds: as many as asked for, or as fit the model."""
+    if wanted is None:
         preprocessor = getattr(model, "preprocessor", None)
-        context_length = getattr(preprocessor, "sequence_length", None) or _DEFAULT_CONTEXT
-    if not isinstance(context_length, int) or not 2 <= context_length <= (largest or 2**24):
+        given = getattr(preprocessor, "sequence_length", None)
+        wanted = largest or given or _DEFAULT_CONTEXT
+    if not isinstance(wanted, int) or not 2 <= wanted <= (largest or 2**24):
         limits = f"from 2 to {largest}, the positions that the model has" if largest else ">= 2"
-        raise ValueError(f"`context_length` must be an int {limits}. Received: {context_length!r}")
-    return spec.with_context(context_length)
+        raise ValueError(f"`context_length` must be an int {limits}. Received: {wanted!r}")
+    return wanted
 
 
 def _generation_defaults(preprocessor: Any) -> dict[str, int | None]:
@@ -93,9 +105,8 @@ def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
     return arrays, scales
 
 
-def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
+def _describe_weights(arrays: list[np.ndarray], scales: list[np.ndarray]) -> dict[str, Any]:
     """Returns how many weights there are, how many are not zero, and a hash of their bytes."""
-    arrays, scales = _arrays(spec)
     digest = hashlib.sha256()
     for array in (*arrays, *scales):
         digest.update(np.ascontiguousarray(array).data)
@@ -106,14 +117,20 @@ def _describe_weights(spec: DecoderSpec) -> dict[str, Any]:
     }
 
 
-def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> dict[str, Any]:
+def _metadata(
+    model: Any,
+    decoder: dict[str, int],
+    steps: dict[str, list[Step]],
+    weights: dict[str, Any],
+) -> bytes:
     preprocessor = getattr(model, "preprocessor", None)
     tokenizer = getattr(preprocessor, "tokenizer", None)
+    backbone = getattr(model, "backbone", model)
     sizes = {
         kind: {step.name: [step.length, step.window] for step in steps[kind]} for kind in steps
     }
     recipe = recipe_of(model)
-    return {
+    about = {
         "format_version": FORMAT_VERSION,
         "versions": {
             "tfgptopt": tfgptopt.__version__,
@@ -121,42 +138,119 @@ def _metadata(model: Any, spec: DecoderSpec, steps: dict[str, list[Step]]) -> di
             "keras": keras.__version__,
             "keras_hub": keras_hub.__version__,
         },
-        "source": {"class": type(model).__name__, "family": spec.family, "config": spec.config},
-        "decoder": {
-            "num_layers": len(spec.blocks),
-            "num_heads": spec.blocks[0].attention.num_heads,
-            "num_key_value_heads": spec.cache_shape[0],
-            "head_dim": spec.cache_shape[2],
-            "context_length": spec.context_length,
-            "vocabulary_size": spec.vocabulary_size,
+        "source": {
+            "class": type(model).__name__,
+            "family": type(backbone).__name__,
+            "config": keras.saving.serialize_keras_object(backbone)["config"],
         },
+        "decoder": decoder,
         "signatures": sizes,
         "generation": _generation_defaults(preprocessor),
         "recipe": recipe.to_config() if recipe else None,
-        "weights": _describe_weights(spec),
+        "weights": weights,
         "tokenizer": None if tokenizer is None else tokenizer_json(tokenizer),
     }
+    return json.dumps(about, ensure_ascii=False).encode()
+
+
+def _decoder_file(model: keras.Model, context_length: int | None) -> bytes:
+    """Returns the file of a model whose family has a reader."""
+    spec = read_decoder(model)
+    context = _context(model, spec.context_length, context_length)
+    spec, steps = spec.with_context(context), plan_signatures(context)
+    file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}")
+    add_signatures(file, spec, (step for kind in steps.values() for step in kind))
+    decoder = {
+        "num_layers": len(spec.blocks),
+        "num_heads": spec.blocks[0].attention.num_heads,
+        "num_key_value_heads": spec.cache_shape[0],
+        "head_dim": spec.cache_shape[2],
+        "context_length": context,
+        "vocabulary_size": spec.vocabulary_size,
+    }
+    weights = _describe_weights(*_arrays(spec))
+    file.metadata(METADATA_NAME, _metadata(model, decoder, steps, weights))
+    return file.tobytes()
+
+
+def _converted_causal_lm(model: Any, context_length: int | None) -> bytes:
+    """Returns the file of any other causal LM of KerasHub."""
+    warnings.warn(
+        f"No reader describes {type(model).__name__}: it is exported through TensorFlow's "
+        "converter, with the same signatures. That takes longer, and the file is larger and "
+        "several times slower than one of a known family.",
+        stacklevel=4,
+    )
+    context = _context(model, None, context_length)
+    steps = plan_few_signatures(context)
+    matrices = converting.quantized_matrices(model)
+    with converting.ready_to_convert(model):
+        count, shape = converting.cache_shape(model, context)
+        flat = (step for kind in steps.values() for step in kind)
+        file = converting.convert_causal_lm(model, flat, count, shape)
+        values = [as_floats(variable) for variable in model.weights]
+    _store_integers(file, matrices)
+    decoder = {
+        "num_layers": count,
+        "num_heads": shape[0],
+        "num_key_value_heads": shape[0],
+        "head_dim": shape[2],
+        "context_length": context,
+        "vocabulary_size": model.backbone.vocabulary_size,
+    }
+    data = _metadata(model, decoder, steps, _describe_weights(values, []))
+    file.buffers.append(schema.BufferT(data=np.frombuffer(data, np.uint8)))
+    entry = schema.MetadataT(name=METADATA_NAME, buffer=len(file.buffers) - 1)
+    file.metadata = [*(file.metadata or []), entry]
+    return pack(file)
+
+
+def _converted_model(model: keras.Model, context_length: int | None) -> bytes:
+    """Returns the file of a model that is no causal LM, as Keras exports it."""
+    if context_length is not None:
+        raise ValueError("`context_length` sizes the KV cache of a causal LM only.")
+    matrices = converting.quantized_matrices(model)
+    with converting.ready_to_convert(model):
+        file = converting.convert_any(model)
+    foreign = constants.operators_of_tensorflow(file)
+    if foreign:
+        warnings.warn(
+            f"The file of '{model.name}' has operators of TensorFlow ({', '.join(foreign)}): it "
+            "needs a runtime that is built with them.",
+            stacklevel=4,
+        )
+    _store_integers(file, matrices)
+    return pack(file)
+
+
+def _store_integers(file: schema.ModelT, matrices: list[Matrix]) -> None:
+    found = constants.store_integers(file, matrices)
+    lost = [matrix.name for matrix in matrices if matrix.name not in found]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of {len(matrices)} quantized weights stay float32 in the file, since the "
+            f"converter changed them: {', '.join(lost[:3])}",
+            stacklevel=5,
+        )
 
 
 def write_tflite(model: keras.Model, target: Path, context_length: int | None) -> None:
-    """Writes a causal LM as a `.tflite` file.
+    """Writes a model as a `.tflite` file.
 
     Args:
-        model: A `keras_hub.models.GPT2CausalLM`, dressed or plain.
+        model: A built model, dressed or plain.
         target: The file.
         context_length: Positions of the KV cache, in tokens, or `None` for all.
 
     Raises:
-        ValueError: If the family has no reader, or `context_length` is out of range.
+        ValueError: If the model cannot be exported, or `context_length` is out of range.
     """
-    spec = _with_context(read_decoder(model), model, context_length)
-    steps = plan_signatures(spec.cache_shape[1])
-    file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}")
-    add_signatures(file, spec, (step for kind in steps.values() for step in kind))
-    metadata = _metadata(model, spec, steps)
-    file.metadata(METADATA_NAME, json.dumps(metadata, ensure_ascii=False).encode())
-    with replacing(target) as temporary:
-        data = file.tobytes()
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.write(seal(data))
+    if has_reader(model):
+        data = _decoder_file(model, context_length)
+    elif isinstance(model, keras_hub.models.CausalLM):
+        data = _converted_causal_lm(model, context_length)
+    else:
+        data = _converted_model(model, context_length)
+    with replacing(target) as temporary, temporary.open("wb") as stream:
+        stream.write(data)
+        stream.write(seal(data))

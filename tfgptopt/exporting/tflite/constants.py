@@ -1,0 +1,143 @@
+"""Stores float constants of a converted file as the integers that training rounded them to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from tfgptopt.decoder.spec import Matrix
+from tfgptopt.exporting.tflite.builder import pack_int4
+
+
+def _digest(array: np.ndarray) -> bytes:
+    # Adding zero makes negative zeros positive: they are equal, and their bytes are not.
+    return hashlib.sha256(np.ascontiguousarray(array + np.float32(0)).data).digest()
+
+
+def store_integers(model: schema.ModelT, matrices: Iterable[Matrix]) -> set[str]:
+    """Replaces float constants that equal a quantized matrix, in place.
+
+    Weights of FULLY_CONNECTED become integers with a scale for each output, which runtimes compute
+    with. Whatever another operator reads becomes int8 behind a DEQUANTIZE, which runtimes do once,
+    when they load: the file is small, the computation is that of floats.
+
+    Args:
+        model: A file with float weights.
+        matrices: Matrices with integers.
+
+    Returns:
+        Names of the matrices that were found.
+    """
+    known: dict[tuple[tuple[int, ...], bytes], tuple[Matrix, bool]] = {}
+    for matrix in matrices:
+        values = matrix.floats()
+        known[values.shape, _digest(values)] = matrix, False
+        known.setdefault((values.shape[::-1], _digest(values.T)), (matrix, True))
+    found = set()
+    buffers: dict[tuple[str, bool, int], int] = {}
+    for graph in model.subgraphs:
+        for index, tensor in enumerate(list(graph.tensors)):
+            data = model.buffers[tensor.buffer].data
+            if tensor.type != schema.TensorType.FLOAT32 or data is None or len(data) < 4:
+                continue
+            shape = tuple(int(size) for size in tensor.shape)
+            if len(shape) != 2:
+                continue
+            values = np.asarray(data, np.uint8).view(np.float32).reshape(shape)
+            match = known.get((shape, _digest(values)))
+            if match is not None:
+                _replace(model, graph, index, *match, buffers)
+                found.add(match[0].name)
+    _drop_unused_buffers(model)
+    return found
+
+
+def _replace(
+    model: schema.ModelT,
+    graph: schema.SubGraphT,
+    index: int,
+    matrix: Matrix,
+    turned: bool,
+    buffers: dict[tuple[str, bool, int], int],
+) -> None:
+    """Stores one constant of a graph as integers."""
+    product = schema.BuiltinOperator.FULLY_CONNECTED
+    readers = [x for x in graph.operators if index in list(x.inputs)]
+    as_weights = not turned and all(
+        model.operatorCodes[x.opcodeIndex].builtinCode == product
+        and list(x.inputs).index(index) == 1
+        for x in readers
+    )
+    bits = matrix.bits if as_weights else 8
+    key = (matrix.name, turned, bits or 8)
+    if key not in buffers:
+        values = np.ascontiguousarray(matrix.values.T if turned else matrix.values)
+        data = pack_int4(values) if bits == 4 else values.view(np.uint8).reshape(-1)
+        model.buffers.append(schema.BufferT(data=data))
+        buffers[key] = len(model.buffers) - 1
+    assert matrix.scale is not None
+    quantization = schema.QuantizationParametersT(
+        scale=matrix.scale,
+        zeroPoint=np.zeros(matrix.scale.size, np.int64),
+        quantizedDimension=1 if turned else 0,
+    )
+    tensor = graph.tensors[index]
+    kind = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
+    if as_weights:
+        tensor.type, tensor.buffer, tensor.quantization = kind, buffers[key], quantization
+        for reader in readers:
+            reader.builtinOptions.asymmetricQuantizeInputs = True
+            code = model.operatorCodes[reader.opcodeIndex]
+            code.version = max(code.version, 9)
+        return
+    graph.tensors.append(
+        schema.TensorT(
+            shape=tensor.shape,
+            type=kind,
+            buffer=buffers[key],
+            quantization=quantization,
+            name=matrix.name,
+            hasRank=True,
+        )
+    )
+    tensor.buffer = 0
+    graph.operators.insert(
+        0,
+        schema.OperatorT(
+            opcodeIndex=_operator_code(model, schema.BuiltinOperator.DEQUANTIZE, 5),
+            inputs=[len(graph.tensors) - 1],
+            outputs=[index],
+        ),
+    )
+
+
+def _operator_code(model: schema.ModelT, code: int, version: int) -> int:
+    """Returns the index of an operator in the table of a file, which it is added to."""
+    for index, entry in enumerate(model.operatorCodes):
+        if entry.builtinCode == code:
+            entry.version = max(entry.version, version)
+            return index
+    model.operatorCodes.append(
+        schema.OperatorCodeT(
+            builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=version
+        )
+    )
+    return len(model.operatorCodes) - 1
+
+
+def _drop_unused_buffers(model: schema.ModelT) -> None:
+    """Empties the buffers that no tensor and no metadata points at any more."""
+    used = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
+    used |= {entry.buffer for entry in model.metadata or []}
+    for index, buffer in enumerate(model.buffers):
+        if index not in used:
+            buffer.data = None
+
+
+def operators_of_tensorflow(model: schema.ModelT) -> list[Any]:
+    """Returns the operators of a file that are no builtin ones."""
+    return [c.customCode.decode() for c in model.operatorCodes if c.customCode is not None]

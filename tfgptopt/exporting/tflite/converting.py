@@ -1,0 +1,176 @@
+"""Exports through TensorFlow's converter, for models that no reader describes.
+
+A causal language model gets the same signatures as one that the graph writer knows, made from its
+own `call_with_cache`. Any other model gets what `keras.Model.export` gives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
+
+from tfgptopt.decoder.reading import read_matrix
+from tfgptopt.decoder.spec import Matrix
+from tfgptopt.exporting.tflite.decoder_graph import Step
+from tfgptopt.quantization import layers
+from tfgptopt.retracing import retrace
+from tfgptopt.targets import Target, candidates
+
+
+class _Fenced:
+    """Lets a product be, whatever stands around it.
+
+    The converter multiplies factors before and behind a product into its weights, which then are
+    no integers times scales any more. It does not look through a minimum that changes nothing.
+    """
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        outputs = super().call(_fence(inputs), *args, **kwargs)  # type: ignore[misc]
+        return _fence(outputs)
+
+
+def _fence(x: Any) -> Any:
+    return tf.minimum(x, tf.cast(x.dtype.max, x.dtype))
+
+
+@contextlib.contextmanager
+def ready_to_convert(model: keras.Layer) -> Iterator[None]:
+    """Makes quantized layers plain ones with rounded weights for a while, fenced in."""
+    quantized = [x for x in model._flatten_layers() if layers.bits_of(x) is not None]
+    classes = [type(layer) for layer in quantized]
+    variables = [layer.quantized_variable for layer in quantized if layers.is_dressed(layer)]
+    values = [keras.ops.convert_to_numpy(variable) for variable in variables]
+    try:
+        for layer in quantized:
+            if layers.is_dressed(layer):
+                layers.undress(layer)
+            if not isinstance(layer, keras.layers.Embedding):
+                layer.__class__ = type(type(layer).__name__, (_Fenced, type(layer)), {})
+        retrace(model)
+        yield
+    finally:
+        for layer, own in zip(quantized, classes, strict=True):
+            layer.__class__ = own
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
+        retrace(model)
+
+
+def quantized_matrices(model: keras.Layer) -> list[Matrix]:
+    """Returns the weights of a model that lie on a grid."""
+    found = [item for item in candidates(model) if isinstance(item, Target)]
+    return [
+        read_matrix(target.layer, activated=True)
+        for target in found
+        if layers.bits_of(target.layer) is not None
+    ]
+
+
+def cache_shape(model: Any, context_length: int) -> tuple[int, tuple[int, int, int]]:
+    """Returns the number of layers of a causal LM, and the shape of the keys of each.
+
+    Raises:
+        ValueError: If the model holds its cache in another form than most of KerasHub do.
+    """
+    try:
+        tokens = tf.zeros((1, context_length), tf.int32)
+        cache: Any = model._build_cache(tokens)[-1]
+        batch, count, pair, positions, heads, size = cache.shape
+        if (batch, pair, positions) != (1, 2, context_length):
+            raise ValueError(f"its shape is {cache.shape}")
+    except (AttributeError, TypeError, ValueError, tf.errors.InvalidArgumentError) as error:
+        raise ValueError(
+            f"Cannot export {type(model).__name__} with a KV cache: expected `_build_cache(tokens)`"
+            " to give a cache of shape (batch, layers, 2, positions, heads, head_dim), as in "
+            f"KerasHub ({error}). Export a SavedModel instead: give a folder as path."
+        ) from error
+    return count, (heads, positions, size)
+
+
+def convert_causal_lm(
+    model: Any, steps: Iterable[Step], count: int, shape: tuple[int, int, int]
+) -> schema.ModelT:
+    """Converts `call_with_cache` of a causal LM, one signature for each step.
+
+    Args:
+        model: A causal LM of KerasHub, plain.
+        steps: The signatures.
+        count: Number of layers.
+        shape: Shape of the keys of a layer, `(heads, context, head_dim)`.
+
+    Returns:
+        The file, with float weights.
+    """
+    caches = [f"{kind}_{i}" for i in range(count) for kind in ("key", "value")]
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    names = []
+    for step in steps:
+        spec = {
+            "tokens": tf.TensorSpec((step.length,), tf.int32, name="tokens"),
+            "position": tf.TensorSpec((1,), tf.int32, name="position"),
+            **{name: tf.TensorSpec(shape, tf.float32, name=name) for name in caches},
+        }
+        archive.add_endpoint(step.name, _step_function(model, step, caches), [spec])
+        names.append(step.name)
+    with tempfile.TemporaryDirectory() as folder:
+        archive.write_out(folder, verbose=False)
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=names)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
+        try:
+            content = converter.convert()
+        except Exception as error:
+            raise ValueError(
+                f"TensorFlow's converter cannot convert {type(model).__name__}: {error}. Export a "
+                "SavedModel instead: give a folder as path."
+            ) from error
+    return schema.ModelT.InitFromPackedBuf(content, 0)
+
+
+def _step_function(model: Any, step: Step, caches: list[str]) -> Callable[..., Any]:
+    """Returns a signature as a function of tokens, position and caches by head."""
+
+    def run(inputs: dict[str, Any]) -> dict[str, Any]:
+        held = [tf.transpose(inputs[name], (1, 0, 2)) for name in caches]
+        seen = tf.stack([cache[: step.window] for cache in held])
+        seen = tf.reshape(seen, (1, len(caches) // 2, 2, *seen.shape[1:]))
+        logits, _, new = model.call_with_cache(
+            inputs["tokens"][None], tf.cast(seen, model.compute_dtype), inputs["position"][0]
+        )
+        outputs = {}
+        for i, (name, cache) in enumerate(zip(caches, held, strict=True)):
+            updated = tf.cast(new[0, i // 2, i % 2], tf.float32)
+            whole = tf.concat([updated, cache[step.window :]], 0)
+            outputs[name] = tf.transpose(whole, (1, 0, 2))
+        if step.logits:
+            outputs["logits"] = tf.cast(logits[0], tf.float32)
+        return outputs
+
+    return run
+
+
+def convert_any(model: keras.Model) -> schema.ModelT:
+    """Converts a model of any kind by Keras' own LiteRT export, its weights as floats."""
+    if not getattr(model, "inputs", None):
+        raise ValueError(
+            f"'{model.name}' has no declared inputs: call it on a batch, or build it as a "
+            "Sequential or Functional model, before exporting."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.tflite"
+        try:
+            model.export(str(path), format="litert", verbose=False)
+        except Exception as error:
+            raise ValueError(
+                f"Keras' LiteRT export cannot convert '{model.name}': {error}. Export a SavedModel "
+                "instead: give a folder as path."
+            ) from error
+        return schema.ModelT.InitFromPackedBuf(np.frombuffer(path.read_bytes(), np.uint8), 0)
