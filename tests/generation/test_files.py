@@ -65,7 +65,7 @@ def test_files_of_others(tmp_path):
     other = Model("other")
     graph = other.graph("serve")
     graph.output("y", graph.input("x", (1,), np.float32))
-    refused(tmp_path / "a.tflite", other.tobytes(), "was not written by tfgptopt")
+    refused(tmp_path / "a.tflite", bytes(other.pack()), "was not written by tfgptopt")
 
 
 def test_a_newer_format_and_missing_fields(path, tmp_path):

@@ -94,6 +94,6 @@ def test_rows_are_rounded_as_litert_does(bits, shift):
     matrix = Matrix("w", integers.astype(np.int8), bits, scale.reshape(-1))
     x = graph.input("x", inputs.shape, np.float32)
     graph.output("y", op.fully_connected(graph, x, matrix))
-    run = Interpreter(model_content=model.tobytes()).get_signature_runner("serve")
+    run = Interpreter(model_content=bytes(model.pack())).get_signature_runner("serve")
     emulated = rounding.fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.floats().T
     np.testing.assert_allclose(run(x=inputs)["y"], emulated, atol=1e-5)

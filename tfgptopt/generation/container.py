@@ -41,9 +41,9 @@ class Container:
     content_hash: str
 
 
-def seal(data: bytes) -> bytes:
+def seal(data: bytes | memoryview) -> bytes:
     """Returns the 16 bytes that `tfgptopt.export` writes behind a flatbuffer."""
-    blocks = [data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK)]
+    blocks = (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
     crcs = b"".join(zlib.crc32(block).to_bytes(4, "little") for block in blocks)
     return _SEAL + zlib.crc32(crcs).to_bytes(8, "little")
 

@@ -21,6 +21,7 @@ _TYPES = {
 }
 _ALIGNMENT = 16
 _FILE_LIMIT = 2**31 - 1
+_GRAPHS_ROOM = 2**26
 
 
 class _AlignedBuffer:
@@ -35,7 +36,7 @@ class _AlignedBuffer:
             raw = self.data.reshape(-1).view(np.uint8)
             builder.StartVector(1, raw.size, _ALIGNMENT)
             builder.head = builder.head - raw.size
-            builder.Bytes[builder.Head() : builder.Head() + raw.size] = raw.tobytes()
+            builder.Bytes[builder.Head() : builder.Head() + raw.size] = raw.data
             vector = builder.EndVector()
         schema.BufferStart(builder)
         if vector is not None:
@@ -84,8 +85,8 @@ def pack_int4(integers: np.ndarray) -> np.ndarray:
     return flat[0::2] | (flat[1::2] << 4)
 
 
-def pack(model: schema.ModelT) -> bytes:
-    """Returns a model as the bytes of a file, its buffers aligned as kernels expect.
+def pack(model: schema.ModelT) -> memoryview:
+    """Returns the bytes of a file, without a copy, its buffers aligned as kernels expect.
 
     Raises:
         ValueError: If the file would be larger than a flatbuffer can be.
@@ -95,14 +96,15 @@ def pack(model: schema.ModelT) -> bytes:
             data = b"" if buffer.data is None else np.asarray(buffer.data, np.uint8)
             model.buffers[i] = _AlignedBuffer(data)
     size = sum(buffer.data.nbytes for buffer in model.buffers)
-    if size > _FILE_LIMIT - 2**24:
+    if size > _FILE_LIMIT - _GRAPHS_ROOM:
         raise ValueError(
             f"The weights need {size / 2**30:.2f} GiB, and a TFLite file ends at 2 GiB. "
             "Quantize the model first, to Int8() or Int4()."
         )
-    builder = flatbuffers.Builder(size + 2**20)
+    # Room for the graphs too: a builder that is full doubles, and copies what it has.
+    builder = flatbuffers.Builder(size + _GRAPHS_ROOM)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
+    return memoryview(builder.Bytes)[builder.Head() :]
 
 
 class Model:
@@ -156,8 +158,8 @@ class Model:
         """Adds a named blob that runtimes can read."""
         self._metadata.append(schema.MetadataT(name=name, buffer=self.buffer(data)))
 
-    def tobytes(self) -> bytes:
-        """Returns the file.
+    def pack(self) -> memoryview:
+        """Returns the bytes of the file.
 
         Raises:
             ValueError: If the file would be larger than a flatbuffer can be.

@@ -153,7 +153,7 @@ def _metadata(
     return json.dumps(about, ensure_ascii=False).encode()
 
 
-def _decoder_file(model: keras.Model, context_length: int | None) -> bytes:
+def _decoder_file(model: keras.Model, context_length: int | None) -> memoryview:
     """Returns the file of a model whose family has a reader."""
     spec = read_decoder(model)
     context = _context(model, spec.context_length, context_length)
@@ -170,10 +170,10 @@ def _decoder_file(model: keras.Model, context_length: int | None) -> bytes:
     }
     weights = _describe_weights(*_arrays(spec))
     file.metadata(METADATA_NAME, _metadata(model, decoder, steps, weights))
-    return file.tobytes()
+    return file.pack()
 
 
-def _converted_causal_lm(model: Any, context_length: int | None) -> bytes:
+def _converted_causal_lm(model: Any, context_length: int | None) -> memoryview:
     """Returns the file of any other causal LM of KerasHub."""
     warnings.warn(
         f"No reader describes {type(model).__name__}: it is exported through TensorFlow's "
@@ -205,7 +205,7 @@ def _converted_causal_lm(model: Any, context_length: int | None) -> bytes:
     return pack(file)
 
 
-def _converted_model(model: keras.Model, context_length: int | None) -> bytes:
+def _converted_model(model: keras.Model, context_length: int | None) -> memoryview:
     """Returns the file of a model that is no causal LM, as Keras exports it."""
     if context_length is not None:
         raise ValueError("`context_length` sizes the KV cache of a causal LM only.")
