@@ -49,6 +49,14 @@ def test_a_consumer_without_this_package_generates_the_same_text(trained, tmp_pa
     assert printed.rstrip("\n") == lm.generate("import os\n").rstrip("\n")
 
 
+def test_the_examples_of_generation(trained, tmp_path):
+    tfgptopt.export(trained, tmp_path / "gpt.tflite")
+    (code,) = blocks("docs/generation.md")
+    small = re.sub(r"max_length=\d+", "max_length=24", code)
+    printed = run("import sys; sys.modules['keras'] = None\n" + small, tmp_path).stdout
+    assert printed.startswith("import os\n")
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     from nbclient import NotebookClient

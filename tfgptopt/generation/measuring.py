@@ -80,13 +80,21 @@ def measure(
             engine.decode(cache, token).argmax()
             steps.append(time.perf_counter() - start)
         decode_ms[depth] = 1e3 * statistics.median(steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return FileSpeed(
         load_seconds=loaded,
         prefill_tokens_per_second=len(prompt) / statistics.median(reading[1:]),
         decode_ms=decode_ms,
-        peak_rss_bytes=peak if sys.platform == "darwin" else peak * 1024,
+        peak_rss_bytes=_peak_rss_bytes(),
     )
+
+
+def _peak_rss_bytes() -> int:
+    """Returns the most memory of this process; on Linux, `ru_maxrss` counts its parent's too."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    line = next(x for x in status.read_text("utf-8").splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def measure_in_fresh_process(path: str | Path, num_threads: int | None = None) -> FileSpeed:
