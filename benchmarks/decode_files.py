@@ -134,8 +134,8 @@ def make_smollm2() -> Any:
             (attention._key_dense, key),
             (attention._value_dense, weight("attn_v")),
             (attention._output_dense, weight("attn_output")),
-            (layer._feedforward_gate_dense, weight("ffn_up")),
-            (layer._feedforward_intermediate_dense, weight("ffn_gate")),
+            (layer._feedforward_gate_dense, weight("ffn_gate")),
+            (layer._feedforward_intermediate_dense, weight("ffn_up")),
             (layer._feedforward_output_dense, weight("ffn_down")),
         ):
             dense.kernel.assign(values.T.reshape(dense.kernel.shape))
