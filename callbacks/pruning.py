@@ -7,10 +7,13 @@ from typing import Any
 
 import keras
 
-from tfgptopt.pruning.patterns import Unstructured
-from tfgptopt.pruning.pruner import Pruner
+from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.pruning.checkpointing import mask_state
+from tfgptopt.pruning.patterns import Pattern, Unstructured
+from tfgptopt.pruning.pruner import Pruner, check_settings
 from tfgptopt.pruning.schedules import PruningSchedule, Timeline, last_step
-from tfgptopt.targets import Selector, select
+from tfgptopt.pruning.scores import Magnitude, Score
+from tfgptopt.targets import Selector
 
 
 def last_mask_step(model: keras.Model, first: int, params: dict[str, Any]) -> int | None:
@@ -26,23 +29,35 @@ def last_mask_step(model: keras.Model, first: int, params: dict[str, Any]) -> in
 class Pruning(keras.callbacks.Callback):
     """Prunes a model while `fit` trains it.
 
-    At the steps at which the schedule fires, each weight tensor loses its smallest magnitudes.
-    Between them the compiled train step holds the zeros by itself, after every batch. Zeros stay
-    held after `fit`, until `tfgptopt.finalize(model)`.
+    At the steps at which the schedule fires, the weights with the lowest scores go. Between them
+    the compiled train step holds the zeros by itself, after every batch. Zeros stay held after
+    `fit`, until `tfgptopt.finalize(model)`.
 
     Steps count as `optimizer.iterations` does, so a second `fit`, or one that resumes from a
-    checkpoint, continues where the first ended.
+    checkpoint, continues where the first ended. `BackupAndRestore`, `ModelCheckpoint` and
+    `save_weights` write masks and scores beside the weights; a plain model that loads such a
+    checkpoint ignores them.
+
+    Several `Pruning` with `targets` that do not overlap prune groups of weights in different ways.
 
     Args:
         schedule: A tfmot schedule: `PolynomialDecay`, `ConstantSparsity`, or your own subclass of
             `PruningSchedule`. Sparsities are shares in `[0, 1)`.
-        pattern: Which weights go together. Defaults to `Unstructured()`.
+        pattern: Which weights go together: `Unstructured()`, `NM(2, 4)`, `Block(4, 1)`, `Rows()`
+            or `Columns()`. Defaults to `Unstructured()`.
+        score: How important a weight is: `Magnitude()`, `Wanda(data)` or `Movement()`. Defaults
+            to `Magnitude()`.
         targets: Which weights to prune: a regular expression on their paths, a layer class, or a
-            callable. Defaults to `None`: kernels of Dense and EinsumDense, wherever they are.
+            callable. Defaults to `None`: kernels of Dense and EinsumDense, wherever they are,
+            but the head.
+        allocation: How the sparsity is spread over weights, from `tfgptopt.pruning.owl` or
+            `sensitivity(...).allocate(...)`. Defaults to `None`: evenly.
 
     Raises:
         ValueError: If the schedule is none or out of range; in `fit`, before the first step, if
-            the model has no weights to prune or another `Pruning` acts on the same ones.
+            the model has no weights to prune, a weight cannot have the pattern or is not finite,
+            or another `Pruning` acts on the same ones; at a step of the schedule, if weights or
+            gradients are not finite.
 
     Example:
 
@@ -61,15 +76,18 @@ class Pruning(keras.callbacks.Callback):
     def __init__(
         self,
         schedule: PruningSchedule,
-        pattern: Unstructured | None = None,
-        *,
+        pattern: Pattern = Unstructured(),
+        score: Score = Magnitude(),
         targets: Selector | None = None,
+        allocation: Allocation | None = None,
     ) -> None:
         super().__init__()
         Timeline(schedule)
         self.schedule = schedule
-        self.pattern = pattern or Unstructured()
+        self.pattern = pattern
+        self.score = score
         self.selector = targets
+        self.allocation = allocation
         self._pruner: Pruner | None = None
         self._epoch_start = 0
         self._first_batch = True
@@ -85,12 +103,44 @@ class Pruning(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
-        select(model, self.selector)
+        self._check(model)
+        mask_state(model)  # A callback before this one may load a checkpoint.
+
+    def _settings(self) -> tuple[Any, ...]:
+        return self.schedule, self.pattern, self.score, self.selector, self.allocation
+
+    def _check(self, model: keras.Model) -> None:
+        if self._pruner is not None and self._pruner.can_continue(model, self._pruner.seen):
+            self._pruner.check_model()
+        else:
+            check_settings(model, *self._settings())
+
+    def _ready(self) -> Pruner:
+        """Returns the pruner of the model, made anew if the old one cannot go on."""
+        if self._pruner is None or not self._pruner.can_continue(self.model, self._iterations()):
+            self._pruner = Pruner(self.model, *self._settings())
+        return self._pruner
+
+    def step(self) -> None:
+        """Prunes if it is time to: for loops of your own, before each batch.
+
+        ```python
+        pruning = Pruning(schedule)
+        pruning.set_model(model)
+        for batch in data:
+            pruning.step()
+            model.train_on_batch(*batch)
+        ```
+
+        Raises:
+            ValueError: If there is no model: call `set_model` first.
+        """
+        if self.model is None:
+            raise ValueError("There is no model yet: call `pruning.set_model(model)` first.")
+        self._ready().step()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        pruner = self._pruner
-        if pruner is None or not pruner.can_continue(self.model, self._iterations()):
-            self._pruner = Pruner(self.model, self.schedule, self.pattern, self.selector)
+        self._ready()
         self._first_batch = True
         self._warn_if_cut_off()
 

@@ -61,7 +61,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
-        targets = select(model, self.selector, roles=("kernel", "embedding"))
+        targets = select(model, self.selector, roles=("kernel", "head", "embedding"))
         specs = [getattr(t.layer, "quantization_spec", None) for t in targets]
         dressed = [layers.is_dressed(t.layer) for t in targets]
         # A second `fit` with the same settings, such as a notebook cell run again, continues.

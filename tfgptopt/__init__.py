@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tfgptopt.exporting import export as export
     from tfgptopt.finalizing import finalize as finalize
     from tfgptopt.generation import TFLiteCausalLM as TFLiteCausalLM
-    from tfgptopt.pruning.pruner import prune as prune
+    from tfgptopt.pruning.one_shot import prune as prune
     from tfgptopt.quantization.training import quantize_aware as quantize_aware
     from tfgptopt.recipe import Recipe as Recipe
     from tfgptopt.summarizing import summary as summary
@@ -30,7 +30,7 @@ _PUBLIC = {
     "evaluate": "tfgptopt.evaluation",
     "export": "tfgptopt.exporting",
     "finalize": "tfgptopt.finalizing",
-    "prune": "tfgptopt.pruning.pruner",
+    "prune": "tfgptopt.pruning.one_shot",
     "quantize_aware": "tfgptopt.quantization.training",
     "summary": "tfgptopt.summarizing",
 }

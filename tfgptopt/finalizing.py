@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from tfgptopt.pruning import masks
+from tfgptopt.pruning import checkpointing, masks
 from tfgptopt.quantization import layers
 from tfgptopt.recipe import FINALIZED_RECIPE, recipe_of
 from tfgptopt.retracing import retrace, strategy_scope
@@ -46,5 +46,6 @@ def finalize(model: keras.Layer) -> keras.Layer:
             masks.detach(variable)
         for layer in dressed:
             layers.undress(layer)
+    checkpointing.forget(model)
     retrace(model)
     return model

@@ -12,7 +12,17 @@ import keras
 import yaml
 
 from tfgptopt.pruning import masks
+from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.pruning.one_shot import deserialize_score, serialize_score
+from tfgptopt.pruning.patterns import (
+    Pattern,
+    Unstructured,
+    check_pattern,
+    deserialize_pattern,
+    serialize_pattern,
+)
 from tfgptopt.pruning.schedules import Timeline, deserialize_schedule, serialize_schedule
+from tfgptopt.pruning.scores import Magnitude
 from tfgptopt.quantization.layers import deserialize_spec, is_dressed, serialize_spec
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.quantization.training import check_spec, quantize_aware
@@ -30,33 +40,63 @@ def _check_targets(targets: Any) -> None:
 
 @dataclass(frozen=True)
 class Prune:
-    """Magnitude pruning along a schedule.
+    """Pruning along a schedule.
 
     Args:
         schedule: A tfmot schedule, in steps of `optimizer.iterations`.
-        targets: Regular expression on the paths of weights. Defaults to `None`: all kernels.
+        pattern: Which weights go together. Defaults to `Unstructured()`.
+        score: How important a weight is. Its calibration data is not kept in YAML. Defaults to
+            `Magnitude()`.
+        targets: Regular expression on the paths of weights. Defaults to `None`: all kernels but
+            the head.
+        allocation: How the sparsity is spread over weights. Defaults to `None`: evenly.
 
     Raises:
-        ValueError: If the schedule is none or out of range.
+        ValueError: If a setting is none or out of range.
     """
 
     schedule: Any
+    pattern: Pattern = Unstructured()
+    score: Any = Magnitude()
     targets: str | None = None
+    allocation: Allocation | None = None
 
     def __post_init__(self) -> None:
         Timeline(self.schedule)
+        check_pattern(self.pattern)
+        serialize_score(self.score)
         _check_targets(self.targets)
 
     def to_config(self) -> dict[str, Any]:
         """Returns the technique as plain data."""
-        schedule = serialize_schedule(self.schedule)
-        return {"name": "prune", "schedule": schedule, "targets": self.targets}
+        return {
+            "name": "prune",
+            "schedule": serialize_schedule(self.schedule),
+            "pattern": serialize_pattern(self.pattern),
+            "score": serialize_score(self.score),
+            "targets": self.targets,
+            "allocation": dict(self.allocation.sparsities) if self.allocation else None,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Prune:
+        """Returns the technique that `to_config` wrote. All but the schedule may be missing."""
+        config = dict(config)
+        config["schedule"] = deserialize_schedule(config["schedule"])
+        if "pattern" in config:
+            config["pattern"] = deserialize_pattern(config["pattern"])
+        if "score" in config:
+            config["score"] = deserialize_score(config["score"])
+        if config.get("allocation") is not None:
+            config["allocation"] = Allocation(config["allocation"])
+        return cls(**config)
 
     def replay(self, model: keras.Layer) -> None:
         """Holds the zeros that a reloaded model has."""
         targets = [t for t in select(model, self.targets) if not masks.masked(t.variable)]
         with strategy_scope(model):
-            masks.attach(targets, self.schedule)
+            settings = masks.Settings(self.schedule, self.pattern, self.score, self.allocation)
+            masks.attach(targets, settings)
             masks.read_from_zeros(targets)
 
 
@@ -109,7 +149,7 @@ def _technique_from(config: Any) -> Technique:
     fields = {key: value for key, value in config.items() if key != "name"}
     try:
         if config["name"] == "prune":
-            return Prune(deserialize_schedule(fields.pop("schedule")), **fields)
+            return Prune.from_config(fields)
         return QuantizeAware(deserialize_spec(fields.pop("spec")), **fields)
     except KeyError as error:
         raise ValueError(f"The technique {config['name']} needs the field {error}.") from None
@@ -232,8 +272,8 @@ def recipe_of(model: keras.Layer) -> Recipe | None:
     pruned = [target for target in found if masks.masked(target.variable)]
     rounded = [target for target in found if is_dressed(target.layer)]
     techniques: list[Technique] = [
-        Prune(schedule, _selector_for(group, kernels))
-        for schedule, group in _groups(pruned, lambda t: t.variable.constraint.schedule)
+        Prune(s.schedule, s.pattern, s.score, _selector_for(group, kernels), s.allocation)
+        for s, group in _groups(pruned, lambda t: t.variable.constraint.settings)
     ]
     techniques += [
         QuantizeAware(spec, _selector_for(group, found))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import keras
@@ -17,7 +17,7 @@ from tfgptopt.backend import require_tensorflow
 
 require_tensorflow()
 
-Role = Literal["kernel", "embedding"]
+Role = Literal["kernel", "embedding", "head"]
 # What users give to choose targets: a regex on the path, a layer class, or a predicate.
 Selector = str | type | Callable[["Target"], bool]
 
@@ -30,7 +30,8 @@ class Target:
         layer: The layer that owns the weight.
         variable: The `keras.Variable`.
         path: The path of the variable in the model, as Keras prints it.
-        role: `"kernel"` (Dense, EinsumDense) or `"embedding"` (token and position tables).
+        role: `"kernel"` (Dense, EinsumDense), `"head"` (one of these with an output for each token
+            of the largest table) or `"embedding"` (token and position tables).
         input_axes: Axes of the variable that a product sums over.
         output_axes: The other axes.
         row_axes: Axes of the layer's *input* that a product sums over.
@@ -52,6 +53,25 @@ class Target:
             size *= int(dimension)
         return size
 
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """Shape of the weight as a matrix, `(inputs, outputs)`."""
+        inputs = 1
+        for axis in self.input_axes:
+            inputs *= int(self.variable.shape[axis])
+        return inputs, self.size // inputs
+
+    def to_matrix(self, values: Any) -> Any:
+        """Returns a tensor of the variable's shape as `(inputs, outputs)`."""
+        order = self.input_axes + self.output_axes
+        return keras.ops.reshape(keras.ops.transpose(values, order), self.matrix_shape)
+
+    def from_matrix(self, matrix: Any) -> Any:
+        """Returns a tensor `(inputs, outputs)` in the variable's shape."""
+        order = self.input_axes + self.output_axes
+        values = keras.ops.reshape(matrix, [int(self.variable.shape[axis]) for axis in order])
+        return keras.ops.transpose(values, sorted(range(len(order)), key=order.__getitem__))
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -69,9 +89,10 @@ def _einsum_axes(equation: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple
     kernel_inputs = tuple(i for i, label in enumerate(kernel) if label in contracted)
     kernel_outputs = tuple(i for i, label in enumerate(kernel) if label not in contracted)
     ahead, dots, behind = inputs.partition("...")
-    rows = [i for i, label in enumerate(ahead) if label in contracted]
     # Axes behind an ellipsis are counted from the end: the ellipsis has any number of axes.
-    rows += [i - len(behind) for i, label in enumerate(behind) if dots and label in contracted]
+    places = {label: i for i, label in enumerate(ahead)}
+    places |= {label: i - len(behind) for i, label in enumerate(behind) if dots}
+    rows = [places[label] for label in contracted]
     return kernel_inputs, kernel_outputs, tuple(rows)
 
 
@@ -124,12 +145,25 @@ def _layers_in_order(layer: keras.Layer, seen: set[int]) -> Iterator[keras.Layer
         yield from _layers_in_order(inner, seen)
 
 
+def _head_of(targets: list[Target]) -> Target | None:
+    """Returns the kernel that gives logits: its outputs are the tokens of the largest table."""
+    tables = [target for target in targets if target.role == "embedding"]
+    vocabulary_size = max((table.matrix_shape[1] for table in tables), default=0)
+    kernels = [target for target in targets if target.role == "kernel"]
+    fitting = [kernel for kernel in kernels if kernel.matrix_shape[1] == vocabulary_size]
+    # A feed-forward network as wide as the vocabulary fits as well, but is not the last kernel.
+    return (
+        fitting[0] if len(fitting) == 1 else next((k for k in kernels[-1:] if k in fitting), None)
+    )
+
+
 def candidates(model: keras.Layer) -> Iterator[Target | Skipped]:
     """Yields every target of a model, frozen or not, and every candidate that is none."""
-    for layer in _layers_in_order(model, set()):
-        found = _describe(layer)
-        if found is not None:
-            yield found
+    described = [_describe(layer) for layer in _layers_in_order(model, set())]
+    found = [item for item in described if item is not None]
+    head = _head_of([item for item in found if isinstance(item, Target)])
+    for item in found:
+        yield replace(item, role="head") if isinstance(item, Target) and item is head else item
 
 
 def walk(model: keras.Layer) -> Iterator[Target | Skipped]:

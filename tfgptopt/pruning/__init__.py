@@ -1,6 +1,30 @@
-"""Pruning: which weights go (patterns), when (schedules), and how they are held (masks)."""
+"""Pruning: which weights go (patterns, scores), when (schedules), and how they are held (masks)."""
 
-from tfgptopt.pruning.patterns import Unstructured
+from tfgptopt.pruning.allocation import Allocation, owl
+from tfgptopt.pruning.patterns import NM, Block, Columns, Rows, Unstructured
+from tfgptopt.pruning.pruner import Pruner
+from tfgptopt.pruning.reporting import report
 from tfgptopt.pruning.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
+from tfgptopt.pruning.scores import Magnitude, Movement, Wanda
+from tfgptopt.pruning.sensitivities import sensitivity
+from tfgptopt.pruning.sparsegpt import SparseGPT
 
-__all__ = ["ConstantSparsity", "PolynomialDecay", "PruningSchedule", "Unstructured"]
+__all__ = [
+    "NM",
+    "Allocation",
+    "Block",
+    "Columns",
+    "ConstantSparsity",
+    "Magnitude",
+    "Movement",
+    "PolynomialDecay",
+    "Pruner",
+    "PruningSchedule",
+    "Rows",
+    "SparseGPT",
+    "Unstructured",
+    "Wanda",
+    "owl",
+    "report",
+    "sensitivity",
+]

@@ -2,50 +2,156 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
+import tensorflow as tf
 
 from tfgptopt.pruning import masks
-from tfgptopt.pruning.patterns import Unstructured
-from tfgptopt.pruning.schedules import ConstantSparsity, PruningSchedule, Timeline
+from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.pruning.checkpointing import mask_state
+from tfgptopt.pruning.masks import Settings
+from tfgptopt.pruning.patterns import NM, Pattern, Unstructured, check_pattern, check_reaches
+from tfgptopt.pruning.schedules import PruningSchedule, Timeline, final_sparsity
+from tfgptopt.pruning.scores import Magnitude, Score
 from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.targets import Selector, Target, select
+
+
+def check_settings(
+    model: keras.Layer,
+    schedule: Any,
+    pattern: Pattern,
+    score: Any,
+    targets: Selector | None,
+    allocation: Allocation | None,
+) -> list[Target]:
+    """Returns the weights that would be pruned, after checking that they can be.
+
+    Raises:
+        ValueError: If a setting is none, two do not go together, the model is not built, nothing
+            matches, or a weight cannot have the pattern or holds values that are not finite.
+    """
+    check_pattern(pattern)
+    if not isinstance(score, Score):
+        raise ValueError(
+            "`score` must be Magnitude(), Wanda(data) or Movement(); SparseGPT(data) prunes at "
+            f"once, with `tfgptopt.prune`. Received: {score!r}"
+        )
+    chosen = select(model, targets)
+    final = final_sparsity(schedule)
+    check_reaches(pattern, final)
+    if allocation is not None:
+        if not isinstance(pattern, Unstructured) or pattern.scope == "model":
+            raise ValueError(f"{pattern} spreads sparsity by itself: leave out `allocation`.")
+        allocation.check(chosen)
+        if final is not None:
+            allocation.at(final, chosen)
+    for target in chosen:
+        pattern.check(target.matrix_shape, target.path)
+        if not bool(keras.ops.all(keras.ops.isfinite(target.variable.value))):
+            raise ValueError(f"{target.path} has values that are NaN or infinite.")
+    return chosen
 
 
 class Pruner:
     """Holds the masks of a model and moves them along a schedule.
 
+    The callback `Pruning` uses it. In a loop of your own, call `step()` before each batch:
+
+    ```python
+    pruner = Pruner(model, PolynomialDecay(0.0, 0.5, 100, 900))
+    for batch in data:
+        pruner.step()
+        model.train_on_batch(*batch)
+    tfgptopt.finalize(model)
+    ```
+
     Args:
-        model: A built Keras 3 model.
+        model: A built Keras 3 model. It is dressed in place.
         schedule: A `PruningSchedule`, in steps of `optimizer.iterations`.
         pattern: Which weights go together. Defaults to `Unstructured()`.
+        score: How important a weight is. Defaults to `Magnitude()`.
         targets: Selector of the weights to prune. Defaults to `None`: kernels of Dense and
-            EinsumDense, wherever they are nested.
+            EinsumDense, wherever they are nested, but the head.
+        allocation: How the sparsity is spread over weights. Defaults to `None`: evenly.
 
     Raises:
-        ValueError: If the schedule is none, the model is not built, or nothing matches.
+        ValueError: If a setting is out of range, the model is not built, or nothing matches.
     """
 
     def __init__(
         self,
         model: keras.Layer,
         schedule: PruningSchedule,
-        pattern: Unstructured | None = None,
+        pattern: Pattern = Unstructured(),
+        score: Score = Magnitude(),
         targets: Selector | None = None,
+        allocation: Allocation | None = None,
     ) -> None:
         self.timeline = Timeline(schedule)
         self.model = model
-        self.targets = select(model, targets)
-        self._seen = self._scanned = -1
+        self.targets = check_settings(model, schedule, pattern, score, targets, allocation)
+        self.settings = Settings(schedule, pattern, score, allocation)
+        self._index = {id(target.variable): i for i, target in enumerate(self.targets)}
+        self._selector = targets
+        self.seen = self._scanned = -1  # Steps up to which the masks are as they should be.
         self._next: int | None = None  # The first firing that was not seen yet.
         self._attached = [t for t in self.targets if not masks.masked(t.variable)]
         with strategy_scope(model):
-            masks.attach(self._attached, schedule)
-        self._updater = masks.MaskUpdater(self.targets, pattern or Unstructured())
+            self.meter = score.meter(model, self.targets)
+            masks.attach(self._attached, self.settings)
         for target in self.targets:
             target.variable.constraint.owner = self
-            target.variable.constraint.schedule = schedule
-        self._sparsity = self._updater.sparsity()
+            target.variable.constraint.settings = self.settings
+        self._finite = tf.function(self._all_finite)
+        self._update = tf.function(self._update_all)
+        self._sparsity = self._masked_share()
+        with strategy_scope(model):
+            mask_state(model).restore()  # What a checkpoint brought before the masks were there.
         retrace(model)
+
+    def _scores(self) -> list[tf.Tensor]:
+        matrices = []
+        for i, target in enumerate(self.targets):
+            weights = tf.cast(tf.convert_to_tensor(target.variable.value), tf.float32)
+            matrices.append(self.meter.scores(i, target.to_matrix(weights)))
+        return matrices
+
+    def _all_finite(self) -> tf.Tensor:
+        # A sum is not finite where one of its terms is not, and takes no memory.
+        return tf.stack([tf.math.is_finite(tf.reduce_sum(scores)) for scores in self._scores()])
+
+    def _update_all(self, sparsity: tf.Tensor) -> None:
+        found = self.settings.pattern.masks(self._scores(), tf.unstack(sparsity))
+        for target, matrix in zip(self.targets, found, strict=True):
+            target.variable.constraint.mask.assign(target.from_matrix(matrix))
+        masks.apply(self.targets)
+
+    def _prune_to(self, sparsity: float) -> None:
+        """Computes new masks, and zeroes what they drop."""
+        shares = [sparsity] * len(self.targets)
+        if self.settings.allocation is not None:
+            shares = self.settings.allocation.at(sparsity, self.targets)
+        pattern = self.settings.pattern
+        if isinstance(pattern, NM) and sparsity > pattern.sparsity:
+            check_reaches(pattern, sparsity)
+        with strategy_scope(self.model):
+            self.meter.prepare()
+            finite = self._finite().numpy()
+            if not finite.all():
+                paths = [t.path for t, ok in zip(self.targets, finite, strict=True) if not ok]
+                raise ValueError(
+                    f"{paths[0]} has weights or gradients that are NaN, infinite or near the "
+                    f"largest float ({len(paths)} weights have): the training diverged. Nothing "
+                    "was pruned."
+                )
+            self._update(tf.constant(shares, tf.float32))
+        self._sparsity = self._masked_share()
+
+    def _masked_share(self) -> float:
+        zeros = sum(masks.masked_share(target) * target.size for target in self.targets)
+        return zeros / sum(target.size for target in self.targets)
 
     def due(self, step: int) -> bool:
         """Returns whether the schedule fires between the last step seen and `step`."""
@@ -56,27 +162,93 @@ class Pruner:
         return self._next is not None and self._next <= step
 
     def advance(self, step: int) -> None:
-        """Moves to a step, with a new mask if the schedule fires on the way.
+        """Moves to a step, with new masks if the schedule fires on the way.
 
-        The first call catches up with what happened before: at a step in the middle of the
-        schedule it computes the mask of the last firing, which a resumed model holds as zeros.
+        The first call catches up with what happened before: a model that was pruned by the
+        schedule so far holds its masks as zeros.
         """
-        sparsity = self.timeline.last_firing(self._seen + 1, step)
-        self._seen = max(self._seen, step)
+        first = self.seen < 0 < step
+        if first:
+            self._catch_up(step - 1)
+        sparsity = self.timeline.last_firing(self.seen + 1, step)
+        if sparsity:
+            self._prune_to(sparsity)
+        self.moved_to(step)
+
+    def moved_to(self, step: int) -> None:
+        """Notes that the masks are as they should be at a step."""
+        self.seen = max(self.seen, step)
         if self._next is not None and self._next <= step:
             self._next, self._scanned = None, step
-        if sparsity:
+
+    def _catch_up(self, step: int) -> None:
+        """Makes the masks of an earlier step from the zeros that the weights have, if they do."""
+        expected = self.timeline.last_firing(0, step)
+        if expected and self._holds_zeros(expected):
             with strategy_scope(self.model):
-                self._updater.update(sparsity)
-            self._sparsity = self._updater.sparsity()
+                masks.read_from_zeros(self.targets)
+            self._sparsity = self._masked_share()
+            self.moved_to(step)
+
+    def _holds_zeros(self, sparsity: float) -> bool:
+        total = sum(target.size for target in self.targets)
+        zeros = sum(zero_share(target) * target.size for target in self.targets)
+        return zeros >= sparsity * total * 0.99
+
+    def step(self) -> None:
+        """Moves to the optimizer's step. Call it before each batch of a loop of your own.
+
+        Raises:
+            ValueError: If the model is not compiled, so that nothing counts its steps.
+        """
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None:
+            raise ValueError(
+                "The model is not compiled, so nothing counts its steps. Compile it, or call "
+                "`advance(step)` with your own count."
+            )
+        now = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        if self.due(now):
+            self.advance(now)
 
     def can_continue(self, model: keras.Layer, step: int) -> bool:
         """Returns whether another `fit` goes on where this pruner stands."""
         owned = all(self._owns(target) for target in self.targets)
-        return self.model is model and owned and step >= self._seen
+        return self.model is model and owned and step >= self.seen
+
+    def check_model(self) -> None:
+        """Raises if the model's weights are others than those that were dressed.
+
+        Raises:
+            ValueError: If weights were added or replaced since.
+        """
+        known = {id(target.variable) for target in self.targets}
+        now = {id(target.variable): target for target in select(self.model, self._selector)}
+        for key, target in now.items():
+            if key not in known:
+                raise ValueError(
+                    f"{target.path} was added to the model after pruning began. Call "
+                    "`tfgptopt.finalize(model)`, and give a new `Pruning` to `fit`."
+                )
+        for target in self.targets:
+            if target.layer.trainable and id(target.variable) not in now:
+                raise ValueError(
+                    f"{target.path} is being pruned, and is no longer in the model. Call "
+                    "`tfgptopt.finalize(model)`, and give a new `Pruning` to `fit`."
+                )
 
     def _owns(self, target: Target) -> bool:
         return getattr(target.variable.constraint, "owner", None) is self
+
+    def targets_index(self, target: Target) -> int:
+        """Returns the place of a weight among the targets."""
+        return self._index[id(target.variable)]
+
+    def resume(self, seen: int) -> None:
+        """Goes on behind a step whose masks a checkpoint has brought."""
+        self.seen = self._scanned = seen
+        self._next = None
+        self._sparsity = self._masked_share()
 
     def hold(self) -> None:
         """Zeroes what the masks drop, where something else has written to the weights."""
@@ -96,6 +268,10 @@ class Pruner:
                     f"Two prunings act on {target.path}. Give each its own `targets`, or use one."
                 )
 
+    def close(self) -> None:
+        """Stops measuring; the masks stay."""
+        self.meter.close()
+
     @property
     def sparsity(self) -> float:
         """Share of pruned weights over all targets, in `[0, 1)`."""
@@ -104,45 +280,5 @@ class Pruner:
 
 def zero_share(target: Target) -> float:
     """Returns the share of exact zeros in a weight."""
-    zeros = keras.ops.equal(target.variable.value, 0)
-    return float(keras.ops.mean(keras.ops.cast(zeros, "float32")))
-
-
-def prune(
-    model: keras.Layer,
-    sparsity: float,
-    pattern: Unstructured | None = None,
-    targets: Selector | None = None,
-) -> keras.Layer:
-    """Prunes a model at once, by magnitude, and holds the zeros in later training.
-
-    Args:
-        model: A built Keras 3 model. It is changed in place.
-        sparsity: float in `[0, 1)`, the share of weights to drop from each tensor.
-        pattern: Which weights go together. Defaults to `Unstructured()`.
-        targets: Selector of the weights. Defaults to `None`: all kernels.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: If `sparsity` is out of range, the model is not built, or nothing matches.
-
-    Example:
-
-    ```python
-    tfgptopt.prune(model, 0.5)
-    model.fit(data)             # recovers quality; pruned weights stay zero
-    tfgptopt.finalize(model)
-    ```
-    """
-    if not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
-        raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
-    for target in select(model, targets):
-        if masks.masked(target.variable):
-            raise ValueError(
-                f"{target.path} is pruned already. Call `tfgptopt.finalize(model)` first to prune "
-                "it again."
-            )
-    Pruner(model, ConstantSparsity(sparsity, 0, frequency=1), pattern, targets).advance(0)
-    return model
+    zeros = tf.math.count_nonzero(tf.convert_to_tensor(target.variable.value), dtype=tf.int64)
+    return 1.0 - float(zeros) / target.size

@@ -70,6 +70,14 @@ def last_step(schedule: Any) -> int | None:
     return None if end is None or end < 0 else int(end)
 
 
+def final_sparsity(schedule: Any) -> float | None:
+    """Returns the sparsity that tfmot's schedules end with, `None` for a subclass of a user."""
+    for name in ("final_sparsity", "target_sparsity"):
+        if hasattr(schedule, name):
+            return float(getattr(schedule, name))
+    return None
+
+
 class Timeline:
     """Answers when a schedule fires, and with what sparsity, without a call for every step.
 

@@ -54,7 +54,7 @@ def quantize_aware(model: keras.Layer, spec: Spec, targets: Selector | None = No
     Integer-Arithmetic-Only Inference" (https://arxiv.org/abs/1712.05877).
     """
     check_spec(spec)
-    chosen = select(model, targets, roles=("kernel", "embedding"))
+    chosen = select(model, targets, roles=("kernel", "head", "embedding"))
     for target in chosen:
         if layers.is_dressed(target.layer):
             raise ValueError(

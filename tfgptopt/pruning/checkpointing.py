@@ -1,0 +1,93 @@
+"""Puts masks and scores into the checkpoints that Keras writes, where a plain model ignores them.
+
+Zeros alone tell the masks of most models, but not of one with weights that are zero by chance, and
+they tell nothing of gathered scores. `save_weights`, and so `BackupAndRestore` and
+`ModelCheckpoint`, ask everything that hangs on a model for its variables; this asks to be asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfgptopt.pruning import masks
+from tfgptopt.targets import Target, candidates
+
+_ATTRIBUTE = "_tfgptopt_masks"
+
+
+class MaskState(keras.layers.Layer):
+    """The masks of a model, as something that Keras saves and loads.
+
+    Args:
+        model: The model that it hangs on.
+    """
+
+    def __init__(self, model: keras.Layer) -> None:
+        super().__init__(name="pruning_masks")
+        self.built = True
+        object.__setattr__(self, "_model", model)  # Not a layer inside this one.
+        object.__setattr__(self, "_loaded", {})
+
+    def _held(self) -> list[tuple[int, Target]]:
+        """Returns the masked weights with their place in the model; names may differ at reload."""
+        found = [item for item in candidates(self._model) if isinstance(item, Target)]
+        return [(i, t) for i, t in enumerate(found) if masks.masked(t.variable)]
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes masks as bits, scores, and the steps that were seen."""
+        for i, target in self._held():
+            held = target.variable.constraint
+            mask = keras.ops.convert_to_numpy(held.mask.value)
+            store[f"mask_{i}"] = np.packbits(mask.reshape(-1))
+            if held.owner is None:
+                continue
+            store[f"seen_{i}"] = np.int64(held.owner.seen)
+            index = held.owner.targets_index(target)
+            for j, variable in enumerate(held.owner.meter.variables(index)):
+                store[f"score_{i}_{j}"] = keras.ops.convert_to_numpy(variable.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads what `save_own_variables` wrote; a checkpoint of a plain model has nothing."""
+        arrays = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
+        object.__setattr__(self, "_loaded", arrays)
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives masked weights what was loaded for them, once."""
+        for i, target in self._held():
+            bits = self._loaded.pop(f"mask_{i}", None)
+            if bits is None or bits.size != -(-target.size // 8):
+                continue
+            held = target.variable.constraint
+            mask = np.unpackbits(bits, count=target.size).astype(bool)
+            held.mask.assign(mask.reshape(target.variable.shape))
+            if held.owner is not None:
+                self._restore_owner(i, target, held.owner)
+
+    def _restore_owner(self, i: int, target: Target, owner: Any) -> None:
+        index = owner.targets_index(target)
+        for j, variable in enumerate(owner.meter.variables(index)):
+            saved = self._loaded.pop(f"score_{i}_{j}", None)
+            if saved is not None and saved.shape == tuple(variable.shape):
+                variable.assign(saved)
+        seen = self._loaded.pop(f"seen_{i}", None)
+        if seen is not None:
+            owner.resume(int(seen))
+
+
+def mask_state(model: keras.Layer) -> MaskState:
+    """Returns what saves and loads the masks of a model, made on the first call."""
+    state = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(state, MaskState):
+        state = MaskState(model)
+        object.__setattr__(model, _ATTRIBUTE, state)
+    return state
+
+
+def forget(model: keras.Layer) -> None:
+    """Takes the state off a model without masks."""
+    if hasattr(model, _ATTRIBUTE):
+        object.__delattr__(model, _ATTRIBUTE)

@@ -1,0 +1,185 @@
+"""How important the weights of a kernel are.
+
+A score is a frozen setting; `meter` gives the object that measures with it on one model. Higher
+means more important. Scores are matrices `(inputs, outputs)`, as patterns read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import tensorflow as tf
+
+from tfgptopt.calibration import observe_all
+from tfgptopt.targets import Target
+
+
+class Meter(Protocol):
+    """Measures the scores of a model's targets."""
+
+    def prepare(self) -> None:
+        """Gathers, in Python, what the next scores need."""
+
+    def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the scores of target `index`, whose weights are a matrix."""
+
+    def variables(self, index: int) -> list[Any]:
+        """Returns what a checkpoint has to hold for target `index`."""
+
+    def close(self) -> None:
+        """Stops measuring."""
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """Absolute values: a small weight matters little. Needs no data and costs nothing.
+
+    Reference: Han et al., 2015, "Learning both Weights and Connections for Efficient Neural
+    Networks" (https://arxiv.org/abs/1506.02626).
+    """
+
+    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+        """Returns what measures a model."""
+        return _MagnitudeMeter()
+
+
+class _MagnitudeMeter:
+    def prepare(self) -> None:
+        pass
+
+    def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
+        return tf.abs(weights)
+
+    def variables(self, index: int) -> list[Any]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Wanda:
+    """Absolute values times the norm of the inputs they meet: `|W| * ||X||`.
+
+    The model reads the calibration data before each change of the masks. The paper lets the
+    weights of one output compete: `Unstructured(scope="output")`.
+
+    Args:
+        data: Calibration data, a few hundred windows at most: a finite `tf.data.Dataset` or
+            arrays, as `fit` takes them. It is not part of a recipe.
+
+    Reference: Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language
+    Models" (https://arxiv.org/abs/2306.11695).
+    """
+
+    data: Any = field(default=None, compare=False, repr=False)
+
+    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+        """Returns what measures a model."""
+        return _WandaMeter(model, targets, self.data)
+
+
+class _WandaMeter:
+    def __init__(self, model: keras.Layer, targets: list[Target], data: Any) -> None:
+        if data is None:
+            raise ValueError("Wanda needs calibration data: Wanda(dataset.take(16)).")
+        if any(target.role == "embedding" for target in targets):
+            raise ValueError("Wanda scores kernels: a table has no inputs to measure.")
+        self._model, self._targets, self._data = model, targets, data
+        self._norms = [tf.Variable(tf.zeros(t.matrix_shape[0]), trainable=False) for t in targets]
+
+    def prepare(self) -> None:
+        squares = {target.path: tf.zeros(target.matrix_shape[0]) for target in self._targets}
+        seen: set[str] = set()
+
+        def observe(target: Target, rows: tf.Tensor) -> None:
+            seen.add(target.path)
+            squares[target.path] += tf.reduce_sum(tf.square(rows), axis=0)
+
+        observe_all(self._model, self._targets, self._data, observe)
+        for target, norm in zip(self._targets, self._norms, strict=True):
+            if target.path not in seen:
+                raise ValueError(f"The model does not call the layer of {target.path} on the data.")
+            norm.assign(tf.sqrt(squares[target.path]))
+
+    def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
+        return tf.abs(weights) * self._norms[index][:, tf.newaxis]
+
+    def variables(self, index: int) -> list[Any]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Movement:
+    """How far training moved a weight away from zero: the sum of `-weight * gradient`.
+
+    Good where a pretrained model is fine-tuned, whose magnitudes tell of the old task. It gathers
+    in the compiled step, from the first step on; give the schedule some steps before it begins.
+    It costs four bytes per weight. A pruned weight is zero and its score stands still.
+
+    Reference: Sanh et al., 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning"
+    (https://arxiv.org/abs/2005.07683).
+    """
+
+    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+        """Returns what measures a model."""
+        return _MovementMeter(model, targets)
+
+
+class _MovementMeter:
+    def __init__(self, model: Any, targets: list[Target]) -> None:
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None:
+            raise ValueError("Movement needs gradients: compile the model, and prune it in `fit`.")
+        self._targets = targets
+        self._sums = [
+            keras.Variable(
+                tf.zeros(t.variable.shape), trainable=False, name=f"{t.layer.name}_moved"
+            )
+            for t in targets
+        ]
+        # Inside mixed float16 training, the inner optimizer gets the true gradients.
+        self._optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        self._listen()
+
+    def _listen(self) -> None:
+        optimizer, update = self._optimizer, self._optimizer.update_step
+        key = optimizer._var_key
+        sums = {key(t.variable): s for t, s in zip(self._targets, self._sums, strict=True)}
+
+        def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
+            total = sums.get(key(variable))
+            if total is not None:
+                moved = tf.cast(gradient, tf.float32) * tf.cast(variable, tf.float32)
+                optimizer.assign_sub(total, moved)
+            update(gradient, variable, learning_rate)
+
+        self._update_step = update_step
+        object.__setattr__(optimizer, "update_step", update_step)
+
+    def prepare(self) -> None:
+        if not any(bool(keras.ops.any(total.value != 0)) for total in self._sums):
+            raise ValueError(
+                "Movement has seen no gradient yet, so it cannot tell which weights to prune. Let "
+                "the schedule begin later, or load the checkpoint after the training has begun "
+                "(BackupAndRestore does)."
+            )
+
+    def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
+        target = self._targets[index]
+        return target.to_matrix(tf.convert_to_tensor(self._sums[index].value))
+
+    def variables(self, index: int) -> list[Any]:
+        return [self._sums[index]]
+
+    def close(self) -> None:
+        if self._optimizer.__dict__.get("update_step") is self._update_step:
+            object.__delattr__(self._optimizer, "update_step")
+
+
+Score = Magnitude | Wanda | Movement

@@ -1,0 +1,218 @@
+"""How much the loss of a model rises when one weight after the other is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.pruning.patterns import Pattern, Unstructured
+from tfgptopt.pruning.scores import Magnitude, Score
+from tfgptopt.retracing import strategy_scope
+from tfgptopt.targets import Selector, Target, select
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """Loss against sparsity for each weight; print it to see a table.
+
+    Attributes:
+        paths: Paths of the weights.
+        sizes: How many values each has.
+        sparsities: The sparsities that were tried, rising.
+        losses: float array `(weights, sparsities)`: loss with this one weight pruned.
+        dense_loss: Loss with nothing pruned.
+    """
+
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    sparsities: tuple[float, ...]
+    losses: np.ndarray
+    dense_loss: float
+
+    def __rich__(self) -> Table:
+        table = Table(padding=(0, 1), title=f"rise of the loss above {self.dense_loss:.4f}")
+        table.add_column("weight", overflow="fold")
+        for sparsity in self.sparsities:
+            table.add_column(f"{sparsity:.0%}", justify="right", no_wrap=True)
+        for path, losses in zip(self.paths, self.losses, strict=True):
+            table.add_row(path, *(f"{loss - self.dense_loss:+.4f}" for loss in losses))
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=80)
+        with console.capture() as capture:
+            console.print(self)
+        text: str = capture.get()
+        return text
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draws the rise of the loss, a line for each weight, the most sensitive named.
+
+        Args:
+            path: Image file to write. Defaults to `None`: only return the figure.
+
+        Returns:
+            `matplotlib.figure.Figure`.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.subplots()
+        rises = np.c_[np.zeros(len(self.paths)), self.losses - self.dense_loss]
+        shares = [0.0, *self.sparsities]
+        worst = list(np.argsort(-rises[:, -1])[:5])
+        for i, rise in enumerate(rises):
+            if i not in worst:
+                axes.plot(shares, rise, color="0.8", linewidth=1)
+        for i in worst:
+            axes.plot(shares, rises[i], marker="o", label="/".join(self.paths[i].split("/")[-3:]))
+        axes.set_xlabel("sparsity of this weight alone")
+        axes.set_ylabel(f"rise of the loss above {self.dense_loss:.3f}")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(title="most sensitive", fontsize="small", frameon=False)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+    def allocate(self, sparsity: float) -> Allocation:
+        """Spreads a sparsity over the weights so that the losses rise least in sum.
+
+        Each weight's losses are taken as a convex line from one sparsity to the next, and the
+        cheapest pieces of all lines are taken first. No weight goes beyond what was tried.
+
+        Args:
+            sparsity: float, the mean over all weights.
+
+        Returns:
+            `Allocation`.
+
+        Raises:
+            ValueError: If `sparsity` is not between 0 and the largest that was tried.
+        """
+        if not 0.0 < sparsity <= self.sparsities[-1]:
+            raise ValueError(
+                f"`sparsity` must lie above 0 and not above {self.sparsities[-1]}, the largest "
+                f"that was tried. Received: {sparsity!r}"
+            )
+        pieces = []
+        for i, losses in enumerate(self.losses):
+            shares, rises = _lower_hull([0.0, *self.sparsities], [self.dense_loss, *losses])
+            for j, length in enumerate(np.diff(shares)):
+                price = (rises[j + 1] - rises[j]) / (length * self.sizes[i])
+                pieces.append((price, i, float(length)))
+        left = float(sparsity * sum(self.sizes))
+        given = np.zeros(len(self.paths))
+        for _, i, length in sorted(pieces):
+            taken = min(length, float(left) / self.sizes[i])
+            given[i] += taken
+            left -= float(taken * self.sizes[i])
+        return Allocation(dict(zip(self.paths, given.tolist(), strict=True)))
+
+
+def _lower_hull(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Returns the corners of the largest convex line below some points."""
+    hull: list[tuple[float, float]] = []
+    for point in zip(x, y, strict=True):
+        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return [p[0] for p in hull], [p[1] for p in hull]
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def sensitivity(
+    model: keras.Model,
+    data: Any,
+    sparsities: Sequence[float] = (0.5, 0.75),
+    pattern: Pattern = Unstructured(),
+    score: Score = Magnitude(),
+    targets: Selector | None = None,
+) -> Sensitivity:
+    """Measures how much the loss rises when one weight after the other is pruned.
+
+    Args:
+        model: A built and compiled Keras 3 model. Its weights are the same afterwards.
+        data: What `model.evaluate` takes, with labels; a few batches are enough.
+        sparsities: Sparsities to try, rising, in `(0, 1)`. Defaults to `(0.5, 0.75)`.
+        pattern: Which weights go together. Defaults to `Unstructured()`.
+        score: How important a weight is. Defaults to `Magnitude()`.
+        targets: Selector of the weights. Defaults to `None`: all kernels but the head.
+
+    Returns:
+        `Sensitivity`, with `plot()` and `allocate(sparsity)`.
+
+    Raises:
+        ValueError: If the model is not compiled, or a setting is out of range.
+
+    Example:
+
+    ```python
+    scan = tfgptopt.pruning.sensitivity(gpt, validation.take(8))
+    scan.plot("sensitivity.png")
+    tfgptopt.prune(gpt, 0.6, allocation=scan.allocate(0.6))
+    ```
+    """
+    shares = [float(share) for share in sparsities]
+    if not shares or shares != sorted(set(shares)) or not 0.0 < shares[0] <= shares[-1] < 1.0:
+        raise ValueError(
+            f"`sparsities` must rise and lie between 0 and 1. Received: {sparsities!r}"
+        )
+    if not getattr(model, "compiled", False):
+        raise ValueError("The model has no loss: compile it first.")
+    chosen = select(model, targets)
+    for target in chosen:
+        pattern.check(target.matrix_shape, target.path)
+    meter = score.meter(model, chosen)
+    meter.prepare()
+
+    def loss() -> float:
+        return float(model.evaluate(data, verbose=0, return_dict=True)["loss"])
+
+    dense = loss()
+    losses = np.empty((len(chosen), len(shares)))
+    with Progress(transient=True) as progress:
+        task = progress.add_task("Sensitivity", total=losses.size)
+        for i, target in enumerate(chosen):
+            scores = meter.scores(i, _matrix(target))
+            before = keras.ops.convert_to_numpy(target.variable.value)
+            for j, share in enumerate(shares):
+                losses[i, j] = _loss_without(model, target, pattern, scores, share, before, loss)
+                progress.advance(task)
+    sizes = tuple(target.size for target in chosen)
+    return Sensitivity(tuple(t.path for t in chosen), sizes, tuple(shares), losses, dense)
+
+
+def _matrix(target: Target) -> tf.Tensor:
+    weights = tf.cast(tf.convert_to_tensor(target.variable.value), tf.float32)
+    return target.to_matrix(weights)
+
+
+def _loss_without(
+    model: keras.Model,
+    target: Target,
+    pattern: Pattern,
+    scores: tf.Tensor,
+    share: float,
+    before: np.ndarray,
+    loss: Any,
+) -> float:
+    (kept,) = pattern.masks([scores], [tf.constant(share)])
+    with strategy_scope(model):
+        try:
+            target.variable.assign(before * target.from_matrix(kept).numpy())
+            return float(loss())
+        finally:
+            target.variable.assign(before)

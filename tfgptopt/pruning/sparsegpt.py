@@ -1,0 +1,139 @@
+"""SparseGPT: one-shot pruning that corrects the weights that stay for those that go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+import numpy as np
+from rich.progress import track
+
+from tfgptopt.calibration import Grams, block_by_block, blocks_of
+from tfgptopt.pruning.patterns import NM, Unstructured
+from tfgptopt.targets import Target
+
+
+@dataclass(frozen=True)
+class SparseGPT:
+    """Prunes at once, and moves the remaining weights so that outputs change least.
+
+    It goes through the model block by block, so that each block is corrected for what the ones
+    before it have become, and memory holds the statistics of one block. For `tfgptopt.prune`,
+    with `Unstructured()` or `NM`.
+
+    Args:
+        data: Calibration data: a finite `tf.data.Dataset` or arrays, as `fit` takes them. The
+            paper reads 128 windows of 2048 tokens. It is not part of a recipe.
+        block_size: int, how many inputs are pruned between two updates of the rest. Defaults to
+            `128`.
+        damping: float, share of the mean that is added to the diagonal. Defaults to `0.01`.
+
+    Raises:
+        ValueError: If `block_size` is below 1 or `damping` is not positive.
+
+    Reference: Frantar and Alistarh, 2023, "SparseGPT: Massive Language Models Can Be Accurately
+    Pruned in One-Shot" (https://arxiv.org/abs/2301.00774).
+    """
+
+    data: Any = field(default=None, compare=False, repr=False)
+    block_size: int = 128
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.block_size, int) or self.block_size < 1:
+            raise ValueError(f"`block_size` must be an int >= 1. Received: {self.block_size!r}")
+        if not self.damping > 0:
+            raise ValueError(f"`damping` must be > 0. Received: {self.damping!r}")
+
+    def prune(
+        self,
+        model: keras.Layer,
+        targets: list[Target],
+        shares: dict[str, float],
+        pattern: Unstructured | NM,
+    ) -> Iterator[tuple[Target, np.ndarray]]:
+        """Prunes a model block by block.
+
+        Args:
+            model: The model. Its weights are changed.
+            targets: Which of them.
+            shares: Sparsity by the path of each.
+            pattern: Which weights go together.
+
+        Yields:
+            Each target with its mask, a bool array of the shape of the variable, after its weights
+            were changed.
+        """
+        blocks = len(blocks_of(model, targets))
+        steps = block_by_block(model, targets, self.data)
+        for members, run in track(steps, "SparseGPT", total=blocks, transient=True):
+            grams = Grams()
+            run(grams)
+            for target in members:
+                matrix = target.to_matrix(target.variable.value).numpy().astype(np.float64)
+                factor = inverse_factor(grams.of(target), self.damping)
+                kept = self._prune_matrix(matrix, factor, shares[target.path], pattern)
+                target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
+                yield target, target.from_matrix(kept).numpy()
+
+    def _prune_matrix(
+        self, matrix: np.ndarray, factor: np.ndarray, sparsity: float, pattern: Unstructured | NM
+    ) -> np.ndarray:
+        """Prunes a matrix `(inputs, outputs)` in place; returns what it kept."""
+        inputs = len(matrix)
+        size = self.block_size
+        if isinstance(pattern, NM):
+            size = max(size // pattern.m, 1) * pattern.m  # A group lies in one block.
+        kept = np.ones(matrix.shape, bool)
+        for begin in range(0, inputs, size):
+            end = min(begin + size, inputs)
+            part, inverse = matrix[begin:end], factor[begin:end, begin:end]
+            errors = np.zeros_like(part)
+            if isinstance(pattern, Unstructured):
+                kept[begin:end] = _keep(part, inverse, sparsity)
+            for i in range(end - begin):
+                if isinstance(pattern, NM) and i % pattern.m == 0:
+                    group = slice(i, min(i + pattern.m, end - begin))
+                    kept[begin:end][group] = _keep_best(
+                        part[group], inverse[group, group], pattern.n
+                    )
+                stays = kept[begin + i]
+                errors[i] = np.where(stays, 0.0, part[i]) / inverse[i, i]
+                part[i:] -= np.outer(inverse[i, i:], errors[i])
+                part[i] *= stays  # Rounding leaves a trace of what the update took away.
+            matrix[end:] -= factor[begin:end, end:].T @ errors
+        return kept
+
+
+def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:
+    """Returns the upper factor `U` with `U^T U` the inverse of a damped Gram matrix.
+
+    Args:
+        gram: float64 array `(inputs, inputs)`. It is changed.
+        damping: float, share of the mean that is added to the diagonal.
+
+    Returns:
+        float64 array `(inputs, inputs)`.
+    """
+    diagonal = np.einsum("ii->i", gram)  # A view.
+    diagonal += damping * diagonal.mean()
+    diagonal[diagonal == 0] = 1.0  # Inputs that are always zero.
+    return np.linalg.cholesky(np.linalg.inv(gram)).T
+
+
+def _keep(part: np.ndarray, inverse: np.ndarray, sparsity: float) -> np.ndarray:
+    """Marks the weights of a block whose loss would cost most."""
+    cost = (part / np.diag(inverse)[:, np.newaxis]) ** 2
+    dropped = round(cost.size * sparsity)
+    kept = np.ones(cost.size, bool)
+    kept[np.argsort(cost, axis=None, kind="stable")[:dropped]] = False
+    return kept.reshape(cost.shape)
+
+
+def _keep_best(group: np.ndarray, inverse: np.ndarray, count: int) -> np.ndarray:
+    """Marks the `count` weights of each column whose loss would cost most."""
+    cost = (group / np.diag(inverse)[:, np.newaxis]) ** 2
+    rank = np.argsort(np.argsort(-cost, axis=0, kind="stable"), axis=0)
+    return rank < count
