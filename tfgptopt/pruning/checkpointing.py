@@ -7,6 +7,7 @@ they tell nothing of gathered scores. `save_weights`, and so `BackupAndRestore` 
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import keras
@@ -28,12 +29,12 @@ class MaskState(keras.layers.Layer):
     def __init__(self, model: keras.Layer) -> None:
         super().__init__(name="pruning_masks")
         self.built = True
-        object.__setattr__(self, "_model", model)  # Not a layer inside this one.
-        object.__setattr__(self, "_loaded", {})
+        self._model = weakref.ref(model)  # Not a layer inside this one.
+        self._loaded: Any = {}
 
     def _held(self) -> list[tuple[int, Target]]:
         """Returns the masked weights with their place in the model; names may differ at reload."""
-        found = [item for item in candidates(self._model) if isinstance(item, Target)]
+        found = [item for item in candidates(self._model()) if isinstance(item, Target)]
         return [(i, t) for i, t in enumerate(found) if masks.masked(t.variable)]
 
     def save_own_variables(self, store: Any) -> None:
@@ -51,8 +52,7 @@ class MaskState(keras.layers.Layer):
 
     def load_own_variables(self, store: Any) -> None:
         """Reads what `save_own_variables` wrote; a checkpoint of a plain model has nothing."""
-        arrays = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
-        object.__setattr__(self, "_loaded", arrays)
+        self._loaded = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
         self.restore()
 
     def restore(self) -> None:

@@ -213,7 +213,7 @@ class NM:
     def holds(self, kept: Any) -> bool:
         """Returns whether no group of a numpy mask `(inputs, outputs)` keeps more than `n`."""
         counts = (kept[i : i + self.m].sum(axis=0).max() for i in range(0, len(kept), self.m))
-        return max(counts) <= self.n
+        return bool(max(counts) <= self.n)
 
 
 def _pool(scores: tf.Tensor, rows: int, columns: int) -> tf.Tensor:

@@ -233,8 +233,8 @@ class Pruner:
         for target in self.targets:
             if target.layer.trainable and id(target.variable) not in now:
                 raise ValueError(
-                    f"{target.path} is being pruned, and is no longer in the model. Call "
-                    "`tfgptopt.finalize(model)`, and give a new `Pruning` to `fit`."
+                    f"{target.path} is being pruned, but cannot be found in the model any more. "
+                    "Call `tfgptopt.finalize(model)`, and give a new `Pruning` to `fit`."
                 )
 
     def _owns(self, target: Target) -> bool:

@@ -104,18 +104,18 @@ class Sensitivity:
                 f"`sparsity` must lie above 0 and not above {self.sparsities[-1]}, the largest "
                 f"that was tried. Received: {sparsity!r}"
             )
-        pieces = []
+        pieces: list[tuple[float, int, float]] = []
         for i, losses in enumerate(self.losses):
             shares, rises = _lower_hull([0.0, *self.sparsities], [self.dense_loss, *losses])
-            for j, length in enumerate(np.diff(shares)):
-                price = (rises[j + 1] - rises[j]) / (length * self.sizes[i])
-                pieces.append((price, i, float(length)))
+            for j, step in enumerate(np.diff(shares)):
+                price = (rises[j + 1] - rises[j]) / (step * self.sizes[i])
+                pieces.append((float(price), i, float(step)))
         left = float(sparsity * sum(self.sizes))
         given = np.zeros(len(self.paths))
         for _, i, length in sorted(pieces):
-            taken = min(length, float(left) / self.sizes[i])
+            taken = min(length, left / self.sizes[i])
             given[i] += taken
-            left -= float(taken * self.sizes[i])
+            left -= taken * self.sizes[i]
         return Allocation(dict(zip(self.paths, given.tolist(), strict=True)))
 
 

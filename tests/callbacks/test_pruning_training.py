@@ -1,0 +1,275 @@
+"""Pruning under every way to train: optimizers, precisions, replicas, and runs that were killed."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import make_gpt, random_batch
+from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
+
+import tfgptopt
+from tfgptopt.pruning import (
+    NM,
+    ConstantSparsity,
+    Magnitude,
+    Movement,
+    PolynomialDecay,
+    Unstructured,
+)
+from tfgptopt.quantization import Int8
+from tfgptopt.targets import select
+
+
+class MasksHold(keras.callbacks.Callback):
+    """Checks after every batch that no masked weight is there, and counts zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.shares = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        zeros = total = 0
+        for target in select(self.model):
+            dropped = ~target.variable.constraint.mask.numpy()
+            assert not target.variable.numpy()[dropped].any(), target.path
+            zeros, total = zeros + dropped.sum(), total + dropped.size
+        self.shares.append(zeros / total)
+
+
+def fit(model, callbacks, **kwargs):
+    kwargs = {"batch_size": 4, "epochs": 1, "verbose": 0, "shuffle": False, **kwargs}
+    return model.fit(*random_batch(rows=32), callbacks=callbacks, **kwargs)
+
+
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(1e-2),
+    "adamw": lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1),
+    "momentum": lambda: keras.optimizers.SGD(1e-2, momentum=0.9, clipnorm=1.0),
+    "rmsprop": lambda: keras.optimizers.RMSprop(1e-2, global_clipnorm=1.0),
+    "lion": lambda: keras.optimizers.Lion(1e-3, weight_decay=0.1, clipvalue=0.5),
+    "ema": lambda: keras.optimizers.Adam(1e-2, use_ema=True, ema_overwrite_frequency=2),
+    "accumulation": lambda: keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_masked_weight_after_any_batch(name):
+    model = make_gpt()
+    model.compile(optimizer=OPTIMIZERS[name]())
+    checker = MasksHold()
+    fit(model, [Pruning(PolynomialDecay(0.0, 0.5, 1, 3, frequency=1), NM(2, 4)), checker])
+    assert checker.shares[-1] == 0.5
+    for target in select(model):
+        kept = target.to_matrix(target.variable.value).numpy() != 0
+        assert (kept.reshape(-1, 4, kept.shape[1]).sum(axis=1) <= 2).all()
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = make_gpt()
+    finally:
+        keras.config.set_dtype_policy("float32")
+    optimizer = keras.optimizers.Adam(1e-2)
+    if policy == "mixed_float16":
+        # A first scale that overflows: such steps are skipped, and the masks hold all the same.
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, initial_scale=2.0**40)
+    model.compile(optimizer=optimizer)
+    checker = MasksHold()
+    schedule = ConstantSparsity(0.5, 0, frequency=1)
+    fit(model, [Pruning(schedule, score=Magnitude()), checker], epochs=3)
+    assert np.allclose(checker.shares, 0.5, atol=1e-3)
+
+
+@pytest.mark.parametrize("score", [Magnitude(), Movement()])
+def test_compiled_by_xla(score):
+    model = make_gpt()
+    model.compile(optimizer="adam", jit_compile=True, steps_per_execution=2)
+    checker = MasksHold()
+    fit(model, [Pruning(PolynomialDecay(0.0, 0.5, 2, 6, frequency=2), score=score), checker])
+    assert checker.shares[-1] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("score", [Magnitude(), Movement()])
+def test_two_replicas_have_one_mask(score):
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = make_gpt()
+        model.compile(optimizer="adam")
+    checker = MasksHold()
+    pattern = Unstructured(scope="model")
+    fit(model, [Pruning(PolynomialDecay(0.0, 0.5, 2, 6, frequency=2), pattern, score), checker])
+    assert checker.shares[-1] == pytest.approx(0.5, abs=1e-3)
+    for target in select(model):
+        for variable in (target.variable, target.variable.constraint.mask):
+            one, other = (value.numpy() for value in variable.value.values)
+            np.testing.assert_array_equal(one, other)
+
+
+def test_movement_is_the_sum_of_weight_times_gradient():
+    layer = keras.layers.Dense(3, use_bias=False)
+    model = keras.Sequential([keras.Input((4,)), layer])
+    model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(0, 1, (6, 8, 4)), generator.normal(0, 1, (6, 8, 3))
+    pruner = tfgptopt.pruning.Pruner(
+        model, PolynomialDecay(0.0, 0.5, 6, 7, frequency=1), score=Movement()
+    )
+    weights, expected = layer.kernel.numpy().astype(np.float64), 0.0
+    for batch, labels in zip(x, y, strict=True):
+        pruner.step()
+        model.train_on_batch(batch, labels)
+        gradient = 2 * batch.T @ (batch @ weights - labels) / labels.size
+        expected = expected - weights * gradient
+        weights = weights - 0.1 * gradient
+    np.testing.assert_allclose(pruner.meter.variables(0)[0].numpy(), expected, rtol=1e-4, atol=1e-6)
+    pruner.advance(7)
+    order = np.argsort(-expected.reshape(-1))
+    kept = np.zeros(12, bool)
+    kept[order[:6]] = True
+    np.testing.assert_array_equal(layer.kernel.numpy() != 0, kept.reshape(4, 3))
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAt(keras.callbacks.Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.at = step
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if int(self.model.optimizer.iterations) == self.at:
+            raise Killed
+
+
+def _model():
+    keras.utils.set_random_seed(7)
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(16)])
+    # Zeros by chance, which are not masked and have to train on.
+    kernel = model.layers[0].kernel
+    kernel.assign(kernel * (np.arange(16 * 32).reshape(16, 32) % 5 > 0))
+    model.compile(optimizer=keras.optimizers.AdamW(1e-2), loss="mse")
+    return model
+
+
+def _train(model, callbacks, epochs=5):
+    x = np.random.default_rng(0).normal(0, 1, (32, 16))
+    model.fit(x, x, batch_size=4, epochs=epochs, verbose=0, shuffle=False, callbacks=callbacks)
+
+
+@pytest.mark.parametrize("first", ["backup", "pruning"])
+@pytest.mark.parametrize("score", [Magnitude(), Movement()], ids=["magnitude", "movement"])
+@pytest.mark.parametrize("killed_at", [9, 20, 31])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path, killed_at, score, first):
+    def callbacks(*more):
+        backup = keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+        schedule = PolynomialDecay(0.0, 0.6, 3, 29, frequency=3)
+        pruning = [Pruning(schedule, score=score), QuantizationAwareTraining(Int8())]
+        return [*([backup, *pruning] if first == "backup" else [*pruning, backup]), *more]
+
+    with pytest.raises(Killed):
+        _train(_model(), callbacks(KillAt(killed_at)))
+    resumed, whole = _model(), _model()
+    _train(resumed, callbacks())
+    _train(whole, callbacks())
+    for one, other in zip(resumed.weights, whole.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy(), err_msg=one.path)
+    for one, other in zip(select(resumed), select(whole), strict=True):
+        mask, expected = (t.variable.constraint.mask.numpy() for t in (one, other))
+        np.testing.assert_array_equal(mask, expected)
+
+
+def test_checkpoints_go_from_pruned_to_plain_and_back(tmp_path):
+    model = _model()
+    _train(model, [Pruning(ConstantSparsity(0.5, 0, frequency=1))], epochs=1)
+    model.save_weights(tmp_path / "pruned.weights.h5")
+    plain = _model()
+    plain.load_weights(tmp_path / "pruned.weights.h5")
+    for one, other in zip(plain.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other.numpy())
+    _train(plain, [], epochs=1)
+    assert all(t.variable.constraint is None for t in select(plain))
+    plain.save_weights(tmp_path / "plain.weights.h5")
+    model.load_weights(tmp_path / "plain.weights.h5")
+    np.testing.assert_array_equal(model.weights[0].numpy(), plain.weights[0].numpy())
+
+
+def test_a_loop_of_your_own():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    pruning = Pruning(PolynomialDecay(0.0, 0.5, 1, 3, frequency=1))
+    with pytest.raises(ValueError, match=r"call `pruning\.set_model"):
+        pruning.step()
+    pruning.set_model(model)
+    for _ in range(5):
+        pruning.step()
+        model.train_on_batch(*random_batch())
+    assert pruning.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert all((t.variable.numpy() == 0).mean() > 0.49 for t in select(model))
+
+
+def test_groups_have_their_own_pattern_and_sparsity():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    attention = Pruning(ConstantSparsity(0.5, 0), NM(2, 4), targets="attention")
+    feedforward = Pruning(ConstantSparsity(0.8, 0), targets="feedforward")
+    fit(model, [attention, feedforward])
+    rows = tfgptopt.pruning.report(model).rows
+    for row in rows:
+        wanted = (NM(2, 4), 0.5) if "attention" in row.path else (Unstructured(), 0.8)
+        assert (row.pattern, row.target) == wanted
+        assert row.holds
+        assert row.sparsity == pytest.approx(wanted[1], abs=1e-3)
+    assert len(rows) == 12
+
+
+def test_nothing_is_pruned_where_weights_are_not_finite():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    target = select(model)[1]
+    broken = target.variable.numpy()
+    broken[0, 0, 0] = np.nan
+    target.variable.assign(broken)
+    with pytest.raises(ValueError, match=f"{target.path} has values that are NaN"):
+        fit(model, [Pruning(ConstantSparsity(0.5, 0))])
+    assert target.variable.constraint is None
+    model = make_gpt()
+    model.compile(optimizer=keras.optimizers.SGD(1e30))
+    with pytest.raises(ValueError, match="the training diverged"):
+        fit(model, [Pruning(ConstantSparsity(0.5, 4))])
+    assert all(t.variable.constraint.mask.numpy().all() for t in select(model))
+
+
+def test_a_model_that_changed_is_refused_before_training():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    x = np.ones((8, 4), np.float32)
+    model.compile(optimizer="adam", loss="mse")
+    pruning = Pruning(ConstantSparsity(0.5, 0))
+    model.fit(x, x, verbose=0, callbacks=[pruning])
+    model.add(keras.layers.Dense(4))
+    with pytest.raises(ValueError, match="was added to the model after pruning began"):
+        model.fit(x, x, verbose=0, callbacks=[pruning])
+
+
+def test_settings_that_do_not_go_together_are_refused_before_the_model_changes():
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    before = model.get_weights()
+    wrong = {
+        "complete at sparsity 0.5": Pruning(ConstantSparsity(0.7, 0), NM(2, 4)),
+        "Movement has seen no gradient": Pruning(ConstantSparsity(0.5, 0), score=Movement()),
+        "does not fit into": Pruning(
+            ConstantSparsity(0.5, 0), tfgptopt.pruning.Block(64, 64), targets="attention"
+        ),
+        "prunes at once": Pruning(ConstantSparsity(0.5, 0), score=tfgptopt.pruning.SparseGPT()),
+        "needs calibration data": Pruning(ConstantSparsity(0.5, 0), score=tfgptopt.pruning.Wanda()),
+        "`pattern` must be": Pruning(ConstantSparsity(0.5, 0), "2:4"),
+    }
+    for message, pruning in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            fit(model, [pruning])
+    for ours, theirs in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
