@@ -3,6 +3,7 @@
 Steps of the variants take turns within one run, so that a change of the machine's speed hits all.
 
     python benchmarks/training_overhead.py
+    python benchmarks/training_overhead.py --tfmot
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import os
 import statistics
 import time
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -24,6 +26,7 @@ import tfgptopt
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.pruning.pruner import Pruner
 from tfgptopt.quantization import Int8
+from tfgptopt.targets import select
 
 
 def make_model(layers: int, width: int, vocabulary: int, jit_compile: bool) -> keras.Model:
@@ -64,7 +67,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--jit-compile", action="store_true")
+    parser.add_argument("--tfmot", action="store_true", help="compare with tfmot's wrappers")
     arguments = parser.parse_args()
+    console = Console(width=80)
+    if arguments.tfmot:
+        compare_with_tfmot(console, arguments)
+        return
     tokens = np.random.default_rng(0).integers(0, arguments.vocabulary, (arguments.batch, 129))
     inputs = {
         "token_ids": tokens[:, :-1].astype(np.int32),
@@ -76,20 +84,72 @@ def main() -> None:
             arguments.layers, arguments.width, arguments.vocabulary, arguments.jit_compile
         )
         dress(models[name])
+    times = take_turns(models, inputs, tokens[:, 1:], arguments.steps)
+    table = Table("variant", "ms per step", "times plain")
+    for name, median in times.items():
+        table.add_row(name, f"{median:.1f}", f"{median / times['plain']:.3f}")
+    console.print(table)
+    console.print(f"bytes of masks per pruned weight: {mask_bytes(models['pruning']):.2f}")
+
+
+def mask_bytes(model: keras.Model) -> float:
+    """Returns what the masks of a pruned model take."""
+    masks = [target.variable.constraint.mask.numpy() for target in select(model)]
+    return sum(mask.nbytes for mask in masks) / sum(mask.size for mask in masks)
+
+
+def dense_stack(layers: Any, width: int, depth: int = 8) -> Any:
+    """Returns a compiled stack of Dense layers, of Keras 3 or of tf_keras."""
+    model = layers.Sequential(
+        [layers.Input((width,)), *(layers.layers.Dense(width) for _ in range(depth))]
+    )
+    model.compile(optimizer="adam", loss="mse")
+    return model
+
+
+def compare_with_tfmot(console: Console, arguments: argparse.Namespace) -> None:
+    """Measures the same stack of Dense layers, plain and pruned, by tfmot and by tfgptopt."""
+    import tf_keras
+    from tensorflow_model_optimization.python.core.sparsity.keras import prune, pruning_wrapper
+
+    width = arguments.width
+    rows = arguments.batch * 128
+    x = np.random.default_rng(0).normal(0, 1, (rows, width)).astype(np.float32)
+    ours, theirs = dense_stack(keras, width), dense_stack(tf_keras, width)
+    schedule = ConstantSparsity(0.5, 0, frequency=100)
+    wrapped = prune.prune_low_magnitude(dense_stack(tf_keras, width), pruning_schedule=schedule)
+    wrapped.compile(optimizer="adam", loss="mse")
+    for layer in wrapped.layers:
+        if isinstance(layer, pruning_wrapper.PruneLowMagnitude):
+            tf_keras.backend.set_value(layer.pruning_step, 0)
+    pruned = dense_stack(keras, width)
+    Pruner(pruned, schedule).advance(0)
+    models = {
+        "Keras 3, plain": ours,
+        "Keras 3, tfgptopt": pruned,
+        "tf_keras, plain": theirs,
+        "tf_keras, tfmot": wrapped,
+    }
+    times = take_turns(models, x, x, arguments.steps * 4)
+    table = Table("8 Dense layers", "ms per step", "times its plain")
+    for name, measured in times.items():
+        plain = times[name.split(",")[0] + ", plain"]
+        table.add_row(name, f"{measured:.1f}", f"{measured / plain:.3f}")
+    console.print(table)
+
+
+def take_turns(models: dict[str, Any], x: Any, y: Any, steps: int) -> dict[str, float]:
+    """Returns the median milliseconds of a training step of each model."""
+    for model in models.values():
         for _ in range(2):
-            models[name].train_on_batch(inputs, tokens[:, 1:])
+            model.train_on_batch(x, y)
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(arguments.steps):
+    for _ in range(steps):
         for name, model in models.items():
             start = time.perf_counter()
-            model.train_on_batch(inputs, tokens[:, 1:])
+            model.train_on_batch(x, y)
             times[name].append(1e3 * (time.perf_counter() - start))
-    table = Table("variant", "ms per step", "times plain")
-    plain = statistics.median(times["plain"])
-    for name, measured in times.items():
-        median = statistics.median(measured)
-        table.add_row(name, f"{median:.1f}", f"{median / plain:.3f}")
-    Console().print(table)
+    return {name: statistics.median(measured) for name, measured in times.items()}
 
 
 if __name__ == "__main__":
