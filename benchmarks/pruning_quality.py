@@ -77,6 +77,7 @@ def one_shot_variants(data: Any, model: Any) -> dict[str, dict[str, Any]]:
         "50% magnitude": half,
         "50% magnitude, whole model": {**half, "pattern": Unstructured("model")},
         "50% Wanda": {**half, "pattern": by_output, "score": Wanda(data)},
+        "50% Wanda, whole tensor": {**half, "score": Wanda(data)},
         "50% SparseGPT": {**half, "score": SparseGPT(data)},
         "2:4 magnitude": {"pattern": NM(2, 4)},
         "2:4 Wanda": {"pattern": NM(2, 4), "score": Wanda(data)},
@@ -94,8 +95,8 @@ def one_shot_variants(data: Any, model: Any) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Trains, prunes, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shared-steps", type=int, default=900)
-    parser.add_argument("--steps", type=int, default=600, help="steps of each branch")
+    parser.add_argument("--shared-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each branch")
     parser.add_argument("--windows", type=int, default=512, help="calibration windows of 64 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
