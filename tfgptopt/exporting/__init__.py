@@ -18,6 +18,7 @@ def export(
     path: str | Path,
     context_length: int | None = None,
     overwrite: bool = False,
+    sparse: bool = False,
 ) -> Path:
     """Exports a model as TFLite (a name that ends with `.tflite`) or SavedModel (a folder).
 
@@ -43,6 +44,9 @@ def export(
             in tokens. Defaults to `None`: all that the model has; of a model that has any number,
             the `sequence_length` of its preprocessor, or else 1024.
         overwrite: bool. Replace an existing file or folder. Defaults to `False`.
+        sparse: bool. For TFLite, leave out the empty blocks of float32 weights that were pruned
+            with `Block(4, 1)`: a smaller file, and one that decodes faster from about 60 % of
+            zeros on. Defaults to `False`.
 
     Returns:
         `path`, as a `pathlib.Path`.
@@ -64,9 +68,9 @@ def export(
     if not getattr(model, "built", False):
         raise ValueError(f"The model {model!r} is not built, so there are no weights to export.")
     if target.suffix == ".tflite":
-        write_tflite(model, target, context_length)
-    elif context_length is not None:
-        raise ValueError("`context_length` sizes the KV cache of a .tflite file only.")
+        write_tflite(model, target, context_length, sparse)
+    elif context_length is not None or sparse:
+        raise ValueError("`context_length` and `sparse` are for a .tflite file only.")
     else:
         saved_model.write_saved_model(model, target)
     return target

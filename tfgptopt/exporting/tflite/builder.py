@@ -8,11 +8,14 @@ Reference: the TFLite schema (tensorflow/compiler/mlir/lite/schema/schema.fbs).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+
+from tfgptopt.exporting.tflite.sparsity import SharedSparsity, kept_blocks
 
 _TYPES = {
     np.dtype(np.float32): schema.TensorType.FLOAT32,
@@ -110,8 +113,10 @@ def pack(model: schema.ModelT) -> memoryview:
 class Model:
     """The file: shared buffers, operator codes, graphs with signatures, metadata."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, sparse: bool = False) -> None:
         self._description = description
+        self._sparse = sparse
+        self._sparsities: dict[int, tuple[np.ndarray, tuple[int, SharedSparsity] | None]] = {}
         self._buffers = [_AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
         self._by_key: dict[Any, int] = {}
         self._weights: dict[int, tuple[np.ndarray, int]] = {}
@@ -137,6 +142,24 @@ class Model:
             # The array is kept, so that no other one can get its id.
             self._weights[id(values)] = (values, self.buffer(data))
         return self._weights[id(values)][1]
+
+    def sparse_weight(self, values: np.ndarray) -> tuple[int, SharedSparsity] | None:
+        """Adds the blocks of a weight that are not zero, once.
+
+        Returns:
+            The index of the buffer and where the blocks are, or `None` if the file is to hold
+            dense weights only, or there are too few empty blocks.
+        """
+        if not self._sparse:
+            return None
+        if id(values) not in self._sparsities:
+            kept = kept_blocks(values)
+            found = None
+            if kept is not None:
+                blocks = values.reshape(*kept.shape, -1)[kept]
+                found = self.buffer(np.ascontiguousarray(blocks)), SharedSparsity(kept)
+            self._sparsities[id(values)] = (values, found)
+        return self._sparsities[id(values)][1]
 
     def quantization(self, scale: np.ndarray) -> _SharedQuantization:
         """Returns the scales of a weight, one for each row; the same array means the same ones."""
@@ -211,6 +234,7 @@ class Graph:
         buffer: int = 0,
         tensor_type: int | None = None,
         quantization: _SharedQuantization | None = None,
+        sparsity: SharedSparsity | None = None,
     ) -> Tensor:
         self._tensors.append(
             schema.TensorT(
@@ -219,6 +243,7 @@ class Graph:
                 buffer=buffer,
                 name=name,
                 quantization=quantization,
+                sparsity=sparsity,
                 hasRank=True,
             )
         )
@@ -268,6 +293,24 @@ class Graph:
         tensor = self._add(values.shape, values.dtype, name, buffer, tensor_type, quantization)
         self._constants[key] = tensor
         return tensor
+
+    def sparse_weight(self, name: str, values: np.ndarray) -> Tensor | None:
+        """Adds a float32 weight without its empty blocks; `None` if it has to be dense."""
+        found = self._model.sparse_weight(values)
+        if found is None:
+            return None
+        key = ("weight", id(values))
+        if key not in self._constants:
+            self._constants[key] = self._add(
+                values.shape, values.dtype, name, found[0], sparsity=found[1]
+            )
+        return self._constants[key]
+
+    def computed_once(self, key: str, compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Returns a tensor that is computed from the inputs of the signature the first time."""
+        if key not in self._constants:
+            self._constants[key] = compute(self._inputs)
+        return self._constants[key]
 
     def add_operator(
         self,

@@ -80,10 +80,31 @@ def matrix_weight(graph: Graph, matrix: Matrix) -> Tensor:
     return graph.weight(matrix.name, matrix.values, matrix.bits, matrix.scale)
 
 
+def _computed_bias(graph: Graph, bias: Tensor | None, size: int) -> Tensor:
+    """Returns a bias that is no constant.
+
+    The XNNPACK delegate takes products whose weights and bias are constants, and crashes on sparse
+    weights; LiteRT's own kernel computes them.
+    """
+
+    def zero(inputs: dict[str, Tensor]) -> Tensor:
+        position = next(tensor for tensor in inputs.values() if tensor.dtype == np.int32)
+        first = slice_(graph, position, (0,), (1,))
+        return binary(graph, "MUL", cast_to_float(graph, first), scalar(graph, 0))
+
+    if bias is None:
+        bias = graph.constant(np.zeros(size, np.float32))
+    return binary(graph, "ADD", bias, graph.computed_once("zero", zero))
+
+
 def fully_connected(graph: Graph, x: Tensor, matrix: Matrix, relu: bool = False) -> Tensor:
     """Adds a product with a matrix, its bias fused, inputs rounded row by row if it is integer."""
-    weights = matrix_weight(graph, matrix)
     bias = None if matrix.bias is None else graph.weight(f"{matrix.name}/bias", matrix.bias)
+    weights = graph.sparse_weight(matrix.name, matrix.values)
+    if weights is None:
+        weights = matrix_weight(graph, matrix)
+    else:
+        bias = _computed_bias(graph, bias, weights.shape[0])
     functions = schema.ActivationFunctionType
     options = schema.FullyConnectedOptionsT(
         fusedActivationFunction=functions.RELU if relu else functions.NONE,

@@ -20,6 +20,7 @@ from tfgptopt.decoder.reading import as_floats
 from tfgptopt.exporting.tflite import constants, converting
 from tfgptopt.exporting.tflite.builder import Model, pack
 from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
+from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
 from tfgptopt.exporting.tokenizer import tokenizer_json
 from tfgptopt.exporting.writing import replacing
 from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME, seal
@@ -153,12 +154,12 @@ def _metadata(
     return json.dumps(about, ensure_ascii=False).encode()
 
 
-def _decoder_file(model: keras.Model, context_length: int | None) -> memoryview:
+def _decoder_file(model: keras.Model, context_length: int | None, sparse: bool) -> memoryview:
     """Returns the file of a model whose family has a reader."""
     spec = read_decoder(model)
     context = _context(model, spec.context_length, context_length)
     spec, steps = spec.with_context(context), plan_signatures(context)
-    file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}")
+    file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", sparse)
     add_signatures(file, spec, (step for kind in steps.values() for step in kind))
     decoder = {
         "num_layers": len(spec.blocks),
@@ -234,19 +235,35 @@ def _store_integers(file: schema.ModelT, matrices: list[Matrix]) -> None:
         )
 
 
-def write_tflite(model: keras.Model, target: Path, context_length: int | None) -> None:
+def _check_sparse(spec: DecoderSpec) -> None:
+    """Raises unless a matrix has the zeros that a sparse file can leave out."""
+    if not any(kept_blocks(matrix.values) is not None for matrix in spec.matrices()):
+        raise ValueError(
+            "`sparse=True` leaves out empty blocks of four inputs, and no float32 weight has at "
+            f"least {LOWEST_SPARSITY:.0%} of them. Prune with `Block(4, 1)`, and do not quantize "
+            "these weights: LiteRT has no kernel for sparse integers."
+        )
+
+
+def write_tflite(
+    model: keras.Model, target: Path, context_length: int | None, sparse: bool = False
+) -> None:
     """Writes a model as a `.tflite` file.
 
     Args:
         model: A built model, dressed or plain.
         target: The file.
         context_length: Positions of the KV cache, in tokens, or `None` for all.
+        sparse: Whether to leave out empty blocks of float32 weights.
 
     Raises:
-        ValueError: If the model cannot be exported, or `context_length` is out of range.
+        ValueError: If the model cannot be exported, `context_length` is out of range, or
+            `sparse` is asked for and no weight has empty blocks to leave out.
     """
+    if sparse and not has_reader(model):
+        raise ValueError(f"`sparse=True` needs a reader for {type(model).__name__}; it has none.")
     if has_reader(model):
-        data = _decoder_file(model, context_length)
+        data = _decoder_file(model, context_length, sparse)
     elif isinstance(model, keras_hub.models.CausalLM):
         data = _converted_causal_lm(model, context_length)
     else:
