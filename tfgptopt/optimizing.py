@@ -27,6 +27,9 @@ from tfgptopt.reporting import write_report
 from tfgptopt.retracing import strategy_scope
 from tfgptopt.targets import select
 
+# Of training windows, for scores that read data.
+_CALIBRATION_BATCHES = 16
+
 Curve = list[tuple[int, float, float]]
 
 
@@ -213,7 +216,7 @@ def optimize(
     check_fit(model, corpus)
     if not recipe.techniques:
         raise ValueError("The recipe has no technique, so there is nothing to optimize.")
-    callbacks = from_recipe(recipe)
+    callbacks = from_recipe(recipe, corpus.train.take(_CALIBRATION_BATCHES))
     for callback in callbacks:
         callback.set_model(model)  # Raises if its targets are not in the model.
     curves: dict[str, Curve] = {}
