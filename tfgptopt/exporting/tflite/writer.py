@@ -158,6 +158,8 @@ def _decoder_file(model: keras.Model, context_length: int | None, sparse: bool) 
     """Returns the file of a model whose family has a reader."""
     spec = read_decoder(model)
     context = _context(model, spec.context_length, context_length)
+    if sparse:
+        _check_sparse(spec)
     spec, steps = spec.with_context(context), plan_signatures(context)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", sparse)
     add_signatures(file, spec, (step for kind in steps.values() for step in kind))
