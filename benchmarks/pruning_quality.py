@@ -74,8 +74,9 @@ def restore(model: Any, values: list[Any]) -> None:
 def one_shot_variants(data: Any, model: Any, corpus: Any) -> dict[str, dict[str, Any]]:
     """Returns arguments of `prune` by the name of their row."""
     by_output = Unstructured("output")
-    labelled = corpus.train.skip(100).take(8)
-    by_loss = sensitivity(model, labelled, (0.5, 0.7, 0.85)).allocate(0.7)
+    with tokens_as_input(model):
+        labelled = corpus.train.skip(100).take(8)
+        by_loss = sensitivity(model, labelled, (0.5, 0.7, 0.85)).allocate(0.7)
     half, most = {"sparsity": 0.5}, {"sparsity": 0.7}
     return {
         "50% magnitude": half,
