@@ -20,43 +20,67 @@ def _ordered_bits(scores: tf.Tensor) -> tf.Tensor:
     return tf.where(bits < 0, bits ^ _LARGEST, bits)
 
 
+def _total(values: list[tf.Tensor]) -> tf.Tensor:
+    """Returns how many are true in each row, over all tensors, `(rows, 1)`."""
+    counts = [tf.math.count_nonzero(v, axis=1, keepdims=True, dtype=tf.int32) for v in values]
+    return tf.add_n(counts)
+
+
+def _threshold_of_one_row(patterns: list[tf.Tensor], count: tf.Tensor) -> tf.Tensor:
+    """Returns the `count`-th largest number, from two histograms of 16 bits each."""
+    digits = 2**16
+
+    def find(values: list[tf.Tensor], wanted: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the digit that holds the `wanted`-th largest, and how many are above it."""
+        flat = [tf.reshape(v, (-1,)) for v in values]
+        bins = tf.add_n([tf.math.bincount(v, minlength=digits, maxlength=digits) for v in flat])
+        at_least = tf.cumsum(bins, reverse=True)
+        digit = tf.math.count_nonzero(at_least >= wanted, dtype=tf.int32) - 1
+        return digit, at_least[digit] - bins[digit]
+
+    count = tf.reshape(count, ())
+    # Shifting keeps the sign, so the high digits go from -32768 to 32767.
+    high, above = find([tf.bitwise.right_shift(p, 16) + digits // 2 for p in patterns], count)
+    high -= digits // 2
+    same = [tf.boolean_mask(p, tf.equal(tf.bitwise.right_shift(p, 16), high)) for p in patterns]
+    low, _ = find([p & (digits - 1) for p in same], count - above)
+    return tf.reshape(tf.bitwise.left_shift(high, 16) | low, (1, 1))
+
+
+def _threshold_of_each_row(patterns: list[tf.Tensor], count: tf.Tensor) -> tf.Tensor:
+    """Returns the `count`-th largest number of each row, by bisecting: 32 passes over the data."""
+
+    def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        middle = low + (high - low + 1) // 2
+        enough = _total([p >= tf.cast(middle, tf.int32) for p in patterns]) >= count
+        return tf.where(enough, middle, low), tf.where(enough, high, middle - 1)
+
+    rows = (tf.shape(patterns[0])[0], 1)
+    bounds = (tf.fill(rows, tf.constant(b, tf.int64)) for b in (_SMALLEST, _LARGEST))
+    found, _ = tf.while_loop(
+        lambda low, high: tf.reduce_any(low < high), halve, tuple(bounds), parallel_iterations=1
+    )
+    return tf.cast(found, tf.int32)
+
+
 def keep_largest(scores: list[tf.Tensor], count: tf.Tensor) -> list[tf.Tensor]:
     """Marks the `count` largest scores of each row, ties broken by position.
 
-    The threshold is found by bisecting the bit patterns of the scores: 32 passes over the data
-    where a sort would take many more, and no copy of several tensors into one.
+    It looks for a threshold instead of sorting, and makes no copy of several tensors into one.
 
     Args:
         scores: float32 tensors of shape `(rows, columns)`; a row goes on from tensor to tensor.
-        count: int32 scalar or `(rows, 1)`, how many to keep in each row.
+        count: int32 scalar, how many to keep in each row.
 
     Returns:
         bool tensors with the shapes of `scores`.
     """
     patterns = [_ordered_bits(tensor) for tensor in scores]
-
-    def at_least(threshold: tf.Tensor) -> tf.Tensor:
-        counts = [
-            tf.math.count_nonzero(p >= threshold, axis=1, keepdims=True, dtype=tf.int32)
-            for p in patterns
-        ]
-        return tf.add_n(counts)
-
-    def halve(low: tf.Tensor, high: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        middle = low + (high - low + 1) // 2
-        enough = at_least(tf.cast(middle, tf.int32)) >= count
-        return tf.where(enough, middle, low), tf.where(enough, high, middle - 1)
-
-    rows = (tf.shape(scores[0])[0], 1)
-    bounds = (tf.fill(rows, tf.constant(b, tf.int64)) for b in (_SMALLEST, _LARGEST))
-    found, _ = tf.while_loop(
-        lambda low, high: tf.reduce_any(low < high), halve, tuple(bounds), parallel_iterations=1
-    )
-    threshold = tf.cast(found, tf.int32)
+    single = scores[0].shape[0] == 1
+    find = _threshold_of_one_row if single else _threshold_of_each_row
+    threshold = find(patterns, count)
     above = [pattern > threshold for pattern in patterns]
-    places = count - tf.add_n(
-        [tf.math.count_nonzero(a, axis=1, keepdims=True, dtype=tf.int32) for a in above]
-    )
+    places = count - _total(above)
     kept = []
     for pattern, larger in zip(patterns, above, strict=True):
         ties = tf.equal(pattern, threshold)
