@@ -9,7 +9,7 @@ import keras
 
 from tfgptopt.pruning.allocation import Allocation
 from tfgptopt.pruning.checkpointing import mask_state
-from tfgptopt.pruning.patterns import Pattern, Unstructured
+from tfgptopt.pruning.patterns import Pattern, Unstructured, check_pattern
 from tfgptopt.pruning.pruner import Pruner, check_settings
 from tfgptopt.pruning.schedules import PruningSchedule, Timeline, last_step
 from tfgptopt.pruning.scores import Magnitude, Score
@@ -83,6 +83,7 @@ class Pruning(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         Timeline(schedule)
+        check_pattern(pattern)
         self.schedule = schedule
         self.pattern = pattern
         self.score = score
@@ -98,7 +99,8 @@ class Pruning(keras.callbacks.Callback):
         return self._pruner.sparsity if self._pruner else 0.0
 
     def _iterations(self) -> int:
-        return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+        optimizer = getattr(self.model, "optimizer", None)
+        return 0 if optimizer is None else int(keras.ops.convert_to_numpy(optimizer.iterations))
 
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
@@ -137,6 +139,9 @@ class Pruning(keras.callbacks.Callback):
         """
         if self.model is None:
             raise ValueError("There is no model yet: call `pruning.set_model(model)` first.")
+        pruner = self._pruner
+        if pruner is not None and pruner.model is self.model:
+            pruner.check_not_taken()
         self._ready().step()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

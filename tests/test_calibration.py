@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 from conftest import make_gpt, random_batch
 
+import tfgptopt
 from tfgptopt.calibration import Grams, batches_of, block_by_block, blocks_of, observe_all
 from tfgptopt.targets import select
 
@@ -109,3 +110,47 @@ def test_bad_data_is_named_and_the_model_runs_on():
         observe_all(model, select(model), [np.ones((2, 3, 4))], lambda t, r: None)
     assert all("call" not in vars(target.layer) for target in select(model))
     assert model(batches(1)[0]).shape == (2, 16, 300)
+
+
+def test_a_layer_that_is_called_three_times_is_seen_three_times():
+    layer = keras.layers.Dense(8)
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, layer(layer(layer(inputs))))
+    x = np.random.default_rng(0).normal(0, 1, (4, 8)).astype(np.float32)
+    calls = []
+    observe_all(model, select(model), x, lambda target, rows: calls.append(rows.numpy()))
+    np.testing.assert_allclose(np.stack(calls), [x, layer(x), layer(layer(x))], atol=1e-5)
+    grams = Grams()
+    ((_, run),) = block_by_block(model, select(model), x)
+    run(grams)
+    expected = sum(rows.T.astype(np.float64) @ rows for rows in calls)
+    np.testing.assert_allclose(grams.of(select(model)[0]), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_arrays_are_cut_and_labels_are_left_out():
+    x, y = np.ones((70, 4)), np.zeros(70)
+    assert [len(batch) for batch in batches_of((x, y))] == [32, 32, 6]
+    assert [len(batch["a"]) for batch in batches_of({"a": x})] == [32, 32, 6]
+    assert len(batches_of([(x, y), (x, y)])) == 2
+
+
+def test_what_is_no_product_with_one_matrix_is_refused():
+    grouped = keras.layers.EinsumDense("abc,bcd->abd", output_shape=(3, 5))
+    model = keras.Sequential([keras.Input((3, 4)), grouped])
+    with pytest.raises(ValueError, match="no product of rows with one matrix"):
+        observe_all(model, select(model), np.ones((2, 3, 4)), lambda t, r: None)
+    gpt = make_gpt()
+    tables = select(gpt, keras.layers.Embedding)
+    with pytest.raises(ValueError, match="is a table"):
+        list(block_by_block(gpt, tables, batches()))
+
+
+def test_statistics_that_are_not_finite_change_nothing():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    x = np.ones((4, 8), np.float32)
+    x[0, 0] = np.nan
+    before = model.get_weights()[0]
+    for score in (tfgptopt.pruning.SparseGPT(x), tfgptopt.pruning.Wanda(x)):
+        with pytest.raises(ValueError, match="is NaN or infinite on the calibration data"):
+            tfgptopt.prune(model, 0.5, score=score)
+        np.testing.assert_array_equal(model.get_weights()[0], before)

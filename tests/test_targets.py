@@ -95,3 +95,14 @@ def test_keras_quantized_model_is_skipped():
     model.backbone.quantize("int8")
     with pytest.raises(ValueError, match="already quantized by Keras"):
         select(model)
+
+
+def test_the_head_of_a_model_built_by_hand_is_left_out():
+    tokens = keras.Input((8,), dtype="int32")
+    x = keras.layers.Embedding(65, 64)(tokens) + keras.layers.Embedding(256, 64)(tokens)
+    for _ in range(2):
+        x = keras.layers.Dense(64)(keras.layers.Dense(256)(x))
+    model = keras.Model(tokens, keras.layers.Dense(65, name="logits")(x))
+    assert len(select(model)) == 4
+    assert all("logits" not in target.path for target in select(model))
+    assert any(t.role == "head" for t in select(model, "logits"))

@@ -23,15 +23,16 @@ Run = Callable[[Observer], None]
 
 
 class _Enough(Exception):
-    """Ends a forward pass behind the last layer that is watched."""
+    """Ends a forward pass at the first block, whose inputs are all that is wanted."""
 
 
 def batches_of(data: Any) -> list[Any]:
     """Returns the inputs of each batch of a dataset, without labels and weights.
 
     Args:
-        data: A `tf.data.Dataset` or another iterable of batches, or one batch: an array, or a
-            dictionary of arrays. A batch that is a tuple is `(inputs, labels, weights)`.
+        data: A `tf.data.Dataset` or another iterable of batches, or arrays, which are cut into
+            batches of 32: `inputs`, or a tuple `(inputs, labels, weights)`, as a batch may be too.
+            Inputs are an array or a dictionary of arrays.
 
     Returns:
         List of model inputs.
@@ -45,12 +46,46 @@ def batches_of(data: Any) -> list[Any]:
         )
     if not isinstance(data, Iterable):
         raise ValueError(f"Calibration data is a tf.data.Dataset or arrays. Received: {data!r}")
-    single = isinstance(data, np.ndarray | tf.Tensor | dict)
-    batches = [data] if single else list(data)
-    inputs = [batch[0] if isinstance(batch, tuple) else batch for batch in batches]
+    if isinstance(data, np.ndarray | tf.Tensor | dict | tuple):
+        inputs = _cut(data[0] if isinstance(data, tuple) and data else data)
+    else:
+        inputs = [batch[0] if isinstance(batch, tuple) else batch for batch in data]
     if not inputs or any(0 in tf.shape(leaf) for x in inputs for leaf in tf.nest.flatten(x)):
         raise ValueError(f"The calibration data is empty. Received: {data!r}")
     return inputs
+
+
+def _cut(arrays: Any) -> list[Any]:
+    """Returns arrays as batches of 32 rows."""
+    rows = max((len(leaf) for leaf in tf.nest.flatten(arrays)), default=0)
+    return [
+        tf.nest.map_structure(lambda leaf, at=at: leaf[at : at + 32], arrays)
+        for at in range(0, rows, 32)
+    ]
+
+
+def check_kernels(targets: list[Target]) -> None:
+    """Raises unless each target is one matrix that multiplies rows of its layer's input.
+
+    Raises:
+        ValueError: If one is a table, or its equation multiplies with several matrices.
+    """
+    for target in targets:
+        if target.role == "embedding":
+            raise ValueError(f"{target.path} is a table: it multiplies nothing to calibrate with.")
+        equation = getattr(target.layer, "equation", "").replace(" ", "")
+        if not equation:
+            continue
+        operands, result = equation.split("->")
+        inputs, kernel = operands.split(",")
+        shared = set(inputs) & set(kernel) & set(result) - {"."}
+        lost = set(inputs) - set(kernel) - set(result) - {"."}
+        if shared or lost:
+            raise ValueError(
+                f"{target.path} computes '{equation}', which is no product of rows with one "
+                "matrix: calibration cannot tell what each weight meets. Leave it out with "
+                "`targets`, or use `Magnitude()`."
+            )
 
 
 @contextmanager
@@ -76,7 +111,7 @@ def _rows(target: Target, inputs: tf.Tensor) -> tf.Tensor:
 
 
 @contextmanager
-def watching(targets: list[Target], observe: Observer, stop: bool = False) -> Iterator[None]:
+def watching(targets: list[Target], observe: Observer) -> Iterator[None]:
     """Calls `observe` with what each target's layer reads, while the model runs eagerly.
 
     Layers that read the same tensor one after the other (query, key and value do) are given the
@@ -85,10 +120,8 @@ def watching(targets: list[Target], observe: Observer, stop: bool = False) -> It
     Args:
         targets: Kernels; tables have no rows of inputs.
         observe: Called with a target and its rows, at every call of its layer.
-        stop: bool. End the forward pass behind the last of them. Defaults to `False`.
     """
     by_layer = {id(target.layer): target for target in targets}
-    left = set(by_layer)
     last: list[Any] = [None, None, None]
 
     def wrap(layer: keras.Layer) -> Any:
@@ -98,14 +131,11 @@ def watching(targets: list[Target], observe: Observer, stop: bool = False) -> It
             if inputs is not last[0] or target.row_axes != last[1]:
                 last[:] = inputs, target.row_axes, _rows(target, inputs)
             observe(target, last[2])
-            left.discard(id(layer))
-            if stop and not left:
-                raise _Enough
             return call(inputs, *args, **kwargs)
 
         return watched
 
-    with _replaced_calls([target.layer for target in targets], wrap), suppress(_Enough):
+    with _replaced_calls([target.layer for target in targets], wrap):
         yield
 
 
@@ -121,8 +151,9 @@ def observe_all(model: keras.Layer, targets: list[Target], data: Any, observe: O
     Raises:
         ValueError: If there is no data, or the model cannot read it.
     """
+    check_kernels(targets)
     for batch in batches_of(data):
-        with watching(targets, _without_padding(observe, batch), stop=True):
+        with watching(targets, _without_padding(observe, batch)):
             _call(model, batch)
 
 
@@ -243,6 +274,7 @@ def block_by_block(
     Raises:
         ValueError: If there is no data, the model cannot read it, or it does not call a target.
     """
+    check_kernels(targets)
     batches = batches_of(data)
     blocks = _holders(model, {id(target.layer) for target in targets})
     first = _Recorder(blocks, stop=False).run(model, batches[0])
@@ -269,7 +301,7 @@ def block_by_block(
 def _run_model(model: keras.Layer, targets: list[Target], batches: list[Any]) -> Run:
     def run(observe: Observer) -> None:
         for batch in batches:
-            with watching(targets, _without_padding(observe, batch), stop=True):
+            with watching(targets, _without_padding(observe, batch)):
                 _call(model, batch)
 
     return run
@@ -280,7 +312,7 @@ def _run_block(
 ) -> Run:
     def run(observe: Observer) -> None:
         for batch, (args, kwargs) in zip(batches, states, strict=True):
-            with watching(targets, _without_padding(observe, batch), stop=True):
+            with watching(targets, _without_padding(observe, batch)):
                 block(*args, **kwargs)
 
     return run
@@ -294,21 +326,62 @@ class Grams:
 
     def __init__(self) -> None:
         self._grams: dict[int, tf.Tensor] = {}
-        self._of_path: dict[str, int] = {}
+        self._keys: dict[int, int] = {}
         self._last: Any = None
 
     def __call__(self, target: Target, rows: tf.Tensor) -> None:
         shared = self._last is not None and rows is self._last[0]
-        key = self._of_path.get(target.path)
+        key = self._keys.get(id(target.variable))
         if key is None:
-            key = self._last[1] if shared else len(self._of_path)
-            self._of_path[target.path] = key
+            key = self._last[1] if shared else len(self._keys)
+            self._keys[id(target.variable)] = key
         if not (shared and key == self._last[1]):
             product = tf.matmul(rows, rows, transpose_a=True)
             self._grams[key] = self._grams[key] + product if key in self._grams else product
         self._last = rows, key
 
     def of(self, target: Target) -> np.ndarray:
-        """Returns the float64 matrix `(inputs, inputs)` of a target."""
-        gram: np.ndarray = self._grams[self._of_path[target.path]].numpy().astype(np.float64)
-        return gram
+        """Returns the float64 matrix `(inputs, inputs)` of a target.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        gram: np.ndarray = self._grams[self._keys[id(target.variable)]].numpy()
+        check_finite(target, gram)
+        return gram.astype(np.float64)
+
+
+class SquaredSums:
+    """Sums the squares of each input of each target. An observer.
+
+    Args:
+        targets: The targets that will be shown.
+    """
+
+    def __init__(self, targets: list[Target]) -> None:
+        self._sums = {id(t.variable): tf.zeros(t.matrix_shape[0]) for t in targets}
+        self._seen: set[int] = set()
+
+    def __call__(self, target: Target, rows: tf.Tensor) -> None:
+        self._seen.add(id(target.variable))
+        self._sums[id(target.variable)] += tf.reduce_sum(tf.square(rows), axis=0)
+
+    def norms(self, target: Target) -> tf.Tensor:
+        """Returns the norm of each input, float32 `(inputs,)`.
+
+        Raises:
+            ValueError: If the target was never shown, or a norm is not finite.
+        """
+        if id(target.variable) not in self._seen:
+            raise ValueError(f"The model does not call the layer of {target.path} on the data.")
+        norms = tf.sqrt(self._sums[id(target.variable)])
+        check_finite(target, norms.numpy())
+        return norms
+
+
+def check_finite(target: Target, statistics: np.ndarray) -> None:
+    """Raises unless the statistics of a target are finite."""
+    if not np.isfinite(statistics).all():
+        raise ValueError(
+            f"What goes into {target.path} is NaN or infinite on the calibration data."
+        )

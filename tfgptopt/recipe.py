@@ -13,6 +13,7 @@ import yaml
 
 from tfgptopt.pruning import masks
 from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.one_shot import deserialize_score, serialize_score
 from tfgptopt.pruning.patterns import (
     Pattern,
@@ -26,7 +27,7 @@ from tfgptopt.pruning.scores import Magnitude
 from tfgptopt.quantization.layers import deserialize_spec, is_dressed, serialize_spec
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.quantization.training import check_spec, quantize_aware
-from tfgptopt.retracing import strategy_scope
+from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.targets import Target, candidates, select
 
 # Where `finalize` leaves the recipe on a model.
@@ -98,6 +99,8 @@ class Prune:
             settings = masks.Settings(self.schedule, self.pattern, self.score, self.allocation)
             masks.attach(targets, settings)
             masks.read_from_zeros(targets)
+            mask_state(model).restore()
+        retrace(model)
 
 
 @dataclass(frozen=True)

@@ -147,14 +147,13 @@ def _layers_in_order(layer: keras.Layer, seen: set[int]) -> Iterator[keras.Layer
 
 def _head_of(targets: list[Target]) -> Target | None:
     """Returns the kernel that gives logits: its outputs are the tokens of the largest table."""
-    tables = [target for target in targets if target.role == "embedding"]
-    vocabulary_size = max((table.matrix_shape[1] for table in tables), default=0)
+    sizes = [target.matrix_shape[1] for target in targets if target.role == "embedding"]
     kernels = [target for target in targets if target.role == "kernel"]
-    fitting = [kernel for kernel in kernels if kernel.matrix_shape[1] == vocabulary_size]
-    # A feed-forward network as wide as the vocabulary fits as well, but is not the last kernel.
-    return (
-        fitting[0] if len(fitting) == 1 else next((k for k in kernels[-1:] if k in fitting), None)
-    )
+    # The last kernel first: a feed-forward network may be as wide as a table has rows.
+    if kernels and kernels[-1].matrix_shape[1] in sizes:
+        return kernels[-1]
+    fitting = [kernel for kernel in kernels if kernel.matrix_shape[1] == max(sizes, default=0)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def candidates(model: keras.Layer) -> Iterator[Target | Skipped]:

@@ -15,6 +15,7 @@ from tfgptopt.pruning import (
     Movement,
     PolynomialDecay,
     Unstructured,
+    Wanda,
 )
 from tfgptopt.quantization import Int8
 from tfgptopt.targets import select
@@ -266,10 +267,99 @@ def test_settings_that_do_not_go_together_are_refused_before_the_model_changes()
         ),
         "prunes at once": Pruning(ConstantSparsity(0.5, 0), score=tfgptopt.pruning.SparseGPT()),
         "needs calibration data": Pruning(ConstantSparsity(0.5, 0), score=tfgptopt.pruning.Wanda()),
-        "`pattern` must be": Pruning(ConstantSparsity(0.5, 0), "2:4"),
     }
+    with pytest.raises(ValueError, match="`pattern` must be"):
+        Pruning(ConstantSparsity(0.5, 0), "2:4")
     for message, pruning in wrong.items():
         with pytest.raises(ValueError, match=message):
             fit(model, [pruning])
     for ours, theirs in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_averages_are_held_in_a_fit_without_the_callback():
+    model = _model()
+    model.compile(optimizer=keras.optimizers.Adam(1e-2, use_ema=True), loss="mse")
+    _train(model, [Pruning(ConstantSparsity(0.5, 0))], epochs=1)
+    _train(model, [], epochs=1)
+    for target in select(model):
+        assert not target.variable.numpy()[~target.variable.constraint.mask.numpy()].any()
+
+
+def test_a_schedule_that_starts_low_does_not_open_masks_again():
+    model = _model()
+    tfgptopt.prune(model, 0.5)
+    shares = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            shares.append(min((t.variable.numpy() == 0).mean() for t in select(self.model)))
+
+    _train(model, [Pruning(PolynomialDecay(0.0, 0.8, 0, 7, frequency=1)), Watch()], epochs=1)
+    assert min(shares) >= 0.49
+    assert shares[-1] >= 0.79
+
+
+def test_movement_goes_on_after_compile():
+    model = _model()
+    pruning = Pruning(PolynomialDecay(0.0, 0.5, 20, 30, frequency=1), score=Movement())
+    with pytest.warns(UserWarning, match="will not be reached"):
+        _train(model, [pruning], epochs=1)
+    before = pruning._pruner.meter.variables(0)[0].numpy().copy()
+    old = model.optimizer
+    model.compile(optimizer="adam", loss="mse")
+    with pytest.warns(UserWarning, match="will not be reached"):
+        _train(model, [pruning], epochs=1)
+    assert not np.array_equal(pruning._pruner.meter.variables(0)[0].numpy(), before)
+    tfgptopt.finalize(model)
+    assert "update_step" not in vars(model.optimizer)
+    assert "update_step" not in vars(old)
+
+
+def test_a_recipe_dresses_a_model_before_a_checkpoint_is_read(tmp_path):
+    model = _model()
+    schedule = ConstantSparsity(0.5, 0)
+    _train(model, [Pruning(schedule)], epochs=1)
+    model.save_weights(tmp_path / "pruned.weights.h5")
+    again = _model()
+    _train(again, [], epochs=1)
+    tfgptopt.Recipe((tfgptopt.recipe.Prune(schedule),)).replay(again)
+    again.load_weights(tmp_path / "pruned.weights.h5")
+    _train(again, [], epochs=1)
+    for target, trained in zip(select(again), select(model), strict=True):
+        mask = trained.variable.constraint.mask.numpy()
+        np.testing.assert_array_equal(target.variable.constraint.mask.numpy(), mask)
+        assert not target.variable.numpy()[~mask].any()
+
+
+def test_wanda_in_fit_reads_its_data_at_each_change_and_early():
+    model = _model()
+    x = np.random.default_rng(3).normal(0, 1, (32, 16)).astype(np.float32)
+    pruning = Pruning(ConstantSparsity(0.5, 2, frequency=1), Unstructured("output"), Wanda(x))
+    seen = []
+
+    class Record(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            first, second = (layer.kernel.numpy().copy() for layer in self.model.layers)
+            hidden = x @ first + self.model.layers[0].bias.numpy()
+            seen.append(np.abs(second) * np.linalg.norm(hidden, axis=0)[:, None])
+
+    _train(model, [Record(), pruning], epochs=1)
+    kept = model.layers[1].kernel.constraint.mask.numpy()
+    lowest_kept = np.where(kept, seen[-1], np.inf).min(axis=0)
+    assert (np.where(kept, 0, seen[-1]).max(axis=0) <= lowest_kept * 1.0001).all()
+    fresh = _model()
+    with pytest.raises(ValueError, match="cannot read the calibration data"):
+        _train(fresh, [Pruning(ConstantSparsity(0.5, 99), score=Wanda(x[:, :3]))], epochs=1)
+    assert all(t.variable.constraint is None for t in select(fresh))
+
+
+def test_two_prunings_on_one_weight_are_refused_in_a_loop_too():
+    model = _model()
+    one, other = (Pruning(ConstantSparsity(s, 0)) for s in (0.5, 0.3))
+    one.set_model(model)
+    other.set_model(model)
+    one.step()
+    other.step()
+    with pytest.raises(ValueError, match="Two prunings act on"):
+        one.step()

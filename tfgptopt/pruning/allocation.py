@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration import blocks_of, observe_all
+from tfgptopt.calibration import SquaredSums, blocks_of, observe_all
 from tfgptopt.targets import Selector, Target, select
 
 
@@ -48,6 +48,12 @@ class Allocation:
                 f"The allocation has no sparsity for {missing[0]} ({len(missing)} missing). "
                 "Allocate over the same `targets` that are pruned."
             )
+        paths = [target.path for target in targets]
+        twice = [path for path in paths if paths.count(path) > 1]
+        if twice:
+            raise ValueError(f"Two weights are called {twice[0]}: give their layers other names.")
+        if not any(self.sparsities[path] for path in paths):
+            raise ValueError("The allocation gives sparsity 0 to all of the `targets`.")
 
     def at(self, sparsity: float, targets: list[Target]) -> list[float]:
         """Returns the sparsity of each target when the schedule stands at `sparsity`.
@@ -109,12 +115,8 @@ def owl(
             f"Received: sparsity={sparsity}, spread={spread}"
         )
     chosen = select(model, targets)
-    squares = {target.path: tf.zeros(target.matrix_shape[0]) for target in chosen}
-
-    def observe(target: Target, rows: tf.Tensor) -> None:
-        squares[target.path] += tf.reduce_sum(tf.square(rows), axis=0)
-
-    observe_all(model, chosen, data, observe)
+    squares = SquaredSums(chosen)
+    observe_all(model, chosen, data, squares)
     blocks = blocks_of(model, chosen)
     sizes = np.array([sum(target.size for target in block) for block in blocks])
     outliers = np.array([_outlier_share(block, squares, threshold) for block in blocks])
@@ -126,11 +128,11 @@ def owl(
     )
 
 
-def _outlier_share(block: list[Target], squares: dict[str, tf.Tensor], threshold: float) -> float:
+def _outlier_share(block: list[Target], squares: SquaredSums, threshold: float) -> float:
     scores = []
     for target in block:
         weights = tf.cast(target.to_matrix(tf.convert_to_tensor(target.variable.value)), tf.float32)
-        scored = tf.abs(weights) * tf.sqrt(squares[target.path])[:, tf.newaxis]
+        scored = tf.abs(weights) * squares.norms(target)[:, tf.newaxis]
         scores.append(tf.reshape(scored, (-1,)))
     together = tf.concat(scores, axis=0)
     outliers = together > threshold * tf.reduce_mean(together)

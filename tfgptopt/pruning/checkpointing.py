@@ -34,8 +34,12 @@ class MaskState(keras.layers.Layer):
 
     def _held(self) -> list[tuple[int, Target]]:
         """Returns the masked weights with their place in the model; names may differ at reload."""
-        found = [item for item in candidates(self._model()) if isinstance(item, Target)]
-        return [(i, t) for i, t in enumerate(found) if masks.masked(t.variable)]
+        # Skipped layers count too: a layer may be skipped in one model and not in the other.
+        return [
+            (i, item)
+            for i, item in enumerate(candidates(self._model()))
+            if isinstance(item, Target) and masks.masked(item.variable)
+        ]
 
     def save_own_variables(self, store: Any) -> None:
         """Writes masks as bits, scores, and the steps that were seen."""
@@ -57,6 +61,7 @@ class MaskState(keras.layers.Layer):
 
     def restore(self) -> None:
         """Gives masked weights what was loaded for them, once."""
+        resumed: dict[int, tuple[Any, int]] = {}
         for i, target in self._held():
             bits = self._loaded.pop(f"mask_{i}", None)
             if bits is None or bits.size != -(-target.size // 8):
@@ -64,18 +69,20 @@ class MaskState(keras.layers.Layer):
             held = target.variable.constraint
             mask = np.unpackbits(bits, count=target.size).astype(bool)
             held.mask.assign(mask.reshape(target.variable.shape))
+            seen = self._loaded.pop(f"seen_{i}", None)
             if held.owner is not None:
-                self._restore_owner(i, target, held.owner)
+                self._restore_scores(i, target, held.owner)
+                if seen is not None:
+                    resumed[id(held.owner)] = (held.owner, int(seen))
+        for owner, seen in resumed.values():
+            owner.resume(seen)
 
-    def _restore_owner(self, i: int, target: Target, owner: Any) -> None:
+    def _restore_scores(self, i: int, target: Target, owner: Any) -> None:
         index = owner.targets_index(target)
         for j, variable in enumerate(owner.meter.variables(index)):
             saved = self._loaded.pop(f"score_{i}_{j}", None)
             if saved is not None and saved.shape == tuple(variable.shape):
                 variable.assign(saved)
-        seen = self._loaded.pop(f"seen_{i}", None)
-        if seen is not None:
-            owner.resume(int(seen))
 
 
 def mask_state(model: keras.Layer) -> MaskState:

@@ -75,6 +75,24 @@ def read_from_zeros(targets: list[Target]) -> None:
         target.variable.constraint.mask.assign(keras.ops.not_equal(target.variable.value, 0))
 
 
+def hold_averages(model: Any, targets: list[Target]) -> None:
+    """Holds the zeros where the optimizer writes its averages (`use_ema`) over the weights.
+
+    Keras averages weights before it applies constraints, so that averages are not quite zero, and
+    writes them at the end of `fit`, after the last constraint.
+    """
+    optimizer: Any = getattr(model, "optimizer", None)
+    if not getattr(optimizer, "use_ema", False):
+        return
+    finish = optimizer.finalize_variable_values
+
+    def finish_and_hold(variables: Any) -> None:
+        finish(variables)
+        apply([target for target in targets if masked(target.variable)])
+
+    object.__setattr__(optimizer, "finalize_variable_values", finish_and_hold)
+
+
 def apply(targets: list[Target]) -> None:
     """Zeroes what the masks of targets drop."""
     for target in targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import keras
@@ -58,7 +59,7 @@ def prune(
     """
     if sparsity is None and isinstance(pattern, NM):
         sparsity = pattern.sparsity
-    if not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+    if not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
         raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
     if isinstance(score, Movement):
         raise ValueError("Movement gathers in training: give it to the callback `Pruning`.")
@@ -68,7 +69,7 @@ def prune(
                 f"{target.path} is pruned already. Call `tfgptopt.finalize(model)` first to prune "
                 "it again."
             )
-    schedule = ConstantSparsity(sparsity, 0, frequency=1)
+    schedule = ConstantSparsity(float(sparsity), 0, frequency=1)
     if isinstance(score, SparseGPT):
         _prune_by_sparsegpt(model, schedule, pattern, score, targets, allocation)
         return model
@@ -97,12 +98,12 @@ def _prune_by_sparsegpt(
     shares = [sparsity] * len(targets)
     if allocation is not None:
         shares = allocation.at(sparsity, targets)
-    of_path = {t.path: share for t, share in zip(targets, shares, strict=True)}
+    of_variable = {id(t.variable): share for t, share in zip(targets, shares, strict=True)}
     before = {id(t.variable): keras.ops.convert_to_numpy(t.variable.value) for t in targets}
     found: list[tuple[Target, np.ndarray]] = []
     with strategy_scope(model):
         try:
-            found.extend(score.prune(model, targets, of_path, pattern))
+            found.extend(score.prune(model, targets, of_variable, pattern))
         except BaseException:
             for target in targets:
                 target.variable.assign(before[id(target.variable)])

@@ -13,7 +13,7 @@ from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.masks import Settings
 from tfgptopt.pruning.patterns import NM, Pattern, Unstructured, check_pattern, check_reaches
 from tfgptopt.pruning.schedules import PruningSchedule, Timeline, final_sparsity
-from tfgptopt.pruning.scores import Magnitude, Score
+from tfgptopt.pruning.scores import Magnitude, Score, Wanda, wanda_batches
 from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.targets import Selector, Target, select
 
@@ -38,6 +38,8 @@ def check_settings(
             "`score` must be Magnitude(), Wanda(data) or Movement(); SparseGPT(data) prunes at "
             f"once, with `tfgptopt.prune`. Received: {score!r}"
         )
+    if isinstance(score, Wanda) and score.data is None:
+        wanda_batches(None)  # Raises.
     chosen = select(model, targets)
     final = final_sparsity(schedule)
     check_reaches(pattern, final)
@@ -97,6 +99,9 @@ class Pruner:
         self._selector = targets
         self.seen = self._scanned = -1  # Steps up to which the masks are as they should be.
         self._next: int | None = None  # The first firing that was not seen yet.
+        for target in self.targets:
+            if masks.masked(target.variable) and target.variable.constraint.owner is not None:
+                target.variable.constraint.owner.close()
         self._attached = [t for t in self.targets if not masks.masked(t.variable)]
         with strategy_scope(model):
             self.meter = score.meter(model, self.targets)
@@ -104,9 +109,11 @@ class Pruner:
         for target in self.targets:
             target.variable.constraint.owner = self
             target.variable.constraint.settings = self.settings
+        masks.hold_averages(model, self.targets)
         self._finite = tf.function(self._all_finite)
         self._update = tf.function(self._update_all)
-        self._sparsity = self._masked_share()
+        # Masks that an earlier pruning left are never opened again by a schedule that starts low.
+        self._floor = self._sparsity = self._masked_share()
         with strategy_scope(model):
             mask_state(model).restore()  # What a checkpoint brought before the masks were there.
         retrace(model)
@@ -171,7 +178,7 @@ class Pruner:
         if first:
             self._catch_up(step - 1)
         sparsity = self.timeline.last_firing(self.seen + 1, step)
-        if sparsity:
+        if sparsity and sparsity > self._floor - 1e-3:
             self._prune_to(sparsity)
         self.moved_to(step)
 
@@ -214,7 +221,10 @@ class Pruner:
     def can_continue(self, model: keras.Layer, step: int) -> bool:
         """Returns whether another `fit` goes on where this pruner stands."""
         owned = all(self._owns(target) for target in self.targets)
-        return self.model is model and owned and step >= self.seen
+        if self.model is not model or not owned or step < self.seen:
+            return False
+        self.meter.follow(model)
+        return True
 
     def check_model(self) -> None:
         """Raises if the model's weights are others than those that were dressed.
@@ -264,9 +274,19 @@ class Pruner:
         for target in self.targets:
             if not self._owns(target):
                 masks.remove(self._attached)
+                self.close()
                 raise ValueError(
                     f"Two prunings act on {target.path}. Give each its own `targets`, or use one."
                 )
+
+    def check_not_taken(self) -> None:
+        """Raises if another pruner holds a weight of this one.
+
+        Raises:
+            ValueError: If two pruners act on one weight.
+        """
+        if any(masks.masked(t.variable) and not self._owns(t) for t in self.targets):
+            self.check_ownership()
 
     def close(self) -> None:
         """Stops measuring; the masks stay."""

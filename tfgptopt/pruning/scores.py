@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-from tfgptopt.calibration import observe_all
+from tfgptopt.calibration import SquaredSums, batches_of, observe_all
 from tfgptopt.targets import Target
 
 
@@ -27,6 +27,9 @@ class Meter(Protocol):
 
     def variables(self, index: int) -> list[Any]:
         """Returns what a checkpoint has to hold for target `index`."""
+
+    def follow(self, model: Any) -> None:
+        """Goes on measuring after the model was compiled anew."""
 
     def close(self) -> None:
         """Stops measuring."""
@@ -55,6 +58,9 @@ class _MagnitudeMeter:
     def variables(self, index: int) -> list[Any]:
         return []
 
+    def follow(self, model: Any) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -81,34 +87,38 @@ class Wanda:
         return _WandaMeter(model, targets, self.data)
 
 
+def wanda_batches(data: Any) -> list[Any]:
+    """Returns the batches of Wanda's calibration data.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if data is None:
+        raise ValueError("Wanda needs calibration data: Wanda(dataset.take(16)).")
+    return batches_of(data)
+
+
 class _WandaMeter:
     def __init__(self, model: keras.Layer, targets: list[Target], data: Any) -> None:
-        if data is None:
-            raise ValueError("Wanda needs calibration data: Wanda(dataset.take(16)).")
-        if any(target.role == "embedding" for target in targets):
-            raise ValueError("Wanda scores kernels: a table has no inputs to measure.")
-        self._model, self._targets, self._data = model, targets, data
+        # Read once, so that a generator serves every firing, and tried now rather than then.
+        self._model, self._targets, self._data = model, targets, wanda_batches(data)
+        observe_all(model, targets, self._data[:1], lambda target, rows: None)
         self._norms = [tf.Variable(tf.zeros(t.matrix_shape[0]), trainable=False) for t in targets]
 
     def prepare(self) -> None:
-        squares = {target.path: tf.zeros(target.matrix_shape[0]) for target in self._targets}
-        seen: set[str] = set()
-
-        def observe(target: Target, rows: tf.Tensor) -> None:
-            seen.add(target.path)
-            squares[target.path] += tf.reduce_sum(tf.square(rows), axis=0)
-
-        observe_all(self._model, self._targets, self._data, observe)
+        squares = SquaredSums(self._targets)
+        observe_all(self._model, self._targets, self._data, squares)
         for target, norm in zip(self._targets, self._norms, strict=True):
-            if target.path not in seen:
-                raise ValueError(f"The model does not call the layer of {target.path} on the data.")
-            norm.assign(tf.sqrt(squares[target.path]))
+            norm.assign(squares.norms(target))
 
     def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
         return tf.abs(weights) * self._norms[index][:, tf.newaxis]
 
     def variables(self, index: int) -> list[Any]:
         return []
+
+    def follow(self, model: Any) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -137,18 +147,23 @@ class _MovementMeter:
         if optimizer is None:
             raise ValueError("Movement needs gradients: compile the model, and prune it in `fit`.")
         self._targets = targets
+        self._optimizer: Any = None
         self._sums = [
             keras.Variable(
                 tf.zeros(t.variable.shape), trainable=False, name=f"{t.layer.name}_moved"
             )
             for t in targets
         ]
-        # Inside mixed float16 training, the inner optimizer gets the true gradients.
-        self._optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        self._listen()
+        self.follow(model)
 
-    def _listen(self) -> None:
-        optimizer, update = self._optimizer, self._optimizer.update_step
+    def follow(self, model: Any) -> None:
+        # Inside mixed float16 training, the inner optimizer gets the true gradients.
+        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        if optimizer is self._optimizer:
+            return
+        if self._optimizer is not None:
+            self.close()
+        self._optimizer, update = optimizer, optimizer.update_step
         key = optimizer._var_key
         sums = {key(t.variable): s for t, s in zip(self._targets, self._sums, strict=True)}
 

@@ -16,9 +16,11 @@ from rich.table import Table
 
 from tfgptopt.pruning.allocation import Allocation
 from tfgptopt.pruning.patterns import Pattern, Unstructured
-from tfgptopt.pruning.scores import Magnitude, Score
+from tfgptopt.pruning.pruner import check_settings
+from tfgptopt.pruning.schedules import ConstantSparsity
+from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.retracing import strategy_scope
-from tfgptopt.targets import Selector, Target, select
+from tfgptopt.targets import Selector, Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,11 +172,13 @@ def sensitivity(
         raise ValueError(
             f"`sparsities` must rise and lie between 0 and 1. Received: {sparsities!r}"
         )
+    if isinstance(score, Movement):
+        raise ValueError("Movement gathers in training: use `Magnitude()` or `Wanda(data)` here.")
+    for share in shares:
+        schedule = ConstantSparsity(share, 0)
+        chosen = check_settings(model, schedule, pattern, score, targets, None)
     if not getattr(model, "compiled", False):
         raise ValueError("The model has no loss: compile it first.")
-    chosen = select(model, targets)
-    for target in chosen:
-        pattern.check(target.matrix_shape, target.path)
     meter = score.meter(model, chosen)
     meter.prepare()
 

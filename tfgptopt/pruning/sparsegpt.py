@@ -51,7 +51,7 @@ class SparseGPT:
         self,
         model: keras.Layer,
         targets: list[Target],
-        shares: dict[str, float],
+        shares: dict[int, float],
         pattern: Unstructured | NM,
     ) -> Iterator[tuple[Target, np.ndarray]]:
         """Prunes a model block by block.
@@ -59,7 +59,7 @@ class SparseGPT:
         Args:
             model: The model. Its weights are changed.
             targets: Which of them.
-            shares: Sparsity by the path of each.
+            shares: Sparsity by the `id` of each variable.
             pattern: Which weights go together.
 
         Yields:
@@ -74,7 +74,7 @@ class SparseGPT:
             for target in members:
                 matrix = target.to_matrix(target.variable.value).numpy().astype(np.float64)
                 factor = inverse_factor(grams.of(target), self.damping)
-                kept = self._prune_matrix(matrix, factor, shares[target.path], pattern)
+                kept = self._prune_matrix(matrix, factor, shares[id(target.variable)], pattern)
                 target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
                 yield target, target.from_matrix(kept).numpy()
 
