@@ -57,6 +57,25 @@ def test_the_examples_of_generation(trained, tmp_path):
     assert printed.startswith("import os\n")
 
 
+def test_the_example_of_pruning(tmp_path):
+    (code,) = blocks("docs/pruning.md")
+    before = """
+import sys; sys.path.insert(0, sys.argv[1])
+from conftest import make_gpt, random_batch
+import tensorflow as tf, tfgptopt
+gpt = make_gpt()
+gpt.compile(optimizer="adam")
+data = tf.data.Dataset.from_tensors(random_batch()).repeat(8)
+"""
+    small = code.replace("begin_step=100, end_step=900, frequency=50", "begin_step=2, end_step=6")
+    assert small != code
+    small = small.replace("end_step=6", "end_step=6, frequency=1")
+    code = before.replace("sys.argv[1]", repr(str(ROOT / "tests"))) + small
+    printed = run(code, tmp_path).stdout
+    assert "50.0% zeros in pruned weights" in printed
+    assert (tmp_path / "gpt.tflite").is_file()
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     from nbclient import NotebookClient

@@ -20,6 +20,8 @@ def _state(target: Target) -> str:
     bits = layers.bits_of(target.layer)
     if bits is not None:
         words.append(f"int{bits}" if layers.is_dressed(target.layer) else f"int{bits}, final")
+    if target.role != "kernel" and not masks.masked(target.variable):
+        words.append("not pruned by default")
     return ", ".join(words) or "plain"
 
 
