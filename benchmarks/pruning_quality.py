@@ -99,12 +99,47 @@ def one_shot_variants(data: Any, model: Any, corpus: Any) -> dict[str, dict[str,
     }
 
 
+def branches(
+    model: Any, corpus: Any, shared: list[Any], first: int, steps: int, measure: Any
+) -> None:
+    """Prunes along a schedule, from a dense model that is not trained to its end."""
+    for name, sparsity, pattern in (
+        ("50% magnitude", 0.5, Unstructured()),
+        ("75% magnitude", 0.75, Unstructured()),
+        ("2:4 magnitude", 0.5, NM(2, 4)),
+        ("75% blocks of 4 inputs", 0.75, Block(4, 1)),
+    ):
+        restore(model, shared)
+        schedule = PolynomialDecay(0.0, sparsity, first, first + steps * 6 // 10, frequency=10)
+        train(model, corpus, steps, [Pruning(schedule, pattern)])
+        measure(f"in fit {name}")
+
+
+def fine_tune(model: Any, corpus: Any, steps: int, measure: Any) -> None:
+    """Prunes along a schedule, from the trained model on, and trains the dense one on as long."""
+    weights = model.get_weights()
+    for name, sparsity, score in (
+        ("dense", 0.0, None),
+        ("50% magnitude", 0.5, Magnitude()),
+        ("75% magnitude", 0.75, Magnitude()),
+        ("75% movement", 0.75, Movement()),
+    ):
+        model.set_weights(weights)
+        compile_model(model, Training(0, steps, 4e-4))
+        schedule = PolynomialDecay(0.0, sparsity, steps // 10, steps * 6 // 10, frequency=10)
+        train(model, corpus, steps, [Pruning(schedule, score=score)] if score else [])
+        measure(f"fine-tuned {name}")
+        if score:
+            tfgptopt.finalize(model)
+
+
 def main() -> None:
     """Trains, prunes, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared-steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=600, help="steps of each branch")
     parser.add_argument("--tuning-steps", type=int, default=300, help="steps of fine-tuning")
+    parser.add_argument("--only-fine-tuned", action="store_true", help="leave out other rows")
     parser.add_argument("--windows", type=int, default=512, help="calibration windows of 64 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
@@ -123,42 +158,20 @@ def main() -> None:
         found[name] = perplexity(keras_loss(model, corpus.validation))
         console.print(f"{name}: {found[name]:.3f}")
 
-    train(model, corpus, arguments.shared_steps)
-    shared = snapshot(model)
+    if arguments.shared_steps:
+        train(model, corpus, arguments.shared_steps)
+    shared = snapshot(model) if arguments.shared_steps else []
     train(model, corpus, arguments.steps)
     trained = snapshot(model)
     measure("dense")
-    for name, settings in one_shot_variants(calibration, model, corpus).items():
+    if not arguments.only_fine_tuned:
+        for name, settings in one_shot_variants(calibration, model, corpus).items():
+            restore(model, trained)
+            tfgptopt.prune(model, **settings)
+            measure(f"one-shot {name}")
+        branches(model, corpus, shared, arguments.shared_steps, arguments.steps, measure)
         restore(model, trained)
-        tfgptopt.prune(model, **settings)
-        measure(f"one-shot {name}")
-    first, steps = arguments.shared_steps, arguments.steps
-    for name, sparsity, pattern in (
-        ("50% magnitude", 0.5, Unstructured()),
-        ("75% magnitude", 0.75, Unstructured()),
-        ("2:4 magnitude", 0.5, NM(2, 4)),
-        ("75% blocks of 4 inputs", 0.75, Block(4, 1)),
-    ):
-        restore(model, shared)
-        schedule = PolynomialDecay(0.0, sparsity, first, first + steps * 6 // 10, frequency=10)
-        train(model, corpus, steps, [Pruning(schedule, pattern)])
-        measure(f"in fit {name}")
-    restore(model, trained)
-    steps = arguments.tuning_steps
-    weights = model.get_weights()
-    for name, sparsity, score in (
-        ("dense", 0.0, None),
-        ("50% magnitude", 0.5, Magnitude()),
-        ("75% magnitude", 0.75, Magnitude()),
-        ("75% movement", 0.75, Movement()),
-    ):
-        model.set_weights(weights)
-        compile_model(model, Training(0, steps, 4e-4))
-        schedule = PolynomialDecay(0.0, sparsity, steps // 10, steps * 6 // 10, frequency=10)
-        train(model, corpus, steps, [Pruning(schedule, score=score)] if score else [])
-        if score:
-            tfgptopt.finalize(model)
-        measure(f"fine-tuned {name}")
+    fine_tune(model, corpus, arguments.tuning_steps, measure)
     table = Table("pruned", "perplexity", "over dense")
     for name, value in found.items():
         dense = found["fine-tuned dense" if name.startswith("fine-tuned") else "dense"]
