@@ -14,16 +14,15 @@ import yaml
 from tfgptopt.pruning import masks
 from tfgptopt.pruning.allocation import Allocation
 from tfgptopt.pruning.checkpointing import mask_state
-from tfgptopt.pruning.one_shot import deserialize_score, serialize_score
-from tfgptopt.pruning.patterns import (
-    Pattern,
-    Unstructured,
-    check_pattern,
-    deserialize_pattern,
-    serialize_pattern,
-)
+from tfgptopt.pruning.patterns import Pattern, Unstructured, check_pattern
 from tfgptopt.pruning.schedules import Timeline, deserialize_schedule, serialize_schedule
 from tfgptopt.pruning.scores import Magnitude
+from tfgptopt.pruning.serializing import (
+    deserialize_pattern,
+    deserialize_score,
+    serialize_pattern,
+    serialize_score,
+)
 from tfgptopt.quantization.layers import deserialize_spec, is_dressed, serialize_spec
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.quantization.training import check_spec, quantize_aware

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tfgptopt.pruning import NM, Block, Columns, ConstantSparsity, Rows, Unstructured
-from tfgptopt.pruning.patterns import deserialize_pattern, keep_largest, serialize_pattern
+from tfgptopt.pruning.patterns import keep_largest
+from tfgptopt.pruning.serializing import deserialize_pattern, serialize_pattern
 
 floats = st.floats(-100, 100, width=32, allow_subnormal=False)
 

@@ -59,6 +59,10 @@ class Mask(keras.constraints.Constraint):
     def __call__(self, w: Any) -> Any:
         if self.inner is not None:
             w = self.inner(w)
+        return self.zeroed(w)
+
+    def zeroed(self, w: Any) -> Any:
+        """Returns weights without what the mask drops."""
         # A choice, not a product: zero times a diverged weight would not be zero.
         return keras.ops.where(self.mask, w, keras.ops.zeros((), w.dtype))
 
@@ -96,8 +100,7 @@ def hold_averages(model: Any, targets: list[Target]) -> None:
 def apply(targets: list[Target]) -> None:
     """Zeroes what the masks of targets drop."""
     for target in targets:
-        mask, weights = target.variable.constraint.mask, target.variable
-        weights.assign(keras.ops.where(mask, weights, keras.ops.zeros((), weights.dtype)))
+        target.variable.assign(target.variable.constraint.zeroed(target.variable))
 
 
 def remove(targets: list[Target]) -> None:
@@ -121,7 +124,7 @@ def masked_share(target: Target) -> float:
 def detach(variable: Any) -> None:
     """Zeroes the pruned weights a last time and gives a variable back its own constraint."""
     held = variable.constraint
-    variable.assign(keras.ops.where(held.mask, variable, keras.ops.zeros((), variable.dtype)))
+    variable.assign(held.zeroed(variable))
     variable.constraint = held.inner
     if held.owner is not None:
         held.owner.close()

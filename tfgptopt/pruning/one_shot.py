@@ -14,7 +14,7 @@ from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import NM, Pattern, Unstructured
 from tfgptopt.pruning.pruner import Pruner, check_settings
 from tfgptopt.pruning.schedules import ConstantSparsity
-from tfgptopt.pruning.scores import Magnitude, Movement, Score, Wanda
+from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.targets import Selector, Target, select
@@ -114,34 +114,3 @@ def _prune_by_sparsegpt(
         masks.apply(targets)
         mask_state(model)
     retrace(model)
-
-
-_SCORES: dict[str, type[Any]] = {
-    "magnitude": Magnitude,
-    "wanda": Wanda,
-    "movement": Movement,
-    "sparsegpt": SparseGPT,
-}
-
-
-def serialize_score(score: Any) -> str:
-    """Returns the name of a score; its calibration data is not kept.
-
-    Raises:
-        ValueError: If it is no score.
-    """
-    for name, score_class in _SCORES.items():
-        if isinstance(score, score_class):
-            return name
-    raise ValueError(f"A score is one of {', '.join(_SCORES)}. Received: {score!r}")
-
-
-def deserialize_score(name: Any) -> Any:
-    """Returns the score of a name, without calibration data.
-
-    Raises:
-        ValueError: If the name is not known.
-    """
-    if name not in _SCORES:
-        raise ValueError(f"A score is one of {', '.join(_SCORES)}. Received: {name!r}")
-    return _SCORES[name]()

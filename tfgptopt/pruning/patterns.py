@@ -6,7 +6,7 @@ rank of the variable is, and knows nothing of how the scores came about.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -375,15 +375,6 @@ def check_reaches(pattern: Pattern, sparsity: float | None) -> None:
         )
 
 
-_CLASSES: dict[str, type[Any]] = {
-    "unstructured": Unstructured,
-    "nm": NM,
-    "block": Block,
-    "rows": Rows,
-    "columns": Columns,
-}
-
-
 def check_pattern(pattern: Any) -> None:
     """Raises unless `pattern` is one.
 
@@ -395,26 +386,3 @@ def check_pattern(pattern: Any) -> None:
             "`pattern` must be Unstructured(), NM(2, 4), Block(rows, columns), Rows() or "
             f"Columns(). Received: {pattern!r}"
         )
-
-
-def serialize_pattern(pattern: Pattern) -> dict[str, Any]:
-    """Returns a pattern as plain data."""
-    names = {pattern_class: name for name, pattern_class in _CLASSES.items()}
-    return {"name": names[type(pattern)], **asdict(pattern)}
-
-
-def deserialize_pattern(config: dict[str, Any]) -> Pattern:
-    """Returns the pattern that `serialize_pattern` wrote.
-
-    Raises:
-        ValueError: If the name or a setting is not known or out of range.
-    """
-    config = dict(config)
-    name = config.pop("name", None)
-    if name not in _CLASSES:
-        raise ValueError(f"A pattern is one of {', '.join(_CLASSES)}. Received: {name!r}")
-    try:
-        pattern: Pattern = _CLASSES[name](**config)
-    except TypeError as error:
-        raise ValueError(f"Wrong settings for {name}: {sorted(config)} ({error})") from None
-    return pattern

@@ -16,6 +16,15 @@ from tfgptopt.pruning.schedules import final_sparsity
 from tfgptopt.targets import Target, candidates
 
 
+def as_text(renderable: Any) -> str:
+    """Returns what rich prints of something in 80 columns."""
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(renderable)
+    text: str = capture.get()
+    return text
+
+
 @dataclass(frozen=True)
 class Row:
     """One pruned weight.
@@ -74,11 +83,7 @@ class PruningReport:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=80)
-        with console.capture() as capture:
-            console.print(self)
-        text: str = capture.get()
-        return text
+        return as_text(self)
 
 
 def report(model: keras.Layer) -> PruningReport:

@@ -21,18 +21,22 @@ class Meter(Protocol):
 
     def prepare(self) -> None:
         """Gathers, in Python, what the next scores need."""
+        return
 
     def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
         """Returns the scores of target `index`, whose weights are a matrix."""
 
     def variables(self, index: int) -> list[Any]:
         """Returns what a checkpoint has to hold for target `index`."""
+        return []
 
     def follow(self, model: Any) -> None:
         """Goes on measuring after the model was compiled anew."""
+        return
 
     def close(self) -> None:
         """Stops measuring."""
+        return
 
 
 @dataclass(frozen=True)
@@ -48,21 +52,9 @@ class Magnitude:
         return _MagnitudeMeter()
 
 
-class _MagnitudeMeter:
-    def prepare(self) -> None:
-        pass
-
+class _MagnitudeMeter(Meter):
     def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
         return tf.abs(weights)
-
-    def variables(self, index: int) -> list[Any]:
-        return []
-
-    def follow(self, model: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ def wanda_batches(data: Any) -> list[Any]:
     return batches_of(data)
 
 
-class _WandaMeter:
+class _WandaMeter(Meter):
     def __init__(self, model: keras.Layer, targets: list[Target], data: Any) -> None:
         # Read once, so that a generator serves every firing, and tried now rather than then.
         self._model, self._targets, self._data = model, targets, wanda_batches(data)
@@ -113,15 +105,6 @@ class _WandaMeter:
 
     def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
         return tf.abs(weights) * self._norms[index][:, tf.newaxis]
-
-    def variables(self, index: int) -> list[Any]:
-        return []
-
-    def follow(self, model: Any) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -141,7 +124,7 @@ class Movement:
         return _MovementMeter(model, targets)
 
 
-class _MovementMeter:
+class _MovementMeter(Meter):
     def __init__(self, model: Any, targets: list[Target]) -> None:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:

@@ -10,13 +10,13 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from tfgptopt.pruning.allocation import Allocation
 from tfgptopt.pruning.patterns import Pattern, Unstructured
 from tfgptopt.pruning.pruner import check_settings
+from tfgptopt.pruning.reporting import as_text
 from tfgptopt.pruning.schedules import ConstantSparsity
 from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.retracing import strategy_scope
@@ -51,11 +51,7 @@ class Sensitivity:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=80)
-        with console.capture() as capture:
-            console.print(self)
-        text: str = capture.get()
-        return text
+        return as_text(self)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Draws the rise of the loss, a line for each weight, the most sensitive named.
