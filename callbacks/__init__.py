@@ -31,7 +31,9 @@ def from_recipe(recipe: Recipe, calibration: Any = None) -> list[keras.callbacks
 
 def _callback(technique: Prune | QuantizeAware, calibration: Any) -> keras.callbacks.Callback:
     if isinstance(technique, QuantizeAware):
-        return QuantizationAwareTraining(technique.spec, technique.targets, technique.start_step)
+        return QuantizationAwareTraining(
+            technique.spec, technique.targets, technique.start_step, technique.freeze_step
+        )
     score = technique.score
     if isinstance(score, Wanda) and score.data is None:
         score = Wanda(calibration)

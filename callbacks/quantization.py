@@ -8,10 +8,18 @@ from typing import Any
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
-from tfgptopt.quantization import layers
+from tfgptopt.quantization import layers, rounders
+from tfgptopt.quantization.allocation import BitAllocation
+from tfgptopt.quantization.learned import ScaleUpdates
 from tfgptopt.quantization.specs import Spec
-from tfgptopt.quantization.training import check_spec, quantize_aware
-from tfgptopt.targets import Selector, select
+from tfgptopt.quantization.training import (
+    check_setting,
+    chosen_specs,
+    hold_scales,
+    quantize_aware,
+)
+from tfgptopt.retracing import retrace, strategy_scope
+from tfgptopt.targets import Selector, Target
 
 
 class QuantizationAwareTraining(keras.callbacks.Callback):
@@ -22,16 +30,20 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     the metrics of the exported file. It stays so after `fit`, until `tfgptopt.finalize(model)`.
 
     Args:
-        spec: `Int8()` or `Int4()`.
+        spec: `Int8()` or `Int4()`, or what `tfgptopt.quantization.allocate` returned. Several
+            callbacks with different `targets` give groups of weights specs of their own.
         targets: Which weights to round: a regular expression on their paths, a layer class, or a
             callable. Defaults to `None`: kernels of Dense and EinsumDense and tables of Embedding
-            and ReversibleEmbedding, the head tied to the table included.
+            and ReversibleEmbedding, the head included, frozen or not.
         start_step: int. Value of `optimizer.iterations` from which on to round. The train step is
             traced once more there. Defaults to `0`.
+        freeze_step: int. Value of `optimizer.iterations` from which on the scales stay as they
+            are, so that the last steps settle the weights on a grid that does not move. Defaults
+            to `None`: never.
 
     Raises:
-        ValueError: If `spec` or `start_step` is out of range; in `fit`, before the first step, if
-            nothing matches or the layers already round to another spec.
+        ValueError: If a setting is out of range; in `fit`, before the first step, if nothing
+            matches, a weight does not fit, or the layers already round to another spec.
 
     Example:
 
@@ -45,15 +57,31 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     Reference: Jacob et al., 2018 (https://arxiv.org/abs/1712.05877).
     """
 
-    def __init__(self, spec: Spec, targets: Selector | None = None, start_step: int = 0) -> None:
+    def __init__(
+        self,
+        spec: Spec | BitAllocation,
+        targets: Selector | None = None,
+        start_step: int = 0,
+        freeze_step: int | None = None,
+    ) -> None:
         super().__init__()
-        check_spec(spec)
+        check_setting(spec)
         if not isinstance(start_step, int) or start_step < 0:
             raise ValueError(f"`start_step` must be an int >= 0. Received: {start_step!r}")
+        if freeze_step is not None and (
+            not isinstance(freeze_step, int) or freeze_step < start_step
+        ):
+            raise ValueError(
+                f"`freeze_step` must be None or an int >= `start_step`. Received: {freeze_step!r}"
+            )
         self.spec = spec
         self.selector = targets
         self.start_step = start_step
+        self.freeze_step = freeze_step
+        self._chosen: list[tuple[Target, Spec]] = []
         self._waiting = True
+        self._updates: ScaleUpdates | None = None
+        self._frozen = False
 
     def _iterations(self) -> int:
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
@@ -61,17 +89,21 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
-        targets = select(model, self.selector, roles=("kernel", "head", "embedding"))
-        specs = [getattr(t.layer, "quantization_spec", None) for t in targets]
-        dressed = [layers.is_dressed(t.layer) for t in targets]
+        self._chosen = chosen_specs(model, self.spec, self.selector)
+        held = [layers.spec_of(t.layer) if layers.is_dressed(t.layer) else None
+                for t, _ in self._chosen]  # fmt: skip
         # A second `fit` with the same settings, such as a notebook cell run again, continues.
-        self._waiting = not (all(dressed) and all(spec == self.spec for spec in specs))
-        if self._waiting and any(dressed):
+        self._waiting = held != [spec for _, spec in self._chosen]
+        if self._waiting and any(held):
             raise ValueError(
                 f"Layers of '{model.name}' are quantize-aware already, with "
-                f"{specs[dressed.index(True)]}. Received: {self.spec}. "
+                f"{next(filter(None, held))}. Received: {self.spec}. "
                 "Call `tfgptopt.finalize(model)` first to change it."
             )
+        self._frozen = False
+        for target, spec in self._chosen:
+            # Whatever loads a checkpoint later, kept scales find their place.
+            rounders.attach(target, spec)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         last = last_mask_step(self.model, self._iterations(), self.params)
@@ -82,12 +114,45 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
                 stacklevel=2,
             )
         self._dress_if_due()
+        self._learn_scales()
+        self._freeze_if_due()
 
     def _dress_if_due(self) -> None:
         if self._waiting and self._iterations() >= self.start_step:
             quantize_aware(self.model, self.spec, self.selector)
             self._waiting = False
+            self._learn_scales()
+
+    def _learn_scales(self) -> None:
+        learned = [
+            rounder
+            for target, spec in self._chosen
+            for rounder in rounders.rounders_of(target.layer)
+            if spec.scale == "learned" and rounder.kept is not None
+        ]
+        if learned and not self._waiting and self._updates is None:
+            self._updates = ScaleUpdates(self.model.optimizer, learned)
+            retrace(self.model)
+
+    def _freeze_if_due(self) -> None:
+        due = self.freeze_step is not None and self._iterations() >= self.freeze_step
+        if due and not self._waiting and not self._frozen:
+            self._stop_learning()
+            with strategy_scope(self.model):
+                hold_scales([target.layer for target, _ in self._chosen])
+            self._frozen = True
+            retrace(self.model)
+
+    def _stop_learning(self) -> None:
+        if self._updates is not None:
+            self._updates.close()
+            self._updates = None
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._waiting:
             self._dress_if_due()
+        if self.freeze_step is not None and not self._frozen:
+            self._freeze_if_due()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._stop_learning()

@@ -23,9 +23,9 @@ from tfgptopt.pruning.serializing import (
     serialize_pattern,
     serialize_score,
 )
-from tfgptopt.quantization.layers import deserialize_spec, is_dressed, serialize_spec
-from tfgptopt.quantization.specs import Spec
-from tfgptopt.quantization.training import check_spec, quantize_aware
+from tfgptopt.quantization.layers import is_dressed
+from tfgptopt.quantization.specs import Spec, check_spec, deserialize_spec, serialize_spec
+from tfgptopt.quantization.training import quantize_aware
 from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.targets import Target, candidates, select
 
@@ -111,20 +111,26 @@ class QuantizeAware:
         targets: Regular expression on the paths of weights. Defaults to `None`: kernels and
             embedding tables.
         start_step: int. Value of `optimizer.iterations` from which on to round. Defaults to `0`.
+        freeze_step: int. Value of `optimizer.iterations` from which on scales stay as they are.
+            Defaults to `None`: never.
 
     Raises:
-        ValueError: If `spec` is no quantization spec.
+        ValueError: If `spec` is no quantization spec, or a step is out of range.
     """
 
     spec: Spec
     targets: str | None = None
     start_step: int = 0
+    freeze_step: int | None = None
 
     def __post_init__(self) -> None:
         check_spec(self.spec)
         _check_targets(self.targets)
         if not isinstance(self.start_step, int) or self.start_step < 0:
             raise ValueError(f"`start_step` must be an int >= 0. Received: {self.start_step!r}")
+        last = self.freeze_step
+        if last is not None and (not isinstance(last, int) or last < self.start_step):
+            raise ValueError(f"`freeze_step` must be >= `start_step`. Received: {last!r}")
 
     def to_config(self) -> dict[str, Any]:
         """Returns the technique as plain data."""
@@ -133,6 +139,7 @@ class QuantizeAware:
             "spec": serialize_spec(self.spec),
             "targets": self.targets,
             "start_step": self.start_step,
+            "freeze_step": self.freeze_step,
         }
 
     def replay(self, model: keras.Layer) -> None:

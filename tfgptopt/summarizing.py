@@ -17,9 +17,11 @@ from tfgptopt.targets import Skipped, Target, walk
 def _state(target: Target) -> str:
     """Returns how a weight is dressed, in words."""
     words = ["pruned"] if masks.masked(target.variable) else []
-    bits = layers.bits_of(target.layer)
-    if bits is not None:
-        words.append(f"int{bits}" if layers.is_dressed(target.layer) else f"int{bits}, final")
+    grid = layers.grid_of(target.layer)
+    if grid is not None:
+        blocks = f"/{grid.block_size}" if grid.block_size else ""
+        final = "" if layers.is_dressed(target.layer) else ", final"
+        words.append(f"int{grid.bits}{blocks}{final}")
     if target.role != "kernel" and not masks.masked(target.variable):
         words.append("not pruned by default")
     return ", ".join(words) or "plain"

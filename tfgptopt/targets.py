@@ -108,8 +108,6 @@ def _describe(layer: keras.Layer) -> Target | Skipped | None:
         return Skipped(path, "not built")
     if layer.dtype_policy.quantization_mode is not None:
         return Skipped(path, f"already quantized by Keras ({layer.dtype_policy.name})")
-    if getattr(layer, "lora_enabled", False):
-        return Skipped(path, "has LoRA adapters; merge them first")
     if isinstance(layer, keras.layers.Embedding):
         variable = layer._embeddings
         role, axes = "embedding", ((1,), (0,), (-1,))
@@ -168,7 +166,9 @@ def candidates(model: keras.Layer) -> Iterator[Target | Skipped]:
 def walk(model: keras.Layer) -> Iterator[Target | Skipped]:
     """Yields every target of a model, and every candidate that is none, each shared layer once."""
     for found in candidates(model):
-        if isinstance(found, Target) and not (found.layer.trainable and found.variable.trainable):
+        if isinstance(found, Target) and getattr(found.layer, "lora_enabled", False):
+            yield Skipped(found.path, "has LoRA adapters; merge them first")
+        elif isinstance(found, Target) and not (found.layer.trainable and found.variable.trainable):
             yield Skipped(found.path, "frozen")
         else:
             yield found
@@ -183,7 +183,10 @@ def _matches(selector: Selector, target: Target) -> bool:
 
 
 def select(
-    model: keras.Layer, selector: Selector | None = None, roles: tuple[Role, ...] = ("kernel",)
+    model: keras.Layer,
+    selector: Selector | None = None,
+    roles: tuple[Role, ...] = ("kernel",),
+    frozen: bool = False,
 ) -> list[Target]:
     """Returns the targets of a model that a selector chooses.
 
@@ -192,6 +195,8 @@ def select(
         selector: A regular expression searched in the paths of weights, a layer class, or a
             callable from `Target` to bool. Defaults to `None`: every target with one of `roles`.
         roles: The roles that the default covers.
+        frozen: Whether frozen weights, and those with LoRA adapters, are chosen too. Defaults to
+            `False`.
 
     Returns:
         List of `Target`, in the order in which the model holds them.
@@ -224,7 +229,7 @@ def select(
             raise ValueError(
                 f"`targets` is not a regular expression: {selector!r} ({error})"
             ) from None
-    found = list(walk(model))
+    found = list(candidates(model) if frozen else walk(model))
     targets = [item for item in found if isinstance(item, Target)]
     if selector is None:
         chosen = [target for target in targets if target.role in roles]

@@ -117,7 +117,7 @@ def test_any_keras_model_keeps_its_integers_and_computes_as_dressed(spec, tmp_pa
         if tensor.type == schema.TensorType.INT8 and len(tensor.shape) == 2
     ]
     table = next(w for w in model.weights if w.path.endswith("embeddings"))
-    integers, _ = rounding.quantize(table.value, (1,), 8)
+    integers, _ = rounding.quantize(table.value, rounding.Grid(8, (1,)))
     assert any(np.array_equal(values, integers) for values in stored)
 
 

@@ -91,7 +91,9 @@ def test_integers_in_the_file_are_those_of_the_rounding_function(spec, tmp_path)
 
     def rounded(layer, bits):
         target = target_of(layer)
-        integers, scale = rounding.quantize(target.variable.value, target.input_axes, bits)
+        integers, scale = rounding.quantize(
+            target.variable.value, rounding.Grid(bits, target.input_axes)
+        )
         order = target.output_axes + target.input_axes
         rows = integers.numpy().transpose(order).reshape(scale.shape.num_elements(), -1)
         return rows, scale.numpy().reshape(-1)

@@ -10,6 +10,7 @@ from tfgptopt.decoder import Matrix
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.quantization import rounding
+from tfgptopt.quantization.rounding import Grid
 
 matrices = hnp.arrays(
     np.float32,
@@ -31,7 +32,7 @@ def numpy_scale(weights: np.ndarray, bits: int) -> np.ndarray:
 @settings(deadline=None, max_examples=80)
 @given(matrices, bit_widths)
 def test_integers_and_scale_are_the_formula(weights, bits):
-    integers, scale = (x.numpy() for x in rounding.quantize(weights, (1,), bits))
+    integers, scale = (x.numpy() for x in rounding.quantize(weights, Grid(bits, (1,))))
     np.testing.assert_array_equal(scale, numpy_scale(weights, bits))
     limit = 2 ** (bits - 1) - 1
     expected = np.clip(np.round(weights / scale), -limit, limit)
@@ -41,8 +42,8 @@ def test_integers_and_scale_are_the_formula(weights, bits):
 @settings(deadline=None, max_examples=80)
 @given(matrices, bit_widths)
 def test_rounding_what_is_rounded_changes_nothing(weights, bits):
-    once = rounding.fake_quantize(tf.constant(weights), (1,), bits)
-    twice = rounding.fake_quantize(once, (1,), bits)
+    once = rounding.fake_quantize(tf.constant(weights), Grid(bits, (1,)))
+    twice = rounding.fake_quantize(once, Grid(bits, (1,)))
     np.testing.assert_array_equal(once.numpy(), twice.numpy())
 
 
@@ -50,8 +51,8 @@ def test_rounding_what_is_rounded_changes_nothing(weights, bits):
 @given(matrices, bit_widths)
 def test_error_is_at_most_half_a_step_and_zero_stays_zero(weights, bits):
     weights[:, 0] = 0
-    _, scale = rounding.quantize(weights, (1,), bits)
-    rounded = rounding.fake_quantize(tf.constant(weights), (1,), bits).numpy()
+    _, scale = rounding.quantize(weights, Grid(bits, (1,)))
+    rounded = rounding.fake_quantize(tf.constant(weights), Grid(bits, (1,))).numpy()
     # The scale may be rounded down by 2**-17, which shows at the largest magnitude.
     bound = 0.5 * scale.numpy() * (1 + 2.0**-8)
     assert (np.abs(rounded - weights) <= bound).all()
@@ -59,7 +60,7 @@ def test_error_is_at_most_half_a_step_and_zero_stays_zero(weights, bits):
 
 
 def test_a_channel_of_zeros_has_scale_one():
-    integers, scale = rounding.quantize(np.zeros((2, 3), np.float32), (1,), 8)
+    integers, scale = rounding.quantize(np.zeros((2, 3), np.float32), Grid(8, (1,)))
     assert (scale.numpy() == 1).all() and (integers.numpy() == 0).all()
 
 
@@ -67,7 +68,7 @@ def test_gradients_pass_straight_through():
     weights = tf.Variable(tf.random.normal((4, 6)))
     upstream = tf.random.normal((4, 6))
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(rounding.fake_quantize(weights, (1,), 4) * upstream)
+        loss = tf.reduce_sum(rounding.fake_quantize(weights, Grid(4, (1,))) * upstream)
     np.testing.assert_array_equal(tape.gradient(loss, weights).numpy(), upstream.numpy())
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(rounding.fake_quantize_rows(weights, (1,)) * upstream)
@@ -76,8 +77,10 @@ def test_gradients_pass_straight_through():
 
 def test_xla_gives_the_same_bits():
     weights = tf.random.normal((64, 64))
-    compiled = tf.function(lambda w: rounding.quantize(w, (0,), 8), jit_compile=True)
-    for ours, theirs in zip(rounding.quantize(weights, (0,), 8), compiled(weights), strict=True):
+    compiled = tf.function(lambda w: rounding.quantize(w, Grid(8, (0,))), jit_compile=True)
+    for ours, theirs in zip(
+        rounding.quantize(weights, Grid(8, (0,))), compiled(weights), strict=True
+    ):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
@@ -88,7 +91,7 @@ def test_rows_are_rounded_as_litert_does(bits, shift):
     weights = generator.normal(0, 0.05, (24, 64)).astype(np.float32)
     inputs = (generator.normal(0, 1, (32, 64)) + shift).astype(np.float32)
     inputs[0] = 0
-    integers, scale = (x.numpy() for x in rounding.quantize(weights, (1,), bits))
+    integers, scale = (x.numpy() for x in rounding.quantize(weights, Grid(bits, (1,))))
     model = Model("one product")
     graph = model.graph("serve")
     matrix = Matrix("w", integers.astype(np.int8), bits, scale.reshape(-1))

@@ -11,7 +11,7 @@ import numpy as np
 
 from tfgptopt.decoder.spec import Activation, Matrix, Norm, Rotary
 from tfgptopt.pruning import masks
-from tfgptopt.quantization import layers, rounding
+from tfgptopt.quantization import layers, rounders, rounding
 from tfgptopt.targets import Target, target_of
 
 
@@ -21,8 +21,11 @@ def as_floats(variable: Any) -> np.ndarray:
 
 
 def _current_values(target: Target) -> np.ndarray:
-    """Returns the weights with the mask applied that training holds, if any."""
+    """Returns weights with what adapters add, and with the mask applied that training holds."""
     values = as_floats(target.variable.value)
+    added = layers.adapters(target.layer)
+    if added is not None:
+        values = values + added.numpy()
     if masks.masked(target.variable):
         values = values * as_floats(target.variable.constraint.mask.value)
     return values
@@ -55,23 +58,40 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
     values = _current_values(target)
     bias = getattr(layer, "bias", None)
     bias = None if bias is None else as_floats(bias).reshape(-1)
-    bits = layers.bits_of(layer)
-    if bits is None:
+    grid = layers.grid_of(layer)
+    if grid is None:
         return Matrix(target.path, _as_rows(values, target), bias=bias)
-    integers, scale = (x.numpy() for x in rounding.quantize(values, target.input_axes, bits))
-    if not layers.is_dressed(layer) and not np.array_equal(integers * scale, values):
-        warnings.warn(
-            f"{target.path} changed since `finalize`: it is rounded to {bits} bits again, which "
-            "it was not trained for.",
-            stacklevel=2,
-        )
+    integers, scale = _rounded(layer, target.path, values, grid, 0)
+    by_output = _as_rows(scale, target).reshape(-1)
+    if grid.block_size is not None:
+        by_output = np.ascontiguousarray(scale[:, 0, :].T)
     return Matrix(
         name=target.path,
-        values=_as_rows(integers.astype(np.int8), target),
-        bits=bits,
-        scale=_as_rows(scale, target).reshape(-1),
+        values=_as_rows(integers, target),
+        bits=grid.bits,
+        scale=by_output,
         bias=bias,
+        block_size=grid.block_size,
+        rounds_inputs=layer.quantization_spec.activations is not None,
     )
+
+
+def _rounded(
+    layer: Any, name: str, values: np.ndarray, grid: rounding.Grid, which: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the int8 integers and the scale of a weight, those that training saw."""
+    if layers.is_dressed(layer):
+        scale = rounders.rounders_of(layer)[which].compute_scale(values)
+    else:
+        scale = rounding.found_scale(values, grid)
+        if scale is None:
+            warnings.warn(
+                f"{name} changed since `finalize`: it is rounded to {grid.bits} bits again, which "
+                "it was not trained for.",
+                stacklevel=4,
+            )
+    integers, scale = rounding.quantize(values, grid, scale)
+    return integers.numpy().astype(np.int8), scale.numpy()
 
 
 def read_head(embedding: Any) -> Matrix | None:
@@ -79,7 +99,19 @@ def read_head(embedding: Any) -> Matrix | None:
     if embedding.tie_weights:
         return None
     variable = embedding.reverse_embeddings
-    return Matrix(variable.path, np.ascontiguousarray(as_floats(variable).T))
+    values = as_floats(variable)
+    spec = layers.spec_of(embedding)
+    if spec is None:
+        return Matrix(variable.path, np.ascontiguousarray(values.T))
+    _, grid = rounders.grids_of(target_of(embedding), spec)[1]
+    integers, scale = _rounded(embedding, variable.path, values, grid, 1)
+    return Matrix(
+        name=variable.path,
+        values=np.ascontiguousarray(integers.T),
+        bits=grid.bits,
+        scale=scale.reshape(-1),
+        rounds_inputs=spec.activations is not None,
+    )
 
 
 def read_norm(layer: Any, gamma_offset: float = 0.0) -> Norm:

@@ -24,8 +24,11 @@ class Matrix:
         name: Path of the weight in the model it was read from; no other weight has it.
         values: Array of shape `(outputs, inputs)`: float32, or int8 integers on a grid.
         bits: 4 or 8 if the values are integers, `None` for plain floats.
-        scale: float32 array of shape `(outputs,)` that maps the integers to floats, or `None`.
+        scale: float32 array that maps the integers to floats, of shape `(outputs,)`, or `(outputs,
+            blocks)` with a block size; `None` for plain floats.
         bias: float32 array of shape `(outputs,)`, or `None`.
+        block_size: How many inputs, one after the other, share a scale; `None` for all.
+        rounds_inputs: Whether the product rounds its inputs to integers too, if it has some.
     """
 
     name: str
@@ -33,18 +36,32 @@ class Matrix:
     bits: int | None = None
     scale: np.ndarray | None = None
     bias: np.ndarray | None = None
+    block_size: int | None = None
+    rounds_inputs: bool = True
 
     def floats(self) -> np.ndarray:
         """Returns what the product computes with, as float32 of shape `(outputs, inputs)`."""
         if self.scale is None:
             return self.values
-        return self.values.astype(np.float32) * self.scale[:, None]
+        blocks = self.values.reshape(*self.values.shape[:1], -1, self.block_size or self.inputs)
+        scale = self.scale.reshape(*blocks.shape[:2], 1)
+        return (blocks.astype(np.float32) * scale).reshape(self.values.shape)
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs."""
+        return self.values.shape[1]
+
+    @property
+    def form(self) -> tuple[int | None, int | None, bool]:
+        """How it is stored and computed with: two of one form can be put together."""
+        return self.bits, self.block_size, self.rounds_inputs
 
     def rows(self, name: str, chosen: np.ndarray) -> Matrix:
         """Returns a matrix of some of the outputs, under a name of its own."""
         scale = None if self.scale is None else self.scale[chosen]
         bias = None if self.bias is None else self.bias[chosen]
-        return Matrix(name, self.values[chosen], self.bits, scale, bias)
+        return replace(self, name=name, values=self.values[chosen], scale=scale, bias=bias)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,6 @@
-"""Quantization: what to round to (specs), how (rounding), and training with it (layers)."""
+"""Quantization: specs, the one rounding function, training with it, methods without training."""
 
+from tfgptopt.quantization.layers import QuantizeAware
 from tfgptopt.quantization.specs import Int4, Int8
 
-__all__ = ["Int4", "Int8"]
+__all__ = ["Int4", "Int8", "QuantizeAware"]

@@ -6,90 +6,127 @@ path and place in the model; `isinstance` stays true, and its checkpoints load i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfgptopt.quantization import rounding
-from tfgptopt.quantization.specs import Int4, Int8, Spec
+from tfgptopt.quantization import rounders, rounding
+from tfgptopt.quantization.rounders import Rounder, full_precision
+from tfgptopt.quantization.rounding import Grid
+from tfgptopt.quantization.specs import Spec, deserialize_spec, serialize_spec
 from tfgptopt.targets import Target, target_of
 
 _SPEC = "quantization_spec"
+_IS_HEAD = "quantized_as_head"
 
 
-def _full_precision(variable: Any) -> tf.Tensor:
-    """Returns a variable's value without the cast of mixed precision."""
-    value = variable.value
-    if value.dtype != tf.as_dtype(variable._dtype):
-        value = variable._value
-    return tf.convert_to_tensor(value)
+def adapters(layer: keras.Layer) -> tf.Tensor | None:
+    """Returns what the LoRA adapters of a layer add to its weight, or `None` if it has none."""
+    if not getattr(layer, "lora_enabled", False):
+        return None
+    kind = "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
+    first, second = (full_precision(getattr(layer, f"lora_{kind}_{part}")) for part in ("a", "b"))
+    return (layer.lora_alpha / layer.lora_rank) * tf.matmul(first, second)
+
+
+@contextmanager
+def _without_adapters(layer: Any) -> Iterator[None]:
+    """Runs a layer on its own weight alone, which its adapters were added to."""
+    enabled = getattr(layer, "lora_enabled", False)
+    if enabled:
+        object.__setattr__(layer, "lora_enabled", False)
+    try:
+        yield
+    finally:
+        if enabled:
+            object.__setattr__(layer, "lora_enabled", True)
+
+
+def weights_of(layer: Any, rounder: Rounder) -> tf.Tensor:
+    """Returns what a rounder of a layer rounds: float32 weights, adapters merged."""
+    weights = full_precision(rounder.variable)
+    main = rounder is rounders.rounders_of(layer)[0]
+    added = adapters(layer) if main else None
+    return weights if added is None else weights + added
 
 
 class QuantizeAwareMixin:
     """Runs the layer's own `call` on rounded weights and inputs."""
 
     quantization_spec: Spec
-    _weight_axes: tuple[int, ...]
+    quantized_as_head: bool
     _row_axes: tuple[int, ...]
 
-    @property
-    def quantized_variable(self) -> Any:
-        """The variable that is rounded."""
-        return self._kernel  # type: ignore[attr-defined]
+    def build(self, *args: Any, **kwargs: Any) -> None:
+        super().build(*args, **kwargs)  # type: ignore[misc]
+        _resolve(self)
 
-    @property
-    def quantization_bits(self) -> int:
-        """Bits of the rounded variable."""
-        return self.quantization_spec.bits
+    def rounded(self, rounder: Rounder | None = None) -> tf.Tensor:
+        """Returns rounded weights, with a straight-through gradient to the variables."""
+        rounder = rounder or rounders.rounders_of(self)[0]  # type: ignore[arg-type]
+        return rounder.fake_quantize(weights_of(self, rounder))
 
-    def rounded(self) -> tf.Tensor:
-        """Returns the rounded weights, with a straight-through gradient to the variable."""
-        weights = _full_precision(self.quantized_variable)
-        return rounding.fake_quantize(weights, self._weight_axes, self.quantization_bits)
+    def _round_rows(self, inputs: Any) -> Any:
+        if self.quantization_spec.activations is None:
+            return inputs
+        return rounding.fake_quantize_rows(inputs, self._row_axes)
+
+    def _call_rounded(self, rounder: Rounder, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mapping = [(rounder.variable, self.rounded(rounder))]
+        with _without_adapters(self), keras.StatelessScope(state_mapping=mapping):
+            return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        inputs = rounding.fake_quantize_rows(inputs, self._row_axes)
-        with keras.StatelessScope(state_mapping=[(self.quantized_variable, self.rounded())]):
-            return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
+        rounder = rounders.rounders_of(self)[0]  # type: ignore[arg-type]
+        return self._call_rounded(rounder, self._round_rows(inputs), *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()  # type: ignore[misc]
-        return {**config, _SPEC: serialize_spec(self.quantization_spec)}
+        spec = serialize_spec(self.quantization_spec)
+        return {**config, _SPEC: spec, _IS_HEAD: self.quantized_as_head}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> keras.Layer:
         config = dict(config)
         spec = deserialize_spec(config.pop(_SPEC))
-        plain = _plain_class(cls).from_config(config)
-        _restore_when_built(plain, spec)
-        return plain
+        is_head = config.pop(_IS_HEAD, False)
+        layer: Any = super().from_config(config)  # type: ignore[misc]
+        layer.quantization_spec, layer.quantized_as_head = spec, is_head
+        return layer
 
 
 class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
-    """The same for tables: rows are rounded after the look-up, the tied head rounds its inputs."""
-
-    @property
-    def quantized_variable(self) -> Any:
-        return self._embeddings  # type: ignore[attr-defined]
-
-    @property
-    def quantization_bits(self) -> int:
-        return self.quantization_spec.embedding_bits
+    """The same for tables: rows are rounded after the look-up, the head rounds its inputs."""
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         reverse = bool(args[0]) if args else bool(kwargs.get("reverse", False))
-        if reverse and not self.tie_weights:  # type: ignore[attr-defined]
-            # The head of an untied embedding is another variable, which is not rounded.
-            return super(QuantizeAwareMixin, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
+        found = rounders.rounders_of(self)  # type: ignore[arg-type]
         if reverse:
-            inputs = rounding.fake_quantize_rows(inputs, self._row_axes)
-        elif self.compute_dtype == "float32":  # type: ignore[attr-defined]
+            # The head of an untied embedding is another variable, the last.
+            return self._call_rounded(found[-1], self._round_rows(inputs), *args, **kwargs)
+        plain = self.compute_dtype == "float32"  # type: ignore[attr-defined]
+        if plain and not getattr(self, "lora_enabled", False):
             # A row's scale depends on that row alone, so rounding only the rows in use is exact.
             rows = super(QuantizeAwareMixin, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
-            return _keep_mask(rows, rounding.fake_quantize(rows, (-1,), self.quantization_bits))
-        with keras.StatelessScope(state_mapping=[(self.quantized_variable, self.rounded())]):
-            return super(QuantizeAwareMixin, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
+            return _keep_mask(rows, _round_looked_up(found[0], rows, inputs))
+        return self._call_rounded(found[0], inputs, *args, **kwargs)
+
+
+def _round_looked_up(rounder: Rounder, rows: tf.Tensor, ids: Any) -> tf.Tensor:
+    """Rounds rows of a table as the table itself is rounded."""
+    grid = replace(rounder.grid, axes=(-1,))
+    scale_of: Any = None
+    if rounder.kept is not None:
+        kept = rounder.grid.representable(tf.convert_to_tensor(rounder.kept.value))
+        looked_up = tf.gather(kept, tf.cast(ids, tf.int32))
+        scale_of = lambda _: looked_up  # noqa: E731
+    elif rounder.method != "absmax":
+        scale_of = lambda values: rounding.mse_scale(values, grid)  # noqa: E731
+    return rounding.fake_quantize(rows, grid, scale_of, rounder.method == "learned")
 
 
 def _keep_mask(source: Any, result: Any) -> Any:
@@ -102,7 +139,7 @@ def _keep_mask(source: Any, result: Any) -> Any:
 _classes: dict[type, type] = {}
 
 
-def _dressed_class(layer_class: type) -> type:
+def _dressed_class(layer_class: type) -> Any:
     """Returns the quantize-aware subclass of a layer class, made once for each class."""
     if layer_class not in _classes:
         embedding = issubclass(layer_class, keras.layers.Embedding)
@@ -128,16 +165,57 @@ for _standard in (
     _dressed_class(_standard)
 
 
-def _restore_when_built(layer: keras.Layer, spec: Spec) -> None:
-    """Dresses a layer that was rebuilt from its config, as soon as it has weights."""
-    build = layer.build
+def _resolve(layer: Any) -> None:
+    """Finds the axes of a dressed layer that was built."""
+    target = target_of(layer)
+    target = replace(target, role="head") if layer.quantized_as_head else target
+    layer._row_axes = target.row_axes
+    rounders.attach(target, layer.quantization_spec)
 
-    def build_then_dress(*args: Any, **kwargs: Any) -> None:
-        build(*args, **kwargs)
-        layer.build = build
+
+def QuantizeAware(layer: keras.Layer, spec: Spec) -> keras.Layer:
+    """Makes one layer quantize-aware, for models that are built by hand.
+
+    It saves to `.keras` and comes back as it was. `tfgptopt.quantize_aware` does the same for all
+    layers of a model.
+
+    Args:
+        layer: Dense, EinsumDense, Embedding or ReversibleEmbedding, built or not.
+        spec: `Int8()` or `Int4()`.
+
+    Returns:
+        The layer itself if it is built, or else a new one with its configuration: of the class of
+        `layer`, with all of its methods.
+
+    Raises:
+        ValueError: If the layer is of another kind, quantize-aware already, or does not fit.
+
+    Example:
+
+    ```python
+    model = keras.Sequential([
+        QuantizeAware(keras.layers.Dense(64, activation="relu"), Int8()),
+        keras.layers.Dense(10),
+    ])
+    ```
+    """
+    from tfgptopt.quantization.training import check_fits, check_spec
+
+    check_spec(spec)
+    known = keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding
+    if not isinstance(layer, known):
+        raise ValueError(
+            "`QuantizeAware` takes Dense, EinsumDense, Embedding or ReversibleEmbedding; for a "
+            f"model or a layer of layers, call `tfgptopt.quantize_aware`. Received: {layer!r}"
+        )
+    if is_dressed(layer):
+        raise ValueError(f"{layer.name} is quantize-aware already. Received: {layer!r}")
+    if layer.built:
+        check_fits([target_of(layer)], spec)
         dress(target_of(layer), spec)
-
-    layer.build = build_then_dress
+        return layer
+    config = {**layer.get_config(), _SPEC: serialize_spec(spec), _IS_HEAD: False}
+    return _dressed_class(type(layer)).from_config(config)
 
 
 def is_dressed(layer: keras.Layer) -> bool:
@@ -149,46 +227,67 @@ def dress(target: Target, spec: Spec) -> None:
     """Makes the layer of a target quantize-aware, in place."""
     layer = target.layer
     layer.quantization_spec = spec
-    layer._weight_axes = target.input_axes
-    layer._row_axes = target.row_axes
+    layer.quantized_as_head = target.role == "head"
     layer.__class__ = _dressed_class(type(layer))
+    _resolve(layer)
 
 
-def undress(layer: keras.Layer) -> None:
+def undress(layer: Any) -> None:
     """Writes the rounded weights into a dressed layer and gives it back its own class.
 
-    The spec stays on the layer, for exporters.
+    LoRA adapters are merged. The spec stays on the layer, for exporters.
     """
-    layer.quantized_variable.assign(layer.rounded())
+    for rounder in rounders.rounders_of(layer):
+        rounder.variable.assign(layer.rounded(rounder))
+    rounders.detach(layer)
     layer.__class__ = _plain_class(type(layer))
+    if getattr(layer, "lora_enabled", False):
+        _drop_adapters(layer)
 
 
-def bits_of(layer: keras.Layer) -> int | None:
-    """Returns the bits that a layer's weights were trained or finalized with, or `None`."""
-    spec = getattr(layer, _SPEC, None)
+@contextmanager
+def finalized_for_a_while(dressed: list[Any]) -> Iterator[None]:
+    """Makes dressed layers plain ones with rounded weights, and dresses them again at the end."""
+    found = [rounder for layer in dressed for rounder in rounders.rounders_of(layer)]
+    values = [full_precision(rounder.variable) for rounder in found]
+    classes = [type(layer) for layer in dressed]
+    with ExitStack() as stack:
+        try:
+            for layer in dressed:
+                for rounder in rounders.rounders_of(layer):
+                    rounder.variable.assign(layer.rounded(rounder))
+                stack.enter_context(_without_adapters(layer))
+                layer.__class__ = _plain_class(type(layer))
+            yield
+        finally:
+            for layer, own in zip(dressed, classes, strict=True):
+                layer.__class__ = own
+            for rounder, value in zip(found, values, strict=True):
+                rounder.variable.assign(value)
+
+
+def _drop_adapters(layer: Any) -> None:
+    """Takes merged LoRA adapters off a layer."""
+    kind = "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
+    layer._tracker.unlock()
+    for part in ("a", "b"):
+        layer._untrack_variable(getattr(layer, f"lora_{kind}_{part}"))
+        delattr(layer, f"lora_{kind}_{part}")
+    getattr(layer, f"_{kind}").trainable = True
+    layer._tracker.lock()
+    layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
+
+
+def spec_of(layer: keras.Layer) -> Spec | None:
+    """Returns the spec that a layer was trained or finalized with, or `None`."""
+    return getattr(layer, _SPEC, None)
+
+
+def grid_of(layer: keras.Layer) -> Grid | None:
+    """Returns what the weight of a layer was trained or finalized to, or `None`."""
+    spec = spec_of(layer)
     if spec is None:
         return None
-    return spec.embedding_bits if isinstance(layer, keras.layers.Embedding) else spec.bits
-
-
-def serialize_spec(spec: Spec) -> dict[str, Any]:
-    """Returns a spec as plain data."""
-    fields = {"embedding_bits": spec.embedding_bits} if isinstance(spec, Int4) else {}
-    return {"name": type(spec).__name__.lower(), **fields}
-
-
-def deserialize_spec(config: dict[str, Any]) -> Spec:
-    """Returns the spec that `serialize_spec` wrote.
-
-    Raises:
-        ValueError: If the name or a field is not known.
-    """
-    config = dict(config)
-    name = config.pop("name", None)
-    classes: dict[Any, Any] = {"int8": Int8, "int4": Int4}
-    if name not in classes:
-        raise ValueError(f"A quantization spec is named int8 or int4. Received: {name!r}")
-    try:
-        return classes[name](**config)
-    except TypeError as error:
-        raise ValueError(f"Unknown setting for {name}: {sorted(config)} ({error})") from None
+    target = target_of(layer)
+    target = replace(target, role="head") if layer.quantized_as_head else target
+    return rounders.grids_of(target, spec)[0][1]

@@ -1,75 +1,220 @@
 """The one rounding function.
 
-Training, finalizing and every exporter call `quantize`, so the integers in a file are the integers
-that training saw, bit for bit.
+Training, post-training methods, finalizing and every exporter call `quantize`, so the integers in
+a file are the integers that training saw, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import tensorflow as tf
 
 # LiteRT keeps activations in signed 8 bit.
 _ACTIVATION_MIN, _ACTIVATION_MAX = -128.0, 127.0
+# Shares of the largest magnitude that the search for the smallest squared error tries.
+_CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(13))
 
 
-def largest_integer(bits: int) -> int:
-    """Returns the largest integer of the symmetric grid: 127 for 8 bits, 7 for 4."""
-    return 2 ** (bits - 1) - 1
+@dataclass(frozen=True)
+class Grid:
+    """Which weights share a scale, and how many integers there are.
+
+    Attributes:
+        bits: 4 or 8.
+        axes: The axes that a product sums over: the input axes of a kernel.
+        block_size: How many inputs, one after the other, share a scale; `None` for all of them.
+    """
+
+    bits: int
+    axes: tuple[int, ...]
+    block_size: int | None = None
+
+    @property
+    def limit(self) -> int:
+        """The largest integer of the symmetric grid: 127 for 8 bits, 7 for 4."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def reduced(self) -> list[int]:
+        """The axes of grouped weights that share a scale."""
+        return [1] if self.block_size else list(self.axes)
+
+    def _order(self, rank: int) -> list[int]:
+        return [*self.axes, *(axis for axis in range(rank) if axis not in self.axes)]
+
+    def group(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns weights as they are, or as `(blocks, block_size, outputs)`."""
+        if self.block_size is None:
+            return weights
+        order = self._order(len(weights.shape))
+        moved = weights if order == sorted(order) else tf.transpose(weights, order)
+        inputs = int(np.prod([weights.shape[axis] for axis in self.axes]))
+        return tf.reshape(moved, (inputs // self.block_size, self.block_size, -1))
+
+    def ungroup(self, grouped: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+        """Returns what `group` made in its own shape again."""
+        if self.block_size is None:
+            return grouped
+        order = self._order(len(shape))
+        moved = tf.reshape(grouped, [shape[axis] for axis in order])
+        return moved if order == sorted(order) else tf.transpose(moved, np.argsort(order))
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of the scales of weights of a shape."""
+        if self.block_size is None:
+            return tuple(1 if i in self.axes else int(n) for i, n in enumerate(shape))
+        inputs = int(np.prod([shape[axis] for axis in self.axes]))
+        return inputs // self.block_size, 1, int(np.prod(shape)) // inputs
+
+    def representable(self, scale: tf.Tensor) -> tf.Tensor:
+        """Rounds positive scales to those that runtimes hold; those of zeros become 1.
+
+        A scale keeps 16 significant bits, so that integer times scale is exact in float32, and
+        rounding what is rounded changes nothing. That of a block keeps 8, within the range of
+        float16: LiteRT stores it as float16 and computes with bfloat16.
+        """
+        if self.block_size is None:
+            kept = _keep_bits(scale, 16)
+            # A subnormal scale would not survive kernels that flush subnormals to zero.
+            return tf.where(kept < 2.0**-100, tf.ones_like(kept), kept)
+        kept = tf.minimum(_keep_bits(scale, 8), 65280.0)
+        kept = tf.where(kept < 2.0**-16, tf.round(kept * 2.0**24) * 2.0**-24, kept)
+        return tf.where(kept == 0.0, tf.ones_like(kept), kept)
 
 
-def _keep_16_bits(x: tf.Tensor) -> tf.Tensor:
-    """Rounds positive float32 values to 16 significant bits, half away from zero."""
+def _keep_bits(x: tf.Tensor, bits: int) -> tf.Tensor:
+    """Rounds positive float32 values to significant bits, half away from zero."""
+    dropped = 24 - bits
     pattern = tf.bitcast(x, tf.int32)
-    return tf.bitcast(tf.bitwise.bitwise_and(pattern + 0x80, ~0xFF), tf.float32)
+    half, mask = 1 << (dropped - 1), ~((1 << dropped) - 1)
+    return tf.bitcast(tf.bitwise.bitwise_and(pattern + half, mask), tf.float32)
 
 
-def absmax_scale(weights: tf.Tensor, axes: Sequence[int], bits: int) -> tf.Tensor:
-    """Returns the scale that maps the largest magnitude along `axes` to the largest integer.
-
-    A scale keeps 16 significant bits, so that integer times scale is exact in float32. Rounding a
-    rounded tensor therefore changes nothing. A channel of zeros gets scale 1.
+def absmax_scale(weights: tf.Tensor, grid: Grid) -> tf.Tensor:
+    """Returns the scale that maps the largest magnitude to the largest integer.
 
     Args:
         weights: float32 tensor.
-        axes: The axes that share a scale: the input axes of a kernel.
-        bits: 4 or 8.
+        grid: The grid.
 
     Returns:
-        float32 tensor with the rank of `weights` and size 1 along `axes`.
+        float32 tensor of `grid.scale_shape(weights.shape)`. A channel of zeros has scale 1.
     """
-    largest = tf.reduce_max(tf.abs(weights), axis=list(axes), keepdims=True)
-    scale = _keep_16_bits(largest / float(largest_integer(bits)))
-    # A subnormal scale would not survive kernels that flush subnormals to zero.
-    return tf.where(scale < 2.0**-100, tf.ones_like(scale), scale)
+    grouped = grid.group(weights)
+    largest = tf.reduce_max(tf.abs(grouped), axis=grid.reduced, keepdims=True)
+    return grid.representable(largest / float(grid.limit))
 
 
-def quantize(weights: tf.Tensor, axes: Sequence[int], bits: int) -> tuple[tf.Tensor, tf.Tensor]:
+def mse_scale(weights: tf.Tensor, grid: Grid, importance: tf.Tensor | None = None) -> tf.Tensor:
+    """Returns the scale with the smallest squared error, which clips the largest weights.
+
+    Args:
+        weights: float32 tensor.
+        grid: The grid.
+        importance: float32 tensor that broadcasts to `weights`, a factor on each squared error.
+            Defaults to `None`: all alike.
+
+    Returns:
+        float32 tensor of `grid.scale_shape(weights.shape)`.
+
+    Reference: Banner et al., 2019, "Post training 4-bit quantization of convolutional networks for
+    rapid-deployment" (https://arxiv.org/abs/1810.05723), which has the clipping in closed form.
+    """
+    grouped = grid.group(weights)
+    factor = None
+    if importance is not None:
+        factor = grid.group(tf.broadcast_to(importance, weights.shape))
+    largest = tf.reduce_max(tf.abs(grouped), axis=grid.reduced, keepdims=True)
+    best, least = None, None
+    for ratio in _CLIP_RATIOS:
+        scale = grid.representable(largest * (ratio / grid.limit))
+        error = tf.square(_to_integers(grouped, scale, grid) * scale - grouped)
+        error = error if factor is None else error * factor
+        error = tf.reduce_sum(error, axis=grid.reduced, keepdims=True)
+        if best is None:
+            best, least = scale, error
+        else:
+            best, least = tf.where(error < least, scale, best), tf.minimum(error, least)
+    return best
+
+
+def found_scale(weights: tf.Tensor, grid: Grid) -> tf.Tensor | None:
+    """Returns the scale of weights that lie on a grid already, exactly, or `None`.
+
+    Where several grids hold the weights, such as one of half the step, the finest that reaches the
+    largest weight with an integer is returned: all give the same values.
+
+    Args:
+        weights: float32 tensor.
+        grid: The grid.
+    """
+    grouped = grid.group(weights)
+    largest = tf.reduce_max(tf.abs(grouped), axis=grid.reduced, keepdims=True)
+    scale = tf.ones_like(largest)
+    missing = largest > 0.0
+    for integer in range(grid.limit, 0, -1):
+        candidate = largest / float(integer)
+        steps = grouped / tf.where(candidate == 0.0, tf.ones_like(candidate), candidate)
+        whole = tf.logical_and(
+            tf.reduce_all(tf.round(steps) * candidate == grouped, grid.reduced, keepdims=True),
+            grid.representable(candidate) == candidate,
+        )
+        scale = tf.where(tf.logical_and(missing, whole), candidate, scale)
+        missing = tf.logical_and(missing, tf.logical_not(whole))
+        if not bool(tf.reduce_any(missing)):
+            return scale
+    return None
+
+
+def _to_integers(grouped: tf.Tensor, scale: tf.Tensor, grid: Grid) -> tf.Tensor:
+    limit = float(grid.limit)
+    return tf.clip_by_value(tf.round(grouped / scale), -limit, limit)
+
+
+def quantize(
+    weights: tf.Tensor, grid: Grid, scale: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Rounds weights to the symmetric grid.
 
     Args:
         weights: float tensor.
-        axes: The axes that share a scale: the input axes of a kernel.
-        bits: 4 or 8.
+        grid: The grid.
+        scale: Scale of `grid.scale_shape(weights.shape)`. Defaults to `None`: `absmax_scale`.
 
     Returns:
         `(integers, scale)`: whole numbers in float32 with the shape of `weights`, and the float32
-        scale, of size 1 along `axes`.
+        scale.
     """
     weights = tf.cast(weights, tf.float32)
-    scale = absmax_scale(weights, axes, bits)
-    limit = float(largest_integer(bits))
-    return tf.clip_by_value(tf.round(weights / scale), -limit, limit), scale
+    if scale is None:
+        scale = absmax_scale(weights, grid)
+    integers = _to_integers(grid.group(weights), scale, grid)
+    return grid.ungroup(integers, weights.shape), scale
 
 
-def fake_quantize(weights: tf.Tensor, axes: Sequence[int], bits: int) -> tf.Tensor:
+def dequantize(integers: tf.Tensor, scale: tf.Tensor, grid: Grid) -> tf.Tensor:
+    """Returns integers times their scales, float32 of the shape of `integers`."""
+    return grid.ungroup(grid.group(integers) * scale, integers.shape)
+
+
+def fake_quantize(
+    weights: tf.Tensor,
+    grid: Grid,
+    scale_of: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    pass_clipped: bool = False,
+) -> tf.Tensor:
     """Rounds weights to the grid, and passes gradients straight through.
+
+    A weight that is clipped gets no gradient: moving it would change nothing.
 
     Args:
         weights: float tensor.
-        axes: The axes that share a scale.
-        bits: 4 or 8.
+        grid: The grid.
+        scale_of: Gives the scale of float32 weights. Defaults to `None`: `absmax_scale`.
+        pass_clipped: Whether clipped weights get their gradient too.
 
     Returns:
         Tensor of the shape and dtype of `weights`, every value an integer times its scale.
@@ -80,10 +225,46 @@ def fake_quantize(weights: tf.Tensor, axes: Sequence[int], bits: int) -> tf.Tens
 
     @tf.custom_gradient
     def straight_through(x: tf.Tensor):  # type: ignore[no-untyped-def]
-        integers, scale = quantize(x, axes, bits)
-        return tf.cast(integers * scale, x.dtype), lambda upstream: upstream
+        values = tf.cast(x, tf.float32)
+        integers, scale = quantize(values, grid, scale_of(values) if scale_of else None)
+
+        def gradient(upstream: tf.Tensor) -> tf.Tensor:
+            if pass_clipped or scale_of is None:  # The largest magnitude clips nothing.
+                return upstream
+            return tf.where(inside(values, scale, grid), upstream, tf.zeros_like(upstream))
+
+        return tf.cast(dequantize(integers, scale, grid), x.dtype), gradient
 
     return straight_through(weights)
+
+
+def inside(weights: tf.Tensor, scale: tf.Tensor, grid: Grid) -> tf.Tensor:
+    """Returns whether each weight is rounded rather than clipped, a bool tensor."""
+    grouped = grid.group(weights)
+    return grid.ungroup(tf.abs(grouped) <= (grid.limit + 0.5) * scale, weights.shape)
+
+
+def scale_gradient(
+    weights: tf.Tensor, upstream: tf.Tensor, scale: tf.Tensor, grid: Grid
+) -> tf.Tensor:
+    """Returns the gradient of a loss with respect to the scale, before LSQ's own factor.
+
+    Args:
+        weights: float32 tensor.
+        upstream: Gradient of the loss with respect to the rounded weights.
+        scale: The scale.
+        grid: The grid.
+
+    Returns:
+        float32 tensor of the shape of `scale`.
+
+    Reference: Esser et al., 2020, "Learned Step Size Quantization"
+    (https://arxiv.org/abs/1902.08153), equation 3.
+    """
+    steps = grid.group(weights) / scale
+    clipped = tf.abs(steps) >= grid.limit
+    slope = tf.where(clipped, tf.sign(steps) * grid.limit, tf.round(steps) - steps)
+    return tf.reduce_sum(slope * grid.group(upstream), axis=grid.reduced, keepdims=True)
 
 
 def fake_quantize_rows(inputs: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:

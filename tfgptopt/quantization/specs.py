@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
+ScaleMethod = Literal["absmax", "mse", "learned"]
+Activations = Literal["dynamic"]
+
+_METHODS = ("absmax", "mse", "learned")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int8:
     """Symmetric 8-bit weights with one scale per output channel.
 
-    The inputs of a quantized product are rounded too, each row to asymmetric int8 with a scale of
-    its own, measured on the fly ("dynamic" quantization): that is what LiteRT's kernels compute.
+    Args:
+        scale: How the scales are found. `"absmax"`: from the largest magnitude. `"mse"`: the one
+            with the smallest squared error, which clips the largest weights. `"learned"`: trained
+            along with the weights (LSQ) by the callback `QuantizationAwareTraining`. Defaults to
+            `"absmax"`.
+        activations: `"dynamic"` rounds the inputs of each product too, each row to asymmetric int8
+            with a scale of its own, measured on the fly: that is what LiteRT computes, and what
+            makes it fast. `None` leaves them as floats: the file is as small, and slower. Defaults
+            to `"dynamic"`.
+
+    Raises:
+        ValueError: If a setting is unknown.
 
     Example:
 
@@ -23,33 +38,111 @@ class Int8:
     ```
     """
 
+    scale: ScaleMethod = "absmax"
+    activations: Activations | None = "dynamic"
+
     bits: ClassVar[int] = 8
     embedding_bits: ClassVar[int] = 8
+    block_size: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __repr__(self) -> str:
+        return _as_text(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Int4:
-    """Symmetric 4-bit weights with one scale per output channel.
-
-    The inputs of a quantized product are rounded as with `Int8`.
+    """Symmetric 4-bit weights, one scale per output channel or per block of its inputs.
 
     Args:
-        embedding_bits: int, 4 or 8. Bits of the token table and of the output head tied to it.
-            They are the most sensitive weights of a small GPT. Defaults to `8`.
+        block_size: int, a multiple of 32 such as 32, 64 or 128: how many inputs share a scale.
+            Smaller blocks keep more quality; a scale takes 16 bits. Defaults to `None`: one scale
+            per output channel, the smallest and fastest.
+        embedding_bits: int, 4 or 8. Bits of the token table and of the output head, tied or not,
+            which have one scale per token. They are the most sensitive weights of a small GPT.
+            Defaults to `8`.
+        scale: As with `Int8`. Defaults to `"absmax"`.
+        activations: As with `Int8`. Defaults to `"dynamic"`.
 
     Raises:
-        ValueError: If `embedding_bits` is neither 4 nor 8.
+        ValueError: If a setting is unknown or out of range.
     """
 
+    block_size: int | None = None
     embedding_bits: int = 8
+    scale: ScaleMethod = "absmax"
+    activations: Activations | None = "dynamic"
 
     bits: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
+        size = self.block_size
+        if size is not None and (not isinstance(size, int) or size < 32 or size % 32):
+            raise ValueError(
+                "`block_size` must be None or a multiple of 32, such as 32, 64 or 128, which is "
+                f"what LiteRT's kernels compute with. Received: block_size={size!r}"
+            )
         if self.embedding_bits not in (4, 8):
             raise ValueError(
                 f"`embedding_bits` must be 4 or 8. Received: embedding_bits={self.embedding_bits!r}"
             )
+        _check(self)
+
+    def __repr__(self) -> str:
+        return _as_text(self)
 
 
 Spec = Int8 | Int4
+
+
+def _as_text(spec: Spec) -> str:
+    """Returns a spec as code, without what is as by default."""
+    given = [(f.name, getattr(spec, f.name)) for f in fields(spec)
+             if getattr(spec, f.name) != f.default]  # fmt: skip
+    return f"{type(spec).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
+
+
+def _check(spec: Spec) -> None:
+    if spec.scale not in _METHODS:
+        raise ValueError(f"`scale` must be one of {_METHODS}. Received: scale={spec.scale!r}")
+    if spec.activations not in ("dynamic", None):
+        raise ValueError(
+            f'`activations` must be "dynamic" or None. Received: activations={spec.activations!r}'
+        )
+
+
+def check_spec(spec: Any) -> None:
+    """Raises if `spec` is no quantization spec.
+
+    Raises:
+        ValueError: If it is something else, such as the class instead of an instance.
+    """
+    if not isinstance(spec, Int8 | Int4):
+        raise ValueError(
+            f"`spec` must be Int8() or Int4(). Received: {spec!r} (of type {type(spec)})"
+        )
+
+
+def serialize_spec(spec: Spec) -> dict[str, Any]:
+    """Returns a spec as plain data."""
+    values = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    return {"name": type(spec).__name__.lower(), **values}
+
+
+def deserialize_spec(config: dict[str, Any]) -> Spec:
+    """Returns the spec that `serialize_spec` wrote. All but the name may be missing.
+
+    Raises:
+        ValueError: If the name or a field is not known.
+    """
+    config = dict(config)
+    name = config.pop("name", None)
+    classes: dict[Any, Any] = {"int8": Int8, "int4": Int4}
+    if name not in classes:
+        raise ValueError(f"A quantization spec is named int8 or int4. Received: {name!r}")
+    try:
+        return classes[name](**config)
+    except TypeError as error:
+        raise ValueError(f"Unknown setting for {name}: {sorted(config)} ({error})") from None

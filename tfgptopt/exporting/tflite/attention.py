@@ -7,7 +7,7 @@ key-value head are neighbours, as in KerasHub, so that nothing is repeated.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,14 +22,14 @@ _MASKED = 1e9
 def _joined(name: str, parts: Iterable[Matrix]) -> Matrix | None:
     """Returns matrices of one input as one matrix, or `None` if they are not stored alike."""
     parts = list(parts)
-    if len({part.bits for part in parts}) > 1:
+    if len({part.form for part in parts}) > 1:
         return None
     scales = [part.scale for part in parts if part.scale is not None]
     biases = [np.zeros(len(m.values), np.float32) if m.bias is None else m.bias for m in parts]
-    return Matrix(
+    return replace(
+        parts[0],
         name=name,
         values=np.concatenate([part.values for part in parts]),
-        bits=parts[0].bits,
         scale=np.concatenate(scales) if scales else None,
         bias=np.concatenate(biases) if any(m.bias is not None for m in parts) else None,
     )

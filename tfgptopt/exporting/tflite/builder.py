@@ -9,16 +9,19 @@ Reference: the TFLite schema (tensorflow/compiler/mlir/lite/schema/schema.fbs).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tfgptopt.decoder.spec import Matrix
 from tfgptopt.exporting.tflite.sparsity import SharedSparsity, kept_blocks
 
 _TYPES = {
     np.dtype(np.float32): schema.TensorType.FLOAT32,
+    np.dtype(np.float16): schema.TensorType.FLOAT16,
     np.dtype(np.int32): schema.TensorType.INT32,
     np.dtype(np.int8): schema.TensorType.INT8,
 }
@@ -122,6 +125,7 @@ class Model:
         self._weights: dict[int, tuple[np.ndarray, int]] = {}
         self._quantizations: dict[int, _SharedQuantization] = {}
         self._zeros: dict[Any, int] = {}
+        self._as_blocks: dict[Any, Matrix] = {}
         self._codes: dict[tuple[int, int], int] = {}
         self._graphs: list[tuple[str, Graph]] = []
         self._metadata: list[schema.MetadataT] = []
@@ -166,6 +170,23 @@ class Model:
         if id(scale) not in self._quantizations:
             self._quantizations[id(scale)] = _SharedQuantization(scale, self._zeros)
         return self._quantizations[id(scale)]
+
+    def block_scales(self, scale: np.ndarray) -> int:
+        """Adds the scales of blocks as float16, once, and returns the index of their buffer."""
+        if id(scale) not in self._weights:
+            self._weights[id(scale)] = (scale, self.buffer(scale.astype(np.float16)))
+        return self._weights[id(scale)][1]
+
+    def block_rows(self, matrix: Matrix) -> Matrix:
+        """Returns a matrix with each block as a row of its own, the same arrays for all graphs."""
+        key = ("blocks", id(matrix.values))
+        if key not in self._as_blocks:
+            assert matrix.scale is not None
+            rows = matrix.values.reshape(-1, matrix.block_size or matrix.inputs)
+            self._as_blocks[key] = replace(
+                matrix, values=rows, scale=matrix.scale.reshape(-1), block_size=None
+            )
+        return self._as_blocks[key]
 
     def operator_code(self, operator: int, version: int) -> int:
         """Returns the index of an operator in the file's table."""
@@ -233,7 +254,7 @@ class Graph:
         name: str | None,
         buffer: int = 0,
         tensor_type: int | None = None,
-        quantization: _SharedQuantization | None = None,
+        quantization: _SharedQuantization | schema.QuantizationParametersT | None = None,
         sparsity: SharedSparsity | None = None,
     ) -> Tensor:
         self._tensors.append(
@@ -272,6 +293,7 @@ class Graph:
         values: np.ndarray,
         bits: int | None = None,
         scale: np.ndarray | None = None,
+        block_size: int | None = None,
     ) -> Tensor:
         """Adds a weight, once in the file however many graphs use it.
 
@@ -280,7 +302,8 @@ class Graph:
             values: float32 values, or int8 integers with `bits` and `scale`. The same array object
                 means the same bytes.
             bits: 4 or 8 for integers.
-            scale: float32 array, one for each row of `values`.
+            scale: float32 array, one for each row of `values`, or for each block of each row.
+            block_size: How many entries of a row share a scale; `None` for all.
         """
         key = ("weight", id(values))
         if key in self._constants:
@@ -288,11 +311,31 @@ class Graph:
         quantization, tensor_type = None, None
         if bits is not None and scale is not None:
             tensor_type = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
-            quantization = self._model.quantization(scale)
+            quantization = self._quantization(scale, block_size)
         buffer = self._model.weight(values, bits)
         tensor = self._add(values.shape, values.dtype, name, buffer, tensor_type, quantization)
         self._constants[key] = tensor
         return tensor
+
+    def _quantization(
+        self, scale: np.ndarray, block_size: int | None
+    ) -> _SharedQuantization | schema.QuantizationParametersT:
+        """Returns scales of rows, or those of blocks, which are a tensor of the graph."""
+        if block_size is None:
+            return self._model.quantization(scale)
+        buffer = self._model.block_scales(scale)
+        scales = self._add(scale.shape, np.float16, None, buffer)
+        return schema.QuantizationParametersT(
+            detailsType=schema.QuantizationDetails.BlockwiseQuantization,
+            details=schema.BlockwiseQuantizationT(
+                scales=scales.index, zeroPoints=-1, blockSize=block_size
+            ),
+        )
+
+    def block_rows(self, matrix: Matrix) -> Tensor:
+        """Adds a matrix with each block of its inputs as a row, which has one scale then."""
+        rows = self._model.block_rows(matrix)
+        return self.weight(rows.name, rows.values, rows.bits, rows.scale)
 
     def sparse_weight(self, name: str, values: np.ndarray) -> Tensor | None:
         """Adds a float32 weight without its empty blocks; `None` if it has to be dense."""

@@ -49,11 +49,35 @@ def store_integers(model: schema.ModelT, matrices: Iterable[Matrix]) -> set[str]
                 continue
             values = np.asarray(data, np.uint8).view(np.float32).reshape(shape)
             match = known.get((shape, _digest(values)))
-            if match is not None:
+            if match is not None and _can_replace(model, graph, index, *match):
                 _replace(model, graph, index, *match, buffers)
                 found.add(match[0].name)
     _drop_unused_buffers(model)
     return found
+
+
+def _read_as_weights(
+    model: schema.ModelT, graph: schema.SubGraphT, index: int, matrix: Matrix, turned: bool
+) -> bool:
+    """Returns whether only products read a constant, as weights that round their inputs."""
+    product = schema.BuiltinOperator.FULLY_CONNECTED
+    readers = [x for x in graph.operators if index in list(x.inputs)]
+    return (
+        matrix.rounds_inputs
+        and not turned
+        and all(
+            model.operatorCodes[x.opcodeIndex].builtinCode == product
+            and list(x.inputs).index(index) == 1
+            for x in readers
+        )
+    )
+
+
+def _can_replace(
+    model: schema.ModelT, graph: schema.SubGraphT, index: int, matrix: Matrix, turned: bool
+) -> bool:
+    """Returns whether a constant can be stored as integers: blocks only as weights of products."""
+    return matrix.block_size is None or _read_as_weights(model, graph, index, matrix, turned)
 
 
 def _replace(
@@ -65,13 +89,8 @@ def _replace(
     buffers: dict[tuple[str, bool, int], int],
 ) -> None:
     """Stores one constant of a graph as integers."""
-    product = schema.BuiltinOperator.FULLY_CONNECTED
     readers = [x for x in graph.operators if index in list(x.inputs)]
-    as_weights = not turned and all(
-        model.operatorCodes[x.opcodeIndex].builtinCode == product
-        and list(x.inputs).index(index) == 1
-        for x in readers
-    )
+    as_weights = _read_as_weights(model, graph, index, matrix, turned)
     bits = matrix.bits if as_weights else 8
     key = (matrix.name, turned, bits or 8)
     if key not in buffers:
@@ -79,12 +98,7 @@ def _replace(
         data = pack_int4(values) if bits == 4 else values.view(np.uint8).reshape(-1)
         model.buffers.append(schema.BufferT(data=data))
         buffers[key] = len(model.buffers) - 1
-    assert matrix.scale is not None
-    quantization = schema.QuantizationParametersT(
-        scale=matrix.scale,
-        zeroPoint=np.zeros(matrix.scale.size, np.int64),
-        quantizedDimension=1 if turned else 0,
-    )
+    quantization = _quantization(model, graph, matrix, turned)
     tensor = graph.tensors[index]
     kind = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
     if as_weights:
@@ -92,7 +106,7 @@ def _replace(
         for reader in readers:
             reader.builtinOptions.asymmetricQuantizeInputs = True
             code = model.operatorCodes[reader.opcodeIndex]
-            code.version = max(code.version, 9)
+            code.version = max(code.version, 9 if matrix.block_size is None else 13)
         return
     graph.tensors.append(
         schema.TensorT(
@@ -111,6 +125,36 @@ def _replace(
             opcodeIndex=_operator_code(model, schema.BuiltinOperator.DEQUANTIZE, 5),
             inputs=[len(graph.tensors) - 1],
             outputs=[index],
+        ),
+    )
+
+
+def _quantization(
+    model: schema.ModelT, graph: schema.SubGraphT, matrix: Matrix, turned: bool
+) -> schema.QuantizationParametersT:
+    """Returns the scales of a weight, those of blocks as a tensor that is added to the graph."""
+    assert matrix.scale is not None
+    if matrix.block_size is None:
+        return schema.QuantizationParametersT(
+            scale=matrix.scale,
+            zeroPoint=np.zeros(matrix.scale.size, np.int64),
+            quantizedDimension=1 if turned else 0,
+        )
+    data = matrix.scale.astype(np.float16).reshape(-1).view(np.uint8)
+    model.buffers.append(schema.BufferT(data=data))
+    graph.tensors.append(
+        schema.TensorT(
+            shape=list(matrix.scale.shape),
+            type=schema.TensorType.FLOAT16,
+            buffer=len(model.buffers) - 1,
+            name=f"{matrix.name}/scale",
+            hasRank=True,
+        )
+    )
+    return schema.QuantizationParametersT(
+        detailsType=schema.QuantizationDetails.BlockwiseQuantization,
+        details=schema.BlockwiseQuantizationT(
+            scales=len(graph.tensors) - 1, zeroPoints=-1, blockSize=matrix.block_size
         ),
     )
 

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
-from tfgptopt.decoder.reading import read_matrix
+from tfgptopt.decoder.reading import read_head, read_matrix
 from tfgptopt.decoder.spec import Matrix
 from tfgptopt.exporting.tflite.decoder_graph import Step
 from tfgptopt.quantization import layers
@@ -44,34 +44,28 @@ def _fence(x: Any) -> Any:
 @contextlib.contextmanager
 def ready_to_convert(model: keras.Layer) -> Iterator[None]:
     """Makes quantized layers plain ones with rounded weights for a while, fenced in."""
-    quantized = [x for x in model._flatten_layers() if layers.bits_of(x) is not None]
-    classes = [type(layer) for layer in quantized]
-    variables = [layer.quantized_variable for layer in quantized if layers.is_dressed(layer)]
-    values = [keras.ops.convert_to_numpy(variable) for variable in variables]
-    try:
-        for layer in quantized:
-            if layers.is_dressed(layer):
-                layers.undress(layer)
-            if not isinstance(layer, keras.layers.Embedding):
-                layer.__class__ = type(type(layer).__name__, (_Fenced, type(layer)), {})
-        retrace(model)
-        yield
-    finally:
-        for layer, own in zip(quantized, classes, strict=True):
-            layer.__class__ = own
-        for variable, value in zip(variables, values, strict=True):
-            variable.assign(value)
-        retrace(model)
+    quantized = [x for x in model._flatten_layers() if layers.spec_of(x) is not None]
+    with layers.finalized_for_a_while([x for x in quantized if layers.is_dressed(x)]):
+        classes = [type(layer) for layer in quantized]
+        try:
+            for layer in quantized:
+                if not isinstance(layer, keras.layers.Embedding):
+                    layer.__class__ = type(type(layer).__name__, (_Fenced, type(layer)), {})
+            retrace(model)
+            yield
+        finally:
+            for layer, own in zip(quantized, classes, strict=True):
+                layer.__class__ = own
+    retrace(model)
 
 
 def quantized_matrices(model: keras.Layer) -> list[Matrix]:
     """Returns the weights of a model that lie on a grid."""
     found = [item for item in candidates(model) if isinstance(item, Target)]
-    return [
-        read_matrix(target.layer, activated=True)
-        for target in found
-        if layers.bits_of(target.layer) is not None
-    ]
+    quantized = [target.layer for target in found if layers.spec_of(target.layer) is not None]
+    heads = [read_head(layer) for layer in quantized if hasattr(layer, "reverse_embeddings")]
+    matrices = [read_matrix(layer, activated=True) for layer in quantized]
+    return matrices + [head for head in heads if head is not None]
 
 
 def cache_shape(model: Any, context_length: int) -> tuple[int, tuple[int, int, int]]:

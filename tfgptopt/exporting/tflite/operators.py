@@ -77,7 +77,17 @@ def embedding_lookup(graph: Graph, ids: Tensor, table: Tensor) -> Tensor:
 
 def matrix_weight(graph: Graph, matrix: Matrix) -> Tensor:
     """Adds the rows of a matrix as floats or as the integers it was trained to."""
-    return graph.weight(matrix.name, matrix.values, matrix.bits, matrix.scale)
+    return graph.weight(matrix.name, matrix.values, matrix.bits, matrix.scale, matrix.block_size)
+
+
+def _as_floats(graph: Graph, matrix: Matrix) -> Tensor:
+    """Adds integer rows that are made floats at each call, for products with float inputs."""
+    if matrix.block_size is None:
+        integers = matrix_weight(graph, matrix)
+        return graph.add_operator("DEQUANTIZE", [integers], integers.shape, version=6)
+    rows = graph.block_rows(matrix)
+    floats = graph.add_operator("DEQUANTIZE", [rows], rows.shape, version=6)
+    return reshape(graph, floats, matrix.values.shape)
 
 
 def _computed_bias(graph: Graph, bias: Tensor | None, size: int) -> Tensor:
@@ -102,18 +112,20 @@ def fully_connected(graph: Graph, x: Tensor, matrix: Matrix, relu: bool = False)
     bias = None if matrix.bias is None else graph.weight(f"{matrix.name}/bias", matrix.bias)
     weights = graph.sparse_weight(matrix.name, matrix.values)
     if weights is None:
-        weights = matrix_weight(graph, matrix)
+        floats = matrix.bits is not None and not matrix.rounds_inputs
+        weights = _as_floats(graph, matrix) if floats else matrix_weight(graph, matrix)
     else:
         bias = _computed_bias(graph, bias, weights.shape[0])
     functions = schema.ActivationFunctionType
     options = schema.FullyConnectedOptionsT(
         fusedActivationFunction=functions.RELU if relu else functions.NONE,
         keepNumDims=True,
-        asymmetricQuantizeInputs=matrix.bits is not None,
+        asymmetricQuantizeInputs=matrix.bits is not None and matrix.rounds_inputs,
     )
     shape = (*x.shape[:-1], weights.shape[0])
+    version = 9 if matrix.block_size is None else 13
     return graph.add_operator(
-        "FULLY_CONNECTED", [x, weights, bias], shape, options=options, version=9
+        "FULLY_CONNECTED", [x, weights, bias], shape, options=options, version=version
     )
 
 
