@@ -91,7 +91,6 @@ class Pruning(keras.callbacks.Callback):
         self.allocation = allocation
         self._pruner: Pruner | None = None
         self._epoch_start = 0
-        self._first_batch = True
 
     @property
     def sparsity(self) -> float:
@@ -106,7 +105,8 @@ class Pruning(keras.callbacks.Callback):
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
         self._check(model)
-        mask_state(model)  # A callback before this one may load a checkpoint.
+        # Another callback may load a checkpoint, whose masks are kept there.
+        mask_state(model).new_claims()
 
     def _settings(self) -> tuple[Any, ...]:
         return self.schedule, self.pattern, self.score, self.selector, self.allocation
@@ -145,14 +145,17 @@ class Pruning(keras.callbacks.Callback):
         self._ready().step()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._ready()
-        self._first_batch = True
-        self._warn_if_cut_off()
-
-    def _warn_if_cut_off(self) -> None:
-        first, end = self._iterations(), last_step(self.schedule)
-        begin = getattr(self.schedule, "begin_step", 0)
+        # The model is changed when the first epoch begins: another callback may still fail here.
+        pruner = self._ready()
+        mask_state(self.model).claim(pruner.targets, self)
+        first = self._iterations()
         last = last_mask_step(self.model, first, self.params)
+        pruner.timeline.check(first, last)
+        self._warn_if_cut_off(first, last)
+
+    def _warn_if_cut_off(self, first: int, last: int | None) -> None:
+        end = last_step(self.schedule)
+        begin = getattr(self.schedule, "begin_step", 0)
         if last is not None and last < (begin if end is None else end):
             what = f"begins at step {begin}" if last < begin else f"ends at step {end}"
             warnings.warn(
@@ -168,13 +171,12 @@ class Pruning(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        assert self._pruner is not None
+        self._pruner.attach()
         self._epoch_start = self._iterations()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         assert self._pruner is not None
-        if self._first_batch:
-            self._pruner.check_ownership()
-            self._first_batch = False
         # Batches run ahead of the optimizer, never behind it: without a firing up to here there
         # is no need to wait for the device to read its step.
         if self._pruner.due(self._epoch_start + batch):
@@ -185,9 +187,9 @@ class Pruning(keras.callbacks.Callback):
             logs["sparsity"] = self.sparsity
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        # Keras may just have put averages (`use_ema`) in the place of the weights.
+        # A run that is resumed behind its last epoch began none.
         if self._pruner is not None:
-            self._pruner.hold()
+            self._pruner.attach()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:

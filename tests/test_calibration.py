@@ -98,6 +98,10 @@ def test_padding_is_left_out():
     rows = []
     observe_all(model, select(model)[:1], [batch], lambda _, r: rows.append(len(r)))
     assert rows == [20]
+    targets, rows = select(model), []
+    for _, run in block_by_block(model, targets, [batch]):
+        run(lambda _, r: rows.append(len(r)))
+    assert rows == [20] * len(targets)
 
 
 def test_bad_data_is_named_and_the_model_runs_on():

@@ -5,7 +5,7 @@ from conftest import make_gpt, random_batch
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining, from_recipe
 
 import tfgptopt
-from tfgptopt.pruning import ConstantSparsity, PolynomialDecay
+from tfgptopt.pruning import ConstantSparsity, PolynomialDecay, Unstructured, Wanda
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import Prune, QuantizeAware, Recipe, recipe_of
 from tfgptopt.targets import select
@@ -38,6 +38,21 @@ def test_callbacks_carry_it_out_and_a_model_tells_its_recipe():
     tfgptopt.finalize(model)
     assert recipe_of(model).to_config() == found.to_config()
     assert recipe_of(make_gpt()) is None
+
+
+def test_calibration_data_reaches_the_scores_that_need_it():
+    recipe = Recipe((Prune(ConstantSparsity(0.5, 0), Unstructured("output"), Wanda()),))
+    model, expected = make_gpt(), make_gpt()
+    expected.set_weights(model.get_weights())
+    data = [random_batch(rows=4)[0]]
+    with pytest.raises(ValueError, match="Wanda needs calibration data"):
+        from_recipe(recipe)[0].set_model(model)
+    (pruning,) = from_recipe(recipe, calibration=data)
+    model.compile(optimizer=keras.optimizers.SGD(0.0))
+    model.fit(*random_batch(), verbose=0, callbacks=[pruning])
+    tfgptopt.prune(expected, 0.5, Unstructured("output"), Wanda(data))
+    for ours, theirs in zip(select(model), select(expected), strict=True):
+        np.testing.assert_array_equal(ours.variable, theirs.variable)
 
 
 def test_a_reloaded_model_is_dressed_again_by_its_recipe(tmp_path):

@@ -96,7 +96,7 @@ class Prune:
         targets = [t for t in select(model, self.targets) if not masks.masked(t.variable)]
         with strategy_scope(model):
             settings = masks.Settings(self.schedule, self.pattern, self.score, self.allocation)
-            masks.attach(targets, settings)
+            masks.attach(model, targets, settings)
             masks.read_from_zeros(targets)
             mask_state(model).restore()
         retrace(model)

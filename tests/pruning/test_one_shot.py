@@ -97,6 +97,20 @@ def test_sparsegpt_on_a_gpt_reaches_the_sparsity_of_each_weight():
         assert not target.variable.numpy()[zero].any()
 
 
+def test_sparsegpt_does_not_see_what_padding_holds():
+    kernels = []
+    for padding in (0, 7):
+        keras.utils.set_random_seed(1)
+        model = make_gpt()
+        batch, _ = random_batch(rows=4)
+        batch["padding_mask"][:, 10:] = 0
+        batch["token_ids"][:, 10:] = padding
+        tfgptopt.prune(model, 0.5, score=SparseGPT([batch]))
+        kernels.append([t.variable.numpy() for t in select(model)])
+    for one, other in zip(*kernels, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was():
     model = make_gpt()
     before = model.get_weights()

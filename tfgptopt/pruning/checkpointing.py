@@ -14,9 +14,11 @@ import keras
 import numpy as np
 
 from tfgptopt.pruning import masks
+from tfgptopt.retracing import strategy_scope
 from tfgptopt.targets import Target, candidates
 
-_ATTRIBUTE = "_tfgptopt_masks"
+# Keras loads what hangs on a model in the order of its names: masks behind all weights.
+_ATTRIBUTE = "_zz_tfgptopt_masks"
 
 
 class MaskState(keras.layers.Layer):
@@ -31,6 +33,21 @@ class MaskState(keras.layers.Layer):
         self.built = True
         self._model = weakref.ref(model)  # Not a layer inside this one.
         self._loaded: Any = {}
+        self._claims: dict[int, Any] = {}
+
+    def new_claims(self) -> None:
+        """Forgets who prunes what, before a training begins."""
+        self._claims = {}
+
+    def claim(self, targets: list[Target], claimant: Any) -> None:
+        """Notes who is about to prune some weights.
+
+        Raises:
+            ValueError: If another prunes one of them.
+        """
+        for target in targets:
+            if self._claims.setdefault(id(target.variable), claimant) is not claimant:
+                raise ValueError(overlap(target))
 
     def _held(self) -> list[tuple[int, Target]]:
         """Returns the masked weights with their place in the model; names may differ at reload."""
@@ -55,25 +72,32 @@ class MaskState(keras.layers.Layer):
                 store[f"score_{i}_{j}"] = keras.ops.convert_to_numpy(variable.value)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads what `save_own_variables` wrote; a checkpoint of a plain model has nothing."""
+        """Reads what `save_own_variables` wrote; a checkpoint of a plain model has nothing.
+
+        Its weights are pruned then by the masks that are there, which hold until `finalize`.
+        """
         self._loaded = {key: np.asarray(store[key]) for key in store.keys()}  # noqa: SIM118
         self.restore()
+        with strategy_scope(self._model()):
+            masks.apply([target for _, target in self._held()])
 
     def restore(self) -> None:
-        """Gives masked weights what was loaded for them, once."""
+        """Gives masked weights what was loaded for them; scores once something measures them."""
         resumed: dict[int, tuple[Any, int]] = {}
         for i, target in self._held():
-            bits = self._loaded.pop(f"mask_{i}", None)
+            bits = self._loaded.get(f"mask_{i}")
             if bits is None or bits.size != -(-target.size // 8):
                 continue
             held = target.variable.constraint
             mask = np.unpackbits(bits, count=target.size).astype(bool)
             held.mask.assign(mask.reshape(target.variable.shape))
+            if held.owner is None:
+                continue
+            self._restore_scores(i, target, held.owner)
+            del self._loaded[f"mask_{i}"]
             seen = self._loaded.pop(f"seen_{i}", None)
-            if held.owner is not None:
-                self._restore_scores(i, target, held.owner)
-                if seen is not None:
-                    resumed[id(held.owner)] = (held.owner, int(seen))
+            if seen is not None:
+                resumed[id(held.owner)] = (held.owner, int(seen))
         for owner, seen in resumed.values():
             owner.resume(seen)
 
@@ -83,6 +107,11 @@ class MaskState(keras.layers.Layer):
             saved = self._loaded.pop(f"score_{i}_{j}", None)
             if saved is not None and saved.shape == tuple(variable.shape):
                 variable.assign(saved)
+
+
+def overlap(target: Target) -> str:
+    """Returns what is wrong where a weight is pruned twice."""
+    return f"Two prunings act on {target.path}. Give each its own `targets`, or use one."
 
 
 def mask_state(model: keras.Layer) -> MaskState:

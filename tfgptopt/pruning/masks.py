@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,23 +41,36 @@ class Mask(keras.constraints.Constraint):
     of the model: checkpoints stay those of the plain model, and hold the mask as exact zeros.
 
     Args:
-        variable: The kernel.
+        model: The model whose optimizer may average the kernel (`use_ema`).
+        target: The kernel. The mask is put on it.
         settings: What moves the mask, for recipes and reports.
     """
 
-    def __init__(self, variable: Any, settings: Settings) -> None:
+    def __init__(self, model: Any, target: Target, settings: Settings) -> None:
+        variable = target.variable
         # A constraint that the kernel already had is applied first.
         self.inner: Callable[[Any], Any] | None = variable.constraint
         self.settings = settings
         self.owner: Any = None
+        self._model = weakref.ref(model)
         self.mask = keras.Variable(
             tf.ones(variable.shape, tf.bool),
             trainable=False,
             dtype="bool",
             name=f"{variable.name}_mask",
         )
+        self._layer = target.layer
+        variable.constraint = self
+        # Keras refuses it too where a kernel has had a constraint from the beginning.
+        object.__setattr__(self._layer, "enable_lora", _refuse_lora(target))
+
+    def take_off(self, variable: Any) -> None:
+        """Gives the kernel back its own constraint, and leaves its weights as they are."""
+        variable.constraint = self.inner
+        object.__delattr__(self._layer, "enable_lora")
 
     def __call__(self, w: Any) -> Any:
+        self.hold_average(w)
         if self.inner is not None:
             w = self.inner(w)
         return self.zeroed(w)
@@ -66,11 +80,44 @@ class Mask(keras.constraints.Constraint):
         # A choice, not a product: zero times a diverged weight would not be zero.
         return keras.ops.where(self.mask, w, keras.ops.zeros((), w.dtype))
 
+    def hold_average(self, variable: Any) -> None:
+        """Zeroes what the mask drops in the optimizer's average of the kernel, if it keeps one.
 
-def attach(targets: list[Target], settings: Settings) -> None:
-    """Gives every target a mask of ones."""
+        Keras averages weights before it applies constraints, and puts averages in the place of
+        weights after the last constraint of a `fit`, or when `SwapEMAWeights` evaluates.
+        """
+        average = _average_of(variable, getattr(self._model(), "optimizer", None))
+        if average is not None:
+            average.assign(self.zeroed(average))
+
+
+def _average_of(variable: Any, optimizer: Any) -> Any:
+    """Returns the average (`use_ema`) that an optimizer keeps of a variable, or `None`."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    for each in getattr(optimizer, "optimizers", [optimizer]):
+        if not (getattr(each, "use_ema", False) and each.built):
+            continue
+        pairs = zip(each._trainable_variables, each._model_variables_moving_average, strict=True)
+        for averaged, average in pairs:
+            if averaged is variable:
+                return average
+    return None
+
+
+def attach(model: Any, targets: list[Target], settings: Settings) -> None:
+    """Gives every target of a model a mask of ones."""
     for target in targets:
-        target.variable.constraint = Mask(target.variable, settings)
+        Mask(model, target, settings)
+
+
+def _refuse_lora(target: Target) -> Callable[..., None]:
+    def enable_lora(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            f"{target.path} is being pruned. Call `tfgptopt.finalize(model)` before `enable_lora`: "
+            "its zeros stay while adapters train, and are filled in when adapters are merged."
+        )
+
+    return enable_lora
 
 
 def read_from_zeros(targets: list[Target]) -> None:
@@ -79,35 +126,19 @@ def read_from_zeros(targets: list[Target]) -> None:
         target.variable.constraint.mask.assign(keras.ops.not_equal(target.variable.value, 0))
 
 
-def hold_averages(model: Any, targets: list[Target]) -> None:
-    """Holds the zeros where the optimizer writes its averages (`use_ema`) over the weights.
-
-    Keras averages weights before it applies constraints, so that averages are not quite zero, and
-    writes them at the end of `fit`, after the last constraint.
-    """
-    optimizer: Any = getattr(model, "optimizer", None)
-    if not getattr(optimizer, "use_ema", False):
-        return
-    finish = optimizer.finalize_variable_values
-
-    def finish_and_hold(variables: Any) -> None:
-        finish(variables)
-        apply([target for target in targets if masked(target.variable)])
-
-    object.__setattr__(optimizer, "finalize_variable_values", finish_and_hold)
-
-
 def apply(targets: list[Target]) -> None:
     """Zeroes what the masks of targets drop."""
     for target in targets:
-        target.variable.assign(target.variable.constraint.zeroed(target.variable))
+        held = target.variable.constraint
+        target.variable.assign(held.zeroed(target.variable))
+        held.hold_average(target.variable)
 
 
 def remove(targets: list[Target]) -> None:
     """Takes the masks off targets and leaves their weights as they are."""
     for target in targets:
         if masked(target.variable):
-            target.variable.constraint = target.variable.constraint.inner
+            target.variable.constraint.take_off(target.variable)
 
 
 def masked(variable: Any) -> bool:
@@ -125,6 +156,6 @@ def detach(variable: Any) -> None:
     """Zeroes the pruned weights a last time and gives a variable back its own constraint."""
     held = variable.constraint
     variable.assign(held.zeroed(variable))
-    variable.constraint = held.inner
+    held.take_off(variable)
     if held.owner is not None:
         held.owner.close()

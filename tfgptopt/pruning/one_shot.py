@@ -108,7 +108,7 @@ def _prune_by_sparsegpt(
             for target in targets:
                 target.variable.assign(before[id(target.variable)])
             raise
-        masks.attach(targets, masks.Settings(schedule, pattern, score, allocation))
+        masks.attach(model, targets, masks.Settings(schedule, pattern, score, allocation))
         for target, kept in found:
             target.variable.constraint.mask.assign(kept)
         masks.apply(targets)

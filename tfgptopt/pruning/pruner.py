@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -9,7 +10,7 @@ import tensorflow as tf
 
 from tfgptopt.pruning import masks
 from tfgptopt.pruning.allocation import Allocation
-from tfgptopt.pruning.checkpointing import mask_state
+from tfgptopt.pruning.checkpointing import mask_state, overlap
 from tfgptopt.pruning.masks import Settings
 from tfgptopt.pruning.patterns import NM, Pattern, Unstructured, check_pattern, check_reaches
 from tfgptopt.pruning.schedules import PruningSchedule, Timeline, final_sparsity
@@ -70,7 +71,7 @@ class Pruner:
     ```
 
     Args:
-        model: A built Keras 3 model. It is dressed in place.
+        model: A built Keras 3 model. It is dressed in place at the first step.
         schedule: A `PruningSchedule`, in steps of `optimizer.iterations`.
         pattern: Which weights go together. Defaults to `Unstructured()`.
         score: How important a weight is. Defaults to `Magnitude()`.
@@ -99,24 +100,33 @@ class Pruner:
         self._selector = targets
         self.seen = self._scanned = -1  # Steps up to which the masks are as they should be.
         self._next: int | None = None  # The first firing that was not seen yet.
+        self._floor = self._sparsity = 0.0
+        self._attached: list[Target] | None = None
+        with strategy_scope(model):
+            self.meter = score.meter(model, self.targets)
+        self._finite = tf.function(self._all_finite)
+        self._update = tf.function(self._update_all)
+        mask_state(model)  # A checkpoint may be loaded before the first step.
+
+    def attach(self) -> None:
+        """Dresses the model, once. It is the first time that the model is changed."""
+        if self._attached is not None:
+            return
         for target in self.targets:
             if masks.masked(target.variable) and target.variable.constraint.owner is not None:
                 target.variable.constraint.owner.close()
         self._attached = [t for t in self.targets if not masks.masked(t.variable)]
-        with strategy_scope(model):
-            self.meter = score.meter(model, self.targets)
-            masks.attach(self._attached, self.settings)
+        self.meter.follow(self.model)
+        with strategy_scope(self.model):
+            masks.attach(self.model, self._attached, self.settings)
         for target in self.targets:
             target.variable.constraint.owner = self
             target.variable.constraint.settings = self.settings
-        masks.hold_averages(model, self.targets)
-        self._finite = tf.function(self._all_finite)
-        self._update = tf.function(self._update_all)
         # Masks that an earlier pruning left are never opened again by a schedule that starts low.
         self._floor = self._sparsity = self._masked_share()
-        with strategy_scope(model):
-            mask_state(model).restore()  # What a checkpoint brought before the masks were there.
-        retrace(model)
+        with strategy_scope(self.model):
+            mask_state(self.model).restore()  # What a checkpoint brought before.
+        retrace(self.model)
 
     def _scores(self) -> list[tf.Tensor]:
         matrices = []
@@ -174,6 +184,7 @@ class Pruner:
         The first call catches up with what happened before: a model that was pruned by the
         schedule so far holds its masks as zeros.
         """
+        self.attach()
         first = self.seen < 0 < step
         if first:
             self._catch_up(step - 1)
@@ -196,6 +207,18 @@ class Pruner:
                 masks.read_from_zeros(self.targets)
             self._sparsity = self._masked_share()
             self.moved_to(step)
+            self._warn_of_lost_scores(step)
+
+    def _warn_of_lost_scores(self, step: int) -> None:
+        gathered = [v for i in range(len(self.targets)) for v in self.meter.variables(i)]
+        if gathered and not any(bool(keras.ops.any(v.value != 0)) for v in gathered):
+            warnings.warn(
+                f"The model was pruned up to step {step}, but {self.settings.score} has none of "
+                "the scores that were gathered: its checkpoint was loaded before the pruning was "
+                "there. They are gathered anew from here on. To resume exactly, use "
+                "BackupAndRestore, or call `pruning.set_model(model)` before `load_weights`.",
+                stacklevel=2,
+            )
 
     def _holds_zeros(self, sparsity: float) -> bool:
         total = sum(target.size for target in self.targets)
@@ -215,6 +238,9 @@ class Pruner:
                 "`advance(step)` with your own count."
             )
         now = int(keras.ops.convert_to_numpy(optimizer.iterations))
+        if self._attached is None:
+            self.timeline.check(now)
+            self.attach()
         if self.due(now):
             self.advance(now)
 
@@ -260,11 +286,6 @@ class Pruner:
         self._next = None
         self._sparsity = self._masked_share()
 
-    def hold(self) -> None:
-        """Zeroes what the masks drop, where something else has written to the weights."""
-        with strategy_scope(self.model):
-            masks.apply([target for target in self.targets if self._owns(target)])
-
     def check_ownership(self) -> None:
         """Raises if another pruner took over the weights, and takes its own masks off them.
 
@@ -273,11 +294,9 @@ class Pruner:
         """
         for target in self.targets:
             if not self._owns(target):
-                masks.remove(self._attached)
+                masks.remove(self._attached or [])
                 self.close()
-                raise ValueError(
-                    f"Two prunings act on {target.path}. Give each its own `targets`, or use one."
-                )
+                raise ValueError(overlap(target))
 
     def check_not_taken(self) -> None:
         """Raises if another pruner holds a weight of this one.

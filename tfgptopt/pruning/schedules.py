@@ -33,6 +33,8 @@ ConstantSparsity = _tfmot.ConstantSparsity
 _CLASSES = {"polynomial_decay": PolynomialDecay, "constant_sparsity": ConstantSparsity}
 # Steps evaluated at once; a schedule costs about ten microseconds a step this way.
 _WINDOW = 512
+# Steps that are checked before training where its length is not known.
+_AHEAD = 10_000
 
 
 def serialize_schedule(schedule: Any) -> dict[str, Any]:
@@ -129,6 +131,25 @@ class Timeline:
                 f"{step}. Expected a number in [0, 1)."
             )
         return fires_at, sparsity_at
+
+    def check(self, first: int, last: int | None = None) -> None:
+        """Raises if a schedule of a user gives a sparsity out of range later on.
+
+        Args:
+            first: int, the first step.
+            last: int, the last step that training will reach. Defaults to `None`: the end of the
+                schedule, or 10,000 steps if it has none.
+
+        Raises:
+            ValueError: If a sparsity is outside `[0, 1)`, with its step.
+        """
+        if final_sparsity(self.schedule) is not None:
+            return  # tfmot has checked its own.
+        end = last_step(self.schedule)
+        if last is None:
+            last = first + _AHEAD if end is None else end
+        for step in range(first, last + 1 if end is None else min(last, end) + 1):
+            self.at(step)
 
     def last_firing(self, first: int, last: int) -> float | None:
         """Returns the sparsity of the last step in `[first, last]` that fires, if any does."""

@@ -31,7 +31,7 @@ class Meter(Protocol):
         return []
 
     def follow(self, model: Any) -> None:
-        """Goes on measuring after the model was compiled anew."""
+        """Begins to measure, or goes on after the model was compiled anew."""
         return
 
     def close(self) -> None:
@@ -137,7 +137,6 @@ class _MovementMeter(Meter):
             )
             for t in targets
         ]
-        self.follow(model)
 
     def follow(self, model: Any) -> None:
         # Inside mixed float16 training, the inner optimizer gets the true gradients.
@@ -176,7 +175,9 @@ class _MovementMeter(Meter):
         return [self._sums[index]]
 
     def close(self) -> None:
-        if self._optimizer.__dict__.get("update_step") is self._update_step:
+        if self._optimizer is None:
+            return
+        if vars(self._optimizer).get("update_step") is self._update_step:
             object.__delattr__(self._optimizer, "update_step")
 
 
