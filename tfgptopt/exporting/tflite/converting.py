@@ -38,7 +38,7 @@ class _Fenced:
 
 
 def _fence(x: Any) -> Any:
-    return tf.minimum(x, tf.cast(x.dtype.max, x.dtype))
+    return tf.minimum(x, tf.cast(x.dtype.max, x.dtype)) if x.dtype.is_floating else x
 
 
 @contextlib.contextmanager
@@ -49,7 +49,8 @@ def ready_to_convert(model: keras.Layer) -> Iterator[None]:
         classes = [type(layer) for layer in quantized]
         try:
             for layer in quantized:
-                if not isinstance(layer, keras.layers.Embedding):
+                # A tied table is looked up, too, which leaves it as it is.
+                if not getattr(layer, "tie_weights", isinstance(layer, keras.layers.Embedding)):
                     layer.__class__ = type(type(layer).__name__, (_Fenced, type(layer)), {})
             retrace(model)
             yield
