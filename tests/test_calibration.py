@@ -5,7 +5,8 @@ import tensorflow as tf
 from conftest import make_gpt, random_batch
 
 import tfgptopt
-from tfgptopt.calibration import Grams, batches_of, block_by_block, blocks_of, observe_all
+from tfgptopt.calibration import batches_of, block_by_block, blocks_of, observe_all
+from tfgptopt.statistics import Grams
 from tfgptopt.targets import select
 
 

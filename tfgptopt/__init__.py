@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tfgptopt.finalizing import finalize as finalize
     from tfgptopt.generation import TFLiteCausalLM as TFLiteCausalLM
     from tfgptopt.pruning.one_shot import prune as prune
+    from tfgptopt.quantization.post_training import quantize as quantize
     from tfgptopt.quantization.training import quantize_aware as quantize_aware
     from tfgptopt.recipe import Recipe as Recipe
     from tfgptopt.summarizing import summary as summary
@@ -31,6 +32,7 @@ _PUBLIC = {
     "export": "tfgptopt.exporting",
     "finalize": "tfgptopt.finalizing",
     "prune": "tfgptopt.pruning.one_shot",
+    "quantize": "tfgptopt.quantization.post_training",
     "quantize_aware": "tfgptopt.quantization.training",
     "summary": "tfgptopt.summarizing",
 }

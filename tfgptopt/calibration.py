@@ -154,10 +154,15 @@ def observe_all(model: keras.Layer, targets: list[Target], data: Any, observe: O
     check_kernels(targets)
     for batch in batches_of(data):
         with watching(targets, _without_padding(observe, batch)):
-            _call(model, batch)
+            call(model, batch)
 
 
-def _call(model: keras.Layer, batch: Any) -> Any:
+def call(model: keras.Layer, batch: Any) -> Any:
+    """Calls a model on calibration data.
+
+    Raises:
+        ValueError: If it cannot read it.
+    """
     try:
         return model(batch, training=False)
     except _Enough:
@@ -231,7 +236,7 @@ class _Recorder:
 
     def run(self, model: keras.Layer, batch: Any) -> _Recorder:
         with _replaced_calls(self._blocks, self._wrap), suppress(_Enough):
-            _call(model, batch)
+            call(model, batch)
         return self
 
     def is_chain(self) -> bool:
@@ -246,6 +251,23 @@ class _Recorder:
             if not args or args[0] is not result or not same_rest:
                 return False
         return bool(first_args)
+
+
+def recorded_calls(
+    model: keras.Layer, layers: list[keras.Layer], batch: Any
+) -> list[tuple[keras.Layer, tuple[Any, ...], Any]]:
+    """Runs a model on one batch, and returns the calls of some of its layers in their order.
+
+    Args:
+        model: A built Keras 3 model.
+        layers: Layers inside it.
+        batch: Inputs of the model.
+
+    Returns:
+        List of `(layer, arguments, result)`, the very objects that were passed.
+    """
+    calls = _Recorder(layers, stop=False).run(model, batch).calls
+    return [(layer, args, result) for layer, args, _, result in calls]
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -302,7 +324,7 @@ def _run_model(model: keras.Layer, targets: list[Target], batches: list[Any]) ->
     def run(observe: Observer) -> None:
         for batch in batches:
             with watching(targets, _without_padding(observe, batch)):
-                _call(model, batch)
+                call(model, batch)
 
     return run
 
@@ -316,72 +338,3 @@ def _run_block(
                 block(*args, **kwargs)
 
     return run
-
-
-class Grams:
-    """Sums the products of inputs with each other, `X^T X`, for each target.
-
-    An observer. Layers that read the same rows share one matrix.
-    """
-
-    def __init__(self) -> None:
-        self._grams: dict[int, tf.Tensor] = {}
-        self._keys: dict[int, int] = {}
-        self._last: Any = None
-
-    def __call__(self, target: Target, rows: tf.Tensor) -> None:
-        shared = self._last is not None and rows is self._last[0]
-        key = self._keys.get(id(target.variable))
-        if key is None:
-            key = self._last[1] if shared else len(self._keys)
-            self._keys[id(target.variable)] = key
-        if not (shared and key == self._last[1]):
-            product = tf.matmul(rows, rows, transpose_a=True)
-            self._grams[key] = self._grams[key] + product if key in self._grams else product
-        self._last = rows, key
-
-    def of(self, target: Target) -> np.ndarray:
-        """Returns the float64 matrix `(inputs, inputs)` of a target.
-
-        Raises:
-            ValueError: If it is not finite.
-        """
-        gram: np.ndarray = self._grams[self._keys[id(target.variable)]].numpy()
-        check_finite(target, gram)
-        return gram.astype(np.float64)
-
-
-class SquaredSums:
-    """Sums the squares of each input of each target. An observer.
-
-    Args:
-        targets: The targets that will be shown.
-    """
-
-    def __init__(self, targets: list[Target]) -> None:
-        self._sums = {id(t.variable): tf.zeros(t.matrix_shape[0]) for t in targets}
-        self._seen: set[int] = set()
-
-    def __call__(self, target: Target, rows: tf.Tensor) -> None:
-        self._seen.add(id(target.variable))
-        self._sums[id(target.variable)] += tf.reduce_sum(tf.square(rows), axis=0)
-
-    def norms(self, target: Target) -> tf.Tensor:
-        """Returns the norm of each input, float32 `(inputs,)`.
-
-        Raises:
-            ValueError: If the target was never shown, or a norm is not finite.
-        """
-        if id(target.variable) not in self._seen:
-            raise ValueError(f"The model does not call the layer of {target.path} on the data.")
-        norms = tf.sqrt(self._sums[id(target.variable)])
-        check_finite(target, norms.numpy())
-        return norms
-
-
-def check_finite(target: Target, statistics: np.ndarray) -> None:
-    """Raises unless the statistics of a target are finite."""
-    if not np.isfinite(statistics).all():
-        raise ValueError(
-            f"What goes into {target.path} is NaN or infinite on the calibration data."
-        )

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration import SquaredSums, blocks_of, observe_all
+from tfgptopt.calibration import blocks_of, observe_all
+from tfgptopt.statistics import SquaredSums
 from tfgptopt.targets import Selector, Target, select
 
 

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-from tfgptopt.calibration import SquaredSums, batches_of, observe_all
+from tfgptopt.calibration import batches_of, observe_all
+from tfgptopt.statistics import SquaredSums
 from tfgptopt.targets import Target
 
 

@@ -10,8 +10,9 @@ import keras
 import numpy as np
 from rich.progress import track
 
-from tfgptopt.calibration import Grams, block_by_block, blocks_of
+from tfgptopt.calibration import block_by_block, blocks_of
 from tfgptopt.pruning.patterns import NM, Unstructured
+from tfgptopt.statistics import Grams, inverse_factor
 from tfgptopt.targets import Target
 
 
@@ -105,22 +106,6 @@ class SparseGPT:
                 part[i] *= stays  # Rounding leaves a trace of what the update took away.
             matrix[end:] -= factor[begin:end, end:].T @ errors
         return kept
-
-
-def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:
-    """Returns the upper factor `U` with `U^T U` the inverse of a damped Gram matrix.
-
-    Args:
-        gram: float64 array `(inputs, inputs)`. It is changed.
-        damping: float, share of the mean that is added to the diagonal.
-
-    Returns:
-        float64 array `(inputs, inputs)`.
-    """
-    diagonal = np.einsum("ii->i", gram)  # A view.
-    diagonal += damping * diagonal.mean()
-    diagonal[diagonal == 0] = 1.0  # Inputs that are always zero.
-    return np.linalg.cholesky(np.linalg.inv(gram)).T
 
 
 def _keep(part: np.ndarray, inverse: np.ndarray, sparsity: float) -> np.ndarray:

@@ -245,6 +245,14 @@ def undress(layer: Any) -> None:
         _drop_adapters(layer)
 
 
+def forget(layer: Any) -> None:
+    """Makes a plain layer forget that it was ever rounded."""
+    for name in (_SPEC, _IS_HEAD):
+        if hasattr(layer, name):
+            delattr(layer, name)
+    rounders.detach(layer)
+
+
 @contextmanager
 def finalized_for_a_while(dressed: list[Any]) -> Iterator[None]:
     """Makes dressed layers plain ones with rounded weights, and dresses them again at the end."""

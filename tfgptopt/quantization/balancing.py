@@ -1,0 +1,147 @@
+"""AWQ and SmoothQuant: chooses the factors by which features are moved into weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.progress import track
+
+from tfgptopt.calibration import batches_of, observe_all
+from tfgptopt.quantization import rounding
+from tfgptopt.quantization.rounders import grids_of
+from tfgptopt.quantization.rounding import Grid
+from tfgptopt.quantization.smoothing import Pair, find_pairs
+from tfgptopt.quantization.specs import Spec
+from tfgptopt.targets import Target
+
+Balance = Literal["awq", "smoothquant"]
+
+_ROWS = 512
+_EXPONENTS = tuple(i / 12 for i in range(13))
+
+
+class _Inputs:
+    """Gathers the mean and the largest magnitude of each input, and some rows. An observer."""
+
+    def __init__(self, rows_per_call: int) -> None:
+        self._rows_per_call = rows_per_call
+        self._shared: dict[int, dict[str, Any]] = {}
+        self._keys: dict[int, int] = {}
+        self._last: Any = None
+
+    def __call__(self, target: Target, rows: tf.Tensor) -> None:
+        shared = self._last is not None and rows is self._last[0]
+        default = self._last[1] if shared else len(self._keys)
+        key = self._keys.setdefault(id(target.variable), default)
+        if not (shared and key == self._last[1]):
+            self._gather(key, rows)
+        self._last = rows, key
+
+    def _gather(self, key: int, rows: tf.Tensor) -> None:
+        sizes = tf.abs(rows)
+        picked = np.linspace(0, len(rows) - 1, min(self._rows_per_call, len(rows))).astype(int)
+        new = {
+            "sum": tf.reduce_sum(sizes, 0).numpy(),
+            "largest": tf.reduce_max(sizes, 0).numpy(),
+            "rows": [tf.gather(rows, picked)],
+        }
+        old = self._shared.get(key)
+        if old is None:
+            self._shared[key] = new
+            return
+        old["sum"] += new["sum"]
+        old["largest"] = np.maximum(old["largest"], new["largest"])
+        old["rows"] += new["rows"]
+
+    def of(self, target: Target) -> dict[str, Any]:
+        """Returns what was gathered for a target."""
+        return self._shared[self._keys[id(target.variable)]]
+
+
+def balance(
+    model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any, kind: Balance
+) -> list[Pair]:
+    """Moves the scale of features between inputs and weights, so that rounding costs least.
+
+    For each place, factors of several strengths are tried on a sample of the inputs, with the very
+    arithmetic that ships; not to move anything is one of them. In floats, the model computes what
+    it computed before.
+
+    Args:
+        model: A built Keras 3 model, which is changed.
+        chosen: Kernels and how they will be rounded.
+        data: Calibration data.
+        kind: `"awq"`: a factor grows with the mean magnitude of its feature. `"smoothquant"`: it
+            also shrinks with the largest weight that reads the feature.
+
+    Returns:
+        The pairs whose factors were moved.
+
+    Raises:
+        ValueError: If there is no data, or the model cannot read it.
+
+    Reference: Lin et al., 2024, "AWQ: Activation-aware Weight Quantization for LLM Compression and
+    Acceleration" (https://arxiv.org/abs/2306.00978); Xiao et al., 2023, "SmoothQuant: Accurate and
+    Efficient Post-Training Quantization for Large Language Models"
+    (https://arxiv.org/abs/2211.10438).
+    """
+    kernels = [target for target, _ in chosen if target.role != "embedding"]
+    specs = {id(target.variable): spec for target, spec in chosen}
+    batches = batches_of(data)
+    pairs = find_pairs(model, kernels, batches[0])
+    inputs = _Inputs(max(1, _ROWS // len(batches)))
+    observe_all(model, kernels, batches, inputs)
+    moved = []
+    for pair in track(pairs, kind, transient=True):
+        factors = _best_factors(pair, inputs.of(pair.consumers[0]), specs, kind)
+        if factors is not None:
+            pair.fold(factors)
+            moved.append(pair)
+    return moved
+
+
+def _by_feature(pair: Pair, values: np.ndarray) -> np.ndarray:
+    """Returns the mean over the inputs of each feature."""
+    counts = np.bincount(pair.channels, minlength=pair.features)
+    return np.bincount(pair.channels, values, pair.features) / counts
+
+
+def _best_factors(
+    pair: Pair, gathered: dict[str, Any], specs: dict[int, Spec], kind: Balance
+) -> np.ndarray | None:
+    """Returns the factors with the smallest error, or `None` if none is better than no factors."""
+    rows = tf.concat(gathered["rows"], 0)
+    matrices = [target.to_matrix(target.variable.value) for target in pair.consumers]
+    wanted = [rows @ matrix for matrix in matrices]
+    weights = np.max([np.abs(matrix).max(1) for matrix in matrices], 0)
+    sizes = _by_feature(pair, gathered["sum" if kind == "awq" else "largest"])
+    heights = _by_feature(pair, weights)
+    sizes, heights = np.maximum(sizes, 1e-8 * sizes.max()), np.maximum(heights, 1e-8)
+    best, least = None, np.inf
+    for exponent in _EXPONENTS:
+        raw = sizes**exponent
+        if kind == "smoothquant" and exponent:
+            raw = raw / heights ** (1.0 - exponent)
+        factors = np.clip(raw / np.sqrt(raw.max() * raw.min()), 1e-3, 1e3).astype(np.float32)
+        by_input = tf.constant(factors[pair.channels])
+        error = 0.0
+        for target, matrix, exact in zip(pair.consumers, matrices, wanted, strict=True):
+            spec = specs[id(target.variable)]
+            grid = replace(grids_of(target, spec)[0][1], axes=(0,))
+            got = _product(rows / by_input, matrix * by_input[:, tf.newaxis], spec, grid)
+            error += float(tf.reduce_sum(tf.square(got - exact)))
+        if error < least:
+            best, least = (factors if exponent else None), error
+    return best
+
+
+def _product(rows: tf.Tensor, matrix: tf.Tensor, spec: Spec, grid: Grid) -> tf.Tensor:
+    """Returns what a product of rows with a matrix gives once it is rounded."""
+    integers, scale = rounding.quantize(matrix, grid)
+    if spec.activations is not None:
+        rows = rounding.fake_quantize_rows(rows, (-1,))
+    return rows @ rounding.dequantize(integers, scale, grid)

@@ -1,0 +1,202 @@
+"""Quantization without training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from rich.progress import track
+
+from tfgptopt.calibration import batches_of, block_by_block, blocks_of, observe_all
+from tfgptopt.pruning import masks
+from tfgptopt.quantization import layers, rounders, rounding
+from tfgptopt.quantization.allocation import BitAllocation
+from tfgptopt.quantization.balancing import balance
+from tfgptopt.quantization.gptq import gptq
+from tfgptopt.quantization.specs import Spec
+from tfgptopt.quantization.training import check_setting, chosen_specs
+from tfgptopt.retracing import retrace, strategy_scope
+from tfgptopt.statistics import Grams
+from tfgptopt.targets import Selector, Target
+
+Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant"]
+
+_ROUNDINGS = ("rtn", "mse", "gptq")
+_BALANCES = ("awq", "smoothquant")
+_FEWEST_TOKENS = 64
+
+
+def quantize(
+    model: keras.Layer,
+    spec: Spec | BitAllocation,
+    method: Method | Sequence[Method] = "rtn",
+    data: Any = None,
+    targets: Selector | None = None,
+) -> keras.Layer:
+    """Quantizes a model without training, in place.
+
+    The model computes with rounded weights and rounded inputs afterwards, as after
+    `quantize_aware`: `evaluate` shows the quality that ships, `tfgptopt.export` writes the same
+    integers, and `fit` may train on, with the scales that were found. Pruned weights stay zero.
+
+    Methods, which may be combined, `("awq", "gptq")` for example:
+
+    - `"rtn"`: rounds to nearest, with scales as the spec says.
+    - `"mse"`: the same, with the scales of the smallest squared error.
+    - `"gptq"`: rounds input by input and corrects the weights still to come, block by block through
+      the model. Scales are those of the smallest error, weighted by the inputs.
+    - `"awq"`, `"smoothquant"`: first move the scale of features between inputs and weights, where
+      the model allows it; then round to nearest or as another method says. They help where a few
+      features are much larger than others.
+
+    Args:
+        model: A built Keras 3 model.
+        spec: `Int8()` or `Int4()`, or what `tfgptopt.quantization.allocate` returned.
+        method: One of the names above, or several. Defaults to `"rtn"`.
+        data: Calibration data for `"gptq"`, `"awq"` and `"smoothquant"`: a finite
+            `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more.
+        targets: Selector of the weights. Defaults to `None`: kernels of Dense and EinsumDense and
+            tables of Embedding and ReversibleEmbedding, wherever they are nested.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If a setting is unknown or does not fit, a layer is quantized already, or data
+            is missing, too little, or nothing the model can read. The model is as it was then.
+
+    Example:
+
+    ```python
+    windows = corpus.train.take(32)
+    tfgptopt.quantize(gpt, Int4(block_size=64), "gptq", windows)
+    tfgptopt.export(gpt, "gpt.tflite")
+    ```
+
+    Reference: see `tfgptopt.quantization.gptq` and `tfgptopt.quantization.balancing`.
+    """
+    check_setting(spec)
+    balances, final = _methods(method)
+    chosen = chosen_specs(model, spec, targets)
+    for target, _ in chosen:
+        if layers.is_dressed(target.layer):
+            raise ValueError(
+                f"{target.path} is quantized already, with {target.layer.quantization_spec}. "
+                "Call `tfgptopt.finalize(model)` first to change it."
+            )
+    if data is None and (balances or final == "gptq"):
+        raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
+    before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
+    with strategy_scope(model):
+        try:
+            _check_data(model, chosen, data)
+            for kind in balances:
+                balance(model, chosen, data, kind)  # type: ignore[arg-type]
+            _round(model, chosen, final, data)
+        except BaseException:
+            for target, _ in chosen:
+                if layers.is_dressed(target.layer):
+                    layers.undress(target.layer)
+                layers.forget(target.layer)
+            for variable, value in before:
+                variable.assign(value)
+            raise
+    retrace(model)
+    return model
+
+
+def _methods(method: Any) -> tuple[list[str], str]:
+    """Returns what to do before rounding, and how to round."""
+    names = [method] if isinstance(method, str) else list(method)
+    unknown = [name for name in names if name not in (*_ROUNDINGS, *_BALANCES)]
+    final = [name for name in names if name in _ROUNDINGS]
+    if not names or unknown or len(final) > 1 or len(set(names)) < len(names):
+        raise ValueError(
+            f"`method` must be one of {(*_ROUNDINGS, *_BALANCES)}, or several of them with at most "
+            f"one of {_ROUNDINGS}. Received: {method!r}"
+        )
+    return [name for name in names if name in _BALANCES], (final or ["rtn"])[0]
+
+
+def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any) -> None:
+    """Raises if calibration data is too little to tell anything, and warns if it tells little."""
+    kernels = [target for target, _ in chosen if target.role != "embedding"]
+    if data is None or not kernels:
+        return
+    seen = [0]
+
+    def count(target: Target, rows: Any) -> None:
+        seen[0] += int(rows.shape[0])
+
+    batches = batches_of(data)
+    for batch in batches:
+        observe_all(model, kernels[:1], [batch], count)
+        if seen[0] >= max(target.matrix_shape[0] for target in kernels):
+            return
+    if seen[0] < _FEWEST_TOKENS:
+        raise ValueError(
+            f"The calibration data has {seen[0]} tokens, which is too little: give at least "
+            f"{_FEWEST_TOKENS}, better some thousands."
+        )
+    widest = max(kernels, key=lambda target: target.matrix_shape[0])
+    warnings.warn(
+        f"The calibration data has {seen[0]} tokens, fewer than the {widest.matrix_shape[0]} inputs"
+        f" of {widest.path}: it cannot tell all of them apart. Give more.",
+        stacklevel=4,
+    )
+
+
+def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, data: Any) -> None:
+    """Dresses the chosen layers, with the scales that a method finds."""
+    if final == "gptq":
+        kernels = [(target, spec) for target, spec in chosen if target.role != "embedding"]
+        _round_blocks(model, kernels, data)
+    for target, spec in chosen:
+        if layers.is_dressed(target.layer):
+            continue
+        layers.dress(target, spec)
+        for rounder in rounders.rounders_of(target.layer):
+            weights = layers.weights_of(target.layer, rounder)
+            if final != "rtn":
+                rounder.hold(weights, rounding.mse_scale(weights, rounder.grid))
+            elif spec.scale == "learned":
+                rounder.hold(weights)
+
+
+def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any) -> None:
+    """Rounds kernels by GPTQ; each block sees what the rounded ones before it give."""
+    if not chosen:
+        return
+    specs = {id(target.variable): spec for target, spec in chosen}
+    targets = [target for target, _ in chosen]
+    steps = block_by_block(model, targets, data)
+    count = len(blocks_of(model, targets))
+    for members, run in track(steps, "GPTQ", total=count, transient=True):
+        grams = Grams()
+        run(grams)
+        for target in members:
+            _round_kernel(target, specs[id(target.variable)], grams.of(target))
+
+
+def _round_kernel(target: Target, spec: Spec, gram: np.ndarray) -> None:
+    if getattr(target.layer, "lora_enabled", False):
+        raise ValueError(
+            f"{target.path} has LoRA adapters, which GPTQ cannot move. Merge them first, or use "
+            'the method "mse".'
+        )
+    grid = rounders.grids_of(target, spec)[0][1]
+    matrix = target.to_matrix(rounders.full_precision(target.variable)).numpy()
+    kept = None
+    if masks.masked(target.variable):
+        kept = target.to_matrix(target.variable.constraint.mask.value).numpy().astype(bool)
+        matrix = matrix * kept
+    rounded, scale = gptq(matrix, gram, grid.bits, grid.block_size, kept)
+    target.variable.assign(target.from_matrix(rounded))
+    if grid.block_size is None:
+        scale = scale.reshape(grid.scale_shape(target.variable.shape))
+    layers.dress(target, spec)
+    rounder = rounders.rounders_of(target.layer)[0]
+    rounder.hold(rounders.full_precision(target.variable), scale)

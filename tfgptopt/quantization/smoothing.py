@@ -1,0 +1,226 @@
+"""Moves the scale of features from the inputs of products into their weights, or back.
+
+A product whose input features differ much in size is hard to round: large features cost the small
+ones their precision. Dividing a feature by a factor where it is made, and multiplying the weights
+that read it by the same, changes nothing in floats. Where features are made is found by watching
+the model run, and every such pair is tried before it is used: no family has to be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfgptopt.calibration import blocks_of, call, recorded_calls
+from tfgptopt.targets import Target
+
+# How far a float model may move when only the order of its roundings changes.
+_TOLERANCE = 2e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Where features are made, and the weights that read them.
+
+    Attributes:
+        producer: A normalization with a factor for each feature, or the kernel of a product.
+        consumers: Kernels that read what it gives, and nothing else reads it.
+        channels: For each input of the consumers, the feature of the producer.
+    """
+
+    producer: Any
+    consumers: tuple[Target, ...]
+    channels: np.ndarray
+
+    def fold(self, factors: np.ndarray) -> None:
+        """Divides the features by factors, and multiplies the weights that read them.
+
+        Args:
+            factors: Positive float array, one for each feature of the producer.
+        """
+        for target in self.consumers:
+            rows = factors[self.channels][:, np.newaxis]
+            matrix = target.to_matrix(target.variable.value).numpy() * rows
+            target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
+        if isinstance(self.producer, Target):
+            _divide_outputs(self.producer, factors)
+        else:
+            _divide_norm(self.producer, factors)
+
+    @property
+    def features(self) -> int:
+        """Number of features of the producer."""
+        return int(self.channels.max()) + 1
+
+
+def _divide_outputs(target: Target, factors: np.ndarray) -> None:
+    matrix = target.to_matrix(target.variable.value).numpy() / factors
+    target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
+    bias = getattr(target.layer, "bias", None)
+    if bias is not None:
+        bias.assign(keras.ops.convert_to_numpy(bias) / factors.reshape(bias.shape))
+
+
+def _gain(norm: Any) -> Any:
+    """Returns the factors of a normalization, a variable, or `None`."""
+    for name in ("gamma", "scale"):
+        variable = getattr(norm, name, None)
+        if isinstance(variable, keras.Variable) and len(variable.shape) == 1:
+            return variable
+    return None
+
+
+def _divide_norm(norm: Any, factors: np.ndarray) -> None:
+    variable, offset = _gain(norm), _offset(norm)
+    values = keras.ops.convert_to_numpy(variable)
+    variable.assign((values + offset) / factors - offset)
+    beta = getattr(norm, "beta", None)
+    if isinstance(beta, keras.Variable):
+        beta.assign(keras.ops.convert_to_numpy(beta) / factors)
+
+
+def _offset(norm: Any) -> float:
+    """Returns what a normalization adds to its factors: 1 in Gemma, else 0."""
+    variable = _gain(norm)
+    values = keras.ops.convert_to_numpy(variable)
+    inputs = tf.random.stateless_normal((4, len(values)), (0, 1))
+    beta = getattr(norm, "beta", None)
+    without = 0.0 if not isinstance(beta, keras.Variable) else keras.ops.convert_to_numpy(beta)
+    variable.assign(np.zeros_like(values))
+    try:
+        left = np.abs(keras.ops.convert_to_numpy(norm(inputs)) - without).max()
+    finally:
+        variable.assign(values)
+    return 1.0 if left > 1e-3 else 0.0
+
+
+def _short(batch: Any) -> Any:
+    """Returns one row of a batch, and of rows of tokens the first few."""
+    leaves = tf.nest.flatten(batch)
+    tokens = all(len(np.shape(leaf)) == 2 for leaf in leaves)
+    same = len({tuple(np.shape(leaf)) for leaf in leaves}) == 1
+    columns = slice(0, 24) if tokens and same and leaves[0].dtype in ("int32", "int64") else None
+    if isinstance(batch, dict) and tokens and same:
+        columns = slice(0, 24)
+    return tf.nest.map_structure(
+        lambda leaf: leaf[:1] if columns is None else leaf[:1, columns], batch
+    )
+
+
+class _Probe:
+    """Tells whether folding a pair leaves what a model computes as it is."""
+
+    def __init__(self, model: keras.Layer, batch: Any) -> None:
+        self._model, self._batch = model, _short(batch)
+        self._expected = self._outputs()
+        self._random = np.random.default_rng(0)
+
+    def _outputs(self) -> np.ndarray:
+        outputs = tf.nest.flatten(call(self._model, self._batch))
+        return np.concatenate([np.asarray(x, np.float32).reshape(-1) for x in outputs])
+
+    def holds(self, pairs: list[Pair]) -> bool:
+        """Tries pairs with random factors. The weights are as they were afterwards."""
+        variables = {id(v): v for pair in pairs for v in _touched(pair)}
+        before = {key: keras.ops.convert_to_numpy(v) for key, v in variables.items()}
+        try:
+            for pair in pairs:
+                pair.fold(self._random.uniform(0.5, 2.0, pair.features).astype(np.float32))
+            error = np.abs(self._outputs() - self._expected).max()
+        finally:
+            for key, variable in variables.items():
+                variable.assign(before[key])
+        return bool(error <= _TOLERANCE * self._expected.std())
+
+
+def _touched(pair: Pair) -> Iterator[Any]:
+    for target in pair.consumers:
+        yield target.variable
+    if isinstance(pair.producer, Target):
+        yield pair.producer.variable
+        if getattr(pair.producer.layer, "bias", None) is not None:
+            yield pair.producer.layer.bias
+        return
+    yield _gain(pair.producer)
+    if isinstance(getattr(pair.producer, "beta", None), keras.Variable):
+        yield pair.producer.beta
+
+
+def find_pairs(model: keras.Layer, targets: list[Target], batch: Any) -> list[Pair]:
+    """Returns where the scale of features can be moved in a model.
+
+    Args:
+        model: A built Keras 3 model.
+        targets: Kernels whose inputs may be scaled.
+        batch: Inputs of the model.
+
+    Returns:
+        Pairs that leave what the model computes as it is, each of which was tried.
+    """
+    targets = [t for t in targets if not getattr(t.layer, "lora_enabled", False)]
+    probe = _Probe(model, batch)
+    norms = _norm_pairs(model, targets, batch)
+    kept = norms if probe.holds(norms) else [pair for pair in norms if probe.holds([pair])]
+    return kept + _product_pairs(model, targets, probe)
+
+
+def _norm_pairs(model: keras.Layer, targets: list[Target], batch: Any) -> list[Pair]:
+    """Returns normalizations with the kernels that read what they give."""
+    by_layer = {id(target.layer): target for target in targets}
+    norms = [
+        layer
+        for layer in model._flatten_layers()
+        if "norm" in type(layer).__name__.lower() and _gain(layer) is not None
+    ]
+    calls = recorded_calls(model, [*norms, *(t.layer for t in targets)], _short(batch))
+    made = [(layer, result) for layer, _, result in calls if id(layer) not in by_layer]
+    times = [layer for layer, _ in made]
+    pairs = []
+    for norm, result in made:
+        readers = [by_layer[id(x)] for x, args, _ in calls
+                   if id(x) in by_layer and args and args[0] is result]  # fmt: skip
+        width = int(_gain(norm).shape[0])
+        whole = all(target.matrix_shape[0] == width for target in readers)
+        if readers and whole and times.count(norm) == 1:
+            pairs.append(Pair(norm, tuple(readers), np.arange(width)))
+    return pairs
+
+
+def _product_pairs(model: keras.Layer, targets: list[Target], probe: _Probe) -> list[Pair]:
+    """Returns products with the one that reads what they give, through a linear function."""
+    found: list[Pair] = []
+    known: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    for block in blocks_of(model, targets):
+        shape = tuple((t.matrix_shape, type(t.layer).__name__) for t in block)
+        pairs = {
+            (i, j): _product_pair(block[i], block[j])
+            for i in range(len(block))
+            for j in range(len(block))
+            if i != j
+        }
+        possible = {places: pair for places, pair in pairs.items() if pair is not None}
+        # Blocks that look alike are alike: all are tried together in the end.
+        if shape not in known:
+            known[shape] = [places for places, pair in possible.items() if probe.holds([pair])]
+        found += [possible[places] for places in known[shape]]
+    if found and not probe.holds(found):
+        found = [pair for pair in found if probe.holds([pair])]
+    return found
+
+
+def _product_pair(first: Target, second: Target) -> Pair | None:
+    """Returns two products as a pair if their shapes allow it."""
+    outputs, inputs = first.matrix_shape[1], second.matrix_shape[0]
+    if outputs == inputs:
+        return Pair(first, (second,), np.arange(inputs))
+    heads = [int(first.variable.shape[axis]) for axis in first.output_axes]
+    if len(heads) != 2 or inputs % outputs:
+        return None
+    # Neighbouring query heads share a head of keys and values.
+    features = np.arange(outputs).reshape(heads)
+    return Pair(first, (second,), np.repeat(features, inputs // outputs, axis=0).reshape(-1))
