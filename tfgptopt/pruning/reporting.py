@@ -7,22 +7,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from tfgptopt.pruning import masks
 from tfgptopt.pruning.patterns import Pattern
 from tfgptopt.pruning.schedules import final_sparsity
+from tfgptopt.tables import as_text
 from tfgptopt.targets import Target, candidates
-
-
-def as_text(renderable: Any) -> str:
-    """Returns what rich prints of something in 80 columns."""
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(renderable)
-    text: str = capture.get()
-    return text
 
 
 @dataclass(frozen=True)

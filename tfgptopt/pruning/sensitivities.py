@@ -16,10 +16,10 @@ from rich.table import Table
 from tfgptopt.pruning.allocation import Allocation
 from tfgptopt.pruning.patterns import Pattern, Unstructured
 from tfgptopt.pruning.pruner import check_settings
-from tfgptopt.pruning.reporting import as_text
 from tfgptopt.pruning.schedules import ConstantSparsity
 from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.retracing import strategy_scope
+from tfgptopt.tables import as_text
 from tfgptopt.targets import Selector, Target
 
 

@@ -1,6 +1,16 @@
 """Quantization: specs, the one rounding function, training with it, methods without training."""
 
+from tfgptopt.quantization.allocation import BitAllocation, allocate
 from tfgptopt.quantization.layers import QuantizeAware
+from tfgptopt.quantization.reporting import QuantizationReport, report
 from tfgptopt.quantization.specs import Int4, Int8
 
-__all__ = ["Int4", "Int8", "QuantizeAware"]
+__all__ = [
+    "BitAllocation",
+    "Int4",
+    "Int8",
+    "QuantizationReport",
+    "QuantizeAware",
+    "allocate",
+    "report",
+]

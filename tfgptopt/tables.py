@@ -1,0 +1,16 @@
+"""Tables as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+
+
+def as_text(renderable: Any) -> str:
+    """Returns what rich prints of something in 80 columns."""
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(renderable)
+    text: str = capture.get()
+    return text
