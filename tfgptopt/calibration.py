@@ -154,10 +154,10 @@ def observe_all(model: keras.Layer, targets: list[Target], data: Any, observe: O
     check_kernels(targets)
     for batch in batches_of(data):
         with watching(targets, _without_padding(observe, batch)):
-            call(model, batch)
+            _call(model, batch)
 
 
-def call(model: keras.Layer, batch: Any) -> Any:
+def _call(model: keras.Layer, batch: Any) -> Any:
     """Calls a model on calibration data.
 
     Raises:
@@ -236,7 +236,7 @@ class _Recorder:
 
     def run(self, model: keras.Layer, batch: Any) -> _Recorder:
         with _replaced_calls(self._blocks, self._wrap), suppress(_Enough):
-            call(model, batch)
+            _call(model, batch)
         return self
 
     def is_chain(self) -> bool:
@@ -324,7 +324,7 @@ def _run_model(model: keras.Layer, targets: list[Target], batches: list[Any]) ->
     def run(observe: Observer) -> None:
         for batch in batches:
             with watching(targets, _without_padding(observe, batch)):
-                call(model, batch)
+                _call(model, batch)
 
     return run
 

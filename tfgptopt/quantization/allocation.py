@@ -95,11 +95,12 @@ class BitAllocation:
         table = Table(padding=(0, 1), title=title)
         table.add_column("weight", overflow="fold")
         table.add_column("spec", overflow="fold")
-        tried = next(iter(self.measured.values()), ())
-        for one in tried:
-            table.add_column(f"rise {one.bits:.1f} bits", justify="right")
+        tried = [one.spec for one in next(iter(self.measured.values()), ()) if one.spec]
+        for spec in tried:
+            table.add_column(f"rise with {spec}", justify="right")
         for path, spec in self.specs.items():
-            rises = [f"{one.rise:+.4f}" for one in self.measured.get(path, ())]
+            costs = self.measured.get(path, ())
+            rises = [f"{one.rise:+.4f}" for one in costs if one.spec is not None]
             table.add_row(path, "float" if spec is None else str(spec), *rises)
         return table
 

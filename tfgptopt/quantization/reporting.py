@@ -57,21 +57,19 @@ class QuantizationReport:
     skipped: tuple[tuple[str, str], ...]
 
     def __rich__(self) -> Table:
-        table = Table(padding=(0, 1), title=f"{len(self.rows)} rounded weights")
+        title = f"{len(self.rows)} rounded weights; signal to noise in dB"
+        table = Table(padding=(0, 1), title=title)
         table.add_column("weight", overflow="fold")
         table.add_column("bits", justify="right", no_wrap=True)
-        table.add_column("scales", overflow="fold")
-        for name in ("clipped", "weights dB", "outputs dB"):
-            table.add_column(name, justify="right")
+        for name in ("scales", "clipped", "weights", "outputs"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
-            scales = f"{row.smallest_scale:.1e} to {row.largest_scale:.1e}"
+            scales = f"{row.smallest_scale:.0e}-{row.largest_scale:.0e}"
+            weights = "exact" if np.isinf(row.weight_sqnr) else f"{row.weight_sqnr:.1f}"
             outputs = "" if row.output_sqnr is None else f"{row.output_sqnr:.1f}"
-            table.add_row(
-                row.path, str(row.bits), scales, f"{row.clipped:.2%}",
-                f"{row.weight_sqnr:.1f}", outputs,
-            )  # fmt: skip
+            table.add_row(row.path, str(row.bits), scales, f"{row.clipped:.1%}", weights, outputs)
         for path, reason in self.skipped:
-            table.add_row(path, "", f"skipped: {reason}")
+            table.add_row(f"{path}: {reason}")
         return table
 
     def __str__(self) -> str:

@@ -16,10 +16,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration import blocks_of, call, recorded_calls
+from tfgptopt.calibration import blocks_of, recorded_calls
 from tfgptopt.targets import Target
 
-# How far a float model may move when only the order of its roundings changes.
+# How far what a product gives may move when only the roundings of floats change.
 _TOLERANCE = 2e-3
 
 
@@ -113,29 +113,37 @@ def _short(batch: Any) -> Any:
 
 
 class _Probe:
-    """Tells whether folding a pair leaves what a model computes as it is."""
+    """Tells whether folding pairs leaves what a model computes as it is."""
 
-    def __init__(self, model: keras.Layer, batch: Any) -> None:
+    def __init__(self, model: keras.Layer, targets: list[Target], batch: Any) -> None:
         self._model, self._batch = model, _short(batch)
-        self._expected = self._outputs()
+        self._layers = [target.layer for target in targets]
+        self._expected = self._results()
         self._random = np.random.default_rng(0)
 
-    def _outputs(self) -> np.ndarray:
-        outputs = tf.nest.flatten(call(self._model, self._batch))
-        return np.concatenate([np.asarray(x, np.float32).reshape(-1) for x in outputs])
+    def _results(self) -> list[tuple[keras.Layer, np.ndarray]]:
+        """Returns what each product gives, in the order of the calls."""
+        calls = recorded_calls(self._model, self._layers, self._batch)
+        return [(layer, np.asarray(result, np.float32)) for layer, _, result in calls]
 
     def holds(self, pairs: list[Pair]) -> bool:
         """Tries pairs with random factors. The weights are as they were afterwards."""
         variables = {id(v): v for pair in pairs for v in _touched(pair)}
         before = {key: keras.ops.convert_to_numpy(v) for key, v in variables.items()}
+        # A product whose features are divided gives other ones, as it should.
+        divided = {id(p.producer.layer) for p in pairs if isinstance(p.producer, Target)}
         try:
             for pair in pairs:
                 pair.fold(self._random.uniform(0.5, 2.0, pair.features).astype(np.float32))
-            error = np.abs(self._outputs() - self._expected).max()
+            found = self._results()
         finally:
             for key, variable in variables.items():
                 variable.assign(before[key])
-        return bool(error <= _TOLERANCE * self._expected.std())
+        return all(
+            np.abs(now - expected).max() <= _TOLERANCE * expected.std()
+            for (layer, expected), (_, now) in zip(self._expected, found, strict=True)
+            if id(layer) not in divided
+        )
 
 
 def _touched(pair: Pair) -> Iterator[Any]:
@@ -163,7 +171,7 @@ def find_pairs(model: keras.Layer, targets: list[Target], batch: Any) -> list[Pa
         Pairs that leave what the model computes as it is, each of which was tried.
     """
     targets = [t for t in targets if not getattr(t.layer, "lora_enabled", False)]
-    probe = _Probe(model, batch)
+    probe = _Probe(model, targets, batch)
     norms = _norm_pairs(model, targets, batch)
     kept = norms if probe.holds(norms) else [pair for pair in norms if probe.holds([pair])]
     return kept + _product_pairs(model, targets, probe)
