@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tfgptopt.backend import advice
 
 if TYPE_CHECKING:
+    from tfgptopt.distillation import Distiller as Distiller
     from tfgptopt.evaluation import evaluate as evaluate
     from tfgptopt.exporting import export as export
     from tfgptopt.finalizing import finalize as finalize
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Distiller": "tfgptopt.distillation",
     "Recipe": "tfgptopt.recipe",
     "TFLiteCausalLM": "tfgptopt.generation",
     "evaluate": "tfgptopt.evaluation",

@@ -89,7 +89,7 @@ def check_kernels(targets: list[Target]) -> None:
 
 
 @contextmanager
-def _replaced_calls(layers: list[keras.Layer], wrap: Callable[[Any], Any]) -> Iterator[None]:
+def replaced_calls(layers: list[keras.Layer], wrap: Callable[[Any], Any]) -> Iterator[None]:
     """Gives each layer another `call` for a while."""
     for layer in layers:
         # Not through Keras' own __setattr__: there is nothing to track.
@@ -135,7 +135,7 @@ def watching(targets: list[Target], observe: Observer) -> Iterator[None]:
 
         return watched
 
-    with _replaced_calls([target.layer for target in targets], wrap):
+    with replaced_calls([target.layer for target in targets], wrap):
         yield
 
 
@@ -235,7 +235,7 @@ class _Recorder:
         return recorded
 
     def run(self, model: keras.Layer, batch: Any) -> _Recorder:
-        with _replaced_calls(self._blocks, self._wrap), suppress(_Enough):
+        with replaced_calls(self._blocks, self._wrap), suppress(_Enough):
             _call(model, batch)
         return self
 
