@@ -3,9 +3,13 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
+from conftest import make_gpt
 
 import tfgptopt
+from tfgptopt.quantization import Int4, Int8
+from tfgptopt.targets import select
 
 # Loads and calls a SavedModel in a process where Keras cannot be imported.
 SCRIPT = """
@@ -27,8 +31,6 @@ np.savez(out, logits=logits, made=made)
 
 def test_plain_tensorflow_loads_and_calls_it(gpt, tmp_path):
     tfgptopt.prune(gpt, 0.5)
-    from tfgptopt.quantization import Int8
-
     tfgptopt.quantize_aware(gpt, Int8())
     gpt.compile(sampler="greedy")
     folder = tfgptopt.export(gpt, tmp_path / "saved")
@@ -54,3 +56,26 @@ def test_any_keras_model(tmp_path):
     x = np.ones((5, 4), np.float32)
     loaded = tf.saved_model.load(str(folder))
     np.testing.assert_allclose(loaded.serve(x), model(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("final", [False, True], ids=["dressed", "finalized"])
+@pytest.mark.parametrize("spec", [Int8(), Int4(block_size=32, embedding_bits=4)], ids=str)
+def test_weights_are_stored_as_integers(spec, final, tmp_path):
+    gpt = make_gpt(context=16)
+    floats = tfgptopt.export(gpt, tmp_path / "floats")
+    tfgptopt.quantize_aware(gpt, spec)
+    if final:
+        tfgptopt.finalize(gpt)
+    folder = tfgptopt.export(gpt, tmp_path / "integers")
+    x = np.random.default_rng(0).integers(1, 300, (2, 12)).astype(np.int32)
+    inputs = {"token_ids": x, "padding_mask": np.ones_like(x)}
+    loaded = tf.saved_model.load(str(folder))
+    np.testing.assert_allclose(loaded.serve(inputs), gpt(inputs), atol=1e-5)
+
+    def bytes_of_weights(saved):
+        return sum(path.stat().st_size for path in (saved / "variables").glob("*.data*"))
+
+    rounded = sum(t.size for t in select(gpt, roles=("kernel", "head", "embedding")))
+    scales = 4 * 2000  # And what describes the variables.
+    saved = bytes_of_weights(floats) - bytes_of_weights(folder)
+    assert saved > rounded * (4 - spec.bits / 8) - scales

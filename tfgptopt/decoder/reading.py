@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -58,40 +59,68 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
     values = _current_values(target)
     bias = getattr(layer, "bias", None)
     bias = None if bias is None else as_floats(bias).reshape(-1)
-    grid = layers.grid_of(layer)
-    if grid is None:
+    if layers.spec_of(layer) is None:
         return Matrix(target.path, _as_rows(values, target), bias=bias)
-    integers, scale = _rounded(layer, target.path, values, grid, 0)
-    by_output = _as_rows(scale, target).reshape(-1)
-    if grid.block_size is not None:
-        by_output = np.ascontiguousarray(scale[:, 0, :].T)
+    stored = read_integers(layer)[0]
+    by_output = _as_rows(stored.scale, target).reshape(-1)
+    if stored.grid.block_size is not None:
+        by_output = np.ascontiguousarray(stored.scale[:, 0, :].T)
     return Matrix(
         name=target.path,
-        values=_as_rows(integers, target),
-        bits=grid.bits,
+        values=_as_rows(stored.integers, target),
+        bits=stored.grid.bits,
         scale=by_output,
         bias=bias,
-        block_size=grid.block_size,
+        block_size=stored.grid.block_size,
         rounds_inputs=layer.quantization_spec.activations is not None,
     )
 
 
-def _rounded(
-    layer: Any, name: str, values: np.ndarray, grid: rounding.Grid, which: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the int8 integers and the scale of a weight, those that training saw."""
-    if layers.is_dressed(layer):
-        scale = rounders.rounders_of(layer)[which].compute_scale(values)
-    else:
-        scale = rounding.found_scale(values, grid)
-        if scale is None:
-            warnings.warn(
-                f"{name} changed since `finalize`: it is rounded to {grid.bits} bits again, which "
-                "it was not trained for.",
-                stacklevel=4,
-            )
-    integers, scale = rounding.quantize(values, grid, scale)
-    return integers.numpy().astype(np.int8), scale.numpy()
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A rounded weight of a layer.
+
+    Attributes:
+        variable: The variable that it is the weight of.
+        integers: int8 array of the shape of the variable.
+        scale: float32 array of the shape that the grid gives scales.
+        grid: Which weights share a scale.
+    """
+
+    variable: Any
+    integers: np.ndarray
+    scale: np.ndarray
+    grid: rounding.Grid
+
+
+def read_integers(layer: Any) -> list[Integers]:
+    """Reads the weights of a dressed or finalized layer as the integers that training saw.
+
+    Args:
+        layer: A layer with a quantization spec.
+
+    Returns:
+        List of `Integers`: the kernel or table, then the own head of a ReversibleEmbedding.
+    """
+    target = target_of(layer)
+    if layer.quantized_as_head:
+        target = replace(target, role="head")
+    found = []
+    for i, (variable, grid) in enumerate(rounders.grids_of(target, layer.quantization_spec)):
+        values = _current_values(target) if i == 0 else as_floats(variable)
+        if layers.is_dressed(layer):
+            scale = rounders.rounders_of(layer)[i].compute_scale(values)
+        else:
+            scale = rounding.found_scale(values, grid)
+            if scale is None:
+                warnings.warn(
+                    f"{variable.path} changed since `finalize`: it is rounded to {grid.bits} bits "
+                    "again, which it was not trained for.",
+                    stacklevel=3,
+                )
+        integers, scale = rounding.quantize(values, grid, scale)
+        found.append(Integers(variable, integers.numpy().astype(np.int8), scale.numpy(), grid))
+    return found
 
 
 def read_head(embedding: Any) -> Matrix | None:
@@ -99,17 +128,15 @@ def read_head(embedding: Any) -> Matrix | None:
     if embedding.tie_weights:
         return None
     variable = embedding.reverse_embeddings
-    values = as_floats(variable)
     spec = layers.spec_of(embedding)
     if spec is None:
-        return Matrix(variable.path, np.ascontiguousarray(values.T))
-    _, grid = rounders.grids_of(target_of(embedding), spec)[1]
-    integers, scale = _rounded(embedding, variable.path, values, grid, 1)
+        return Matrix(variable.path, np.ascontiguousarray(as_floats(variable).T))
+    stored = read_integers(embedding)[1]
     return Matrix(
         name=variable.path,
-        values=np.ascontiguousarray(integers.T),
-        bits=grid.bits,
-        scale=scale.reshape(-1),
+        values=np.ascontiguousarray(stored.integers.T),
+        bits=stored.grid.bits,
+        scale=stored.scale.reshape(-1),
         rounds_inputs=spec.activations is not None,
     )
 

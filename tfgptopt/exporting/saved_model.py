@@ -2,14 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import keras
 import keras_hub
+import numpy as np
 import tensorflow as tf
 
+from tfgptopt.decoder.reading import Integers, read_integers
+from tfgptopt.exporting.tflite.builder import pack_int4
 from tfgptopt.exporting.writing import replacing
+from tfgptopt.quantization import layers, rounding
+from tfgptopt.quantization.rounders import rounders_of
+from tfgptopt.retracing import retrace
+
+
+class _StoredWeight(tf.Module):
+    """A rounded weight as a variable of integers, int4 two to a byte, and its scales."""
+
+    def __init__(self, stored: Integers) -> None:
+        super().__init__()
+        self._shape, self._grid = stored.integers.shape, stored.grid
+        integers = stored.integers
+        if stored.grid.bits == 4:
+            integers = pack_int4(integers)
+        self.integers = tf.Variable(integers, trainable=False, name="integers")
+        self.scale = tf.Variable(stored.scale, trainable=False, name="scale")
+
+    def floats(self) -> tf.Tensor:
+        """Returns the rounded weights as float32."""
+        integers = tf.convert_to_tensor(self.integers)
+        if self._grid.bits == 4:
+            pairs = tf.cast(integers, tf.int32)
+            halves = tf.stack([pairs & 15, pairs // 16], axis=-1)
+            flat = tf.reshape((halves ^ 8) - 8, (-1,))[: int(np.prod(self._shape))]
+            integers = tf.reshape(flat, self._shape)
+        values = tf.cast(tf.ensure_shape(integers, self._shape), tf.float32)
+        return rounding.dequantize(values, tf.convert_to_tensor(self.scale), self._grid)
+
+
+class _Weights(tf.Module):
+    """What a SavedModel holds: rounded weights as integers, all other variables as they are."""
+
+    def __init__(self, model: keras.Layer) -> None:
+        super().__init__()
+        self._layers = [x for x in model._flatten_layers() if layers.spec_of(x) is not None]
+        read = [read_integers(layer) for layer in self._layers]
+        self.stored = [[_StoredWeight(one) for one in found] for found in read]
+        self._variables_of = [[one.variable for one in found] for found in read]
+        replaced = {id(variable) for found in self._variables_of for variable in found}
+        self.others = [v.value for v in model.variables if id(v) not in replaced]
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Makes the model compute with the stored weights, in a function that is traced."""
+        mapping = []
+        with ExitStack() as stack:
+            for layer, found, variables in zip(
+                self._layers, self.stored, self._variables_of, strict=True
+            ):
+                # Here, before any loop: a loop over tokens does not make floats again.
+                values = [one.floats() for one in found]
+                if not layers.is_dressed(layer):
+                    mapping += list(zip(variables, values, strict=True))
+                    continue
+                for rounder, value in zip(rounders_of(layer), values, strict=True):
+                    object.__setattr__(rounder, "given", value)
+                    stack.callback(object.__setattr__, rounder, "given", None)
+            if mapping:
+                stack.enter_context(keras.StatelessScope(state_mapping=mapping))
+            yield
+
+    def using(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that computes with the stored weights."""
+
+        def run(*args: Any) -> Any:
+            with self.in_use():
+                return function(*args)
+
+        return run
 
 
 def _generate_function(model: Any) -> Any:
@@ -35,23 +109,30 @@ def _generate_function(model: Any) -> Any:
 
 
 def write_saved_model(model: keras.Model, target: Path) -> None:
-    """Writes a model, dressed or plain, as a SavedModel.
+    """Writes a model, dressed or plain, as a SavedModel. Rounded weights are stored as integers.
 
     Args:
         model: A built Keras model.
         target: The folder.
     """
+    weights = _Weights(model)
     archive = keras.export.ExportArchive()
-    archive.track(model)
+    archive.track(weights)
+
+    def serve(inputs: Any) -> Any:
+        return model(inputs, training=False)
+
     if isinstance(model, keras_hub.models.CausalLM):
         names = ("token_ids", "padding_mask")
         spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
-        archive.add_endpoint("serve", lambda inputs: model(inputs, training=False), [spec])
-        archive.add_endpoint("generate", _generate_function(model), list(spec.values()))
+        archive.add_endpoint("serve", weights.using(serve), [spec])
+        generate = weights.using(_generate_function(model))
+        archive.add_endpoint("generate", generate, list(spec.values()))
     else:
-        archive.add_endpoint("serve", model.__call__, _signature(model))
+        archive.add_endpoint("serve", weights.using(serve), _signature(model))
     with replacing(target) as temporary:
         archive.write_out(str(temporary), verbose=False)
+    retrace(model)
 
 
 def _signature(model: keras.Model) -> list[Any]:

@@ -96,8 +96,8 @@ class BitAllocation:
         table.add_column("weight", overflow="fold")
         table.add_column("spec", overflow="fold")
         tried = [one.spec for one in next(iter(self.measured.values()), ()) if one.spec]
-        for spec in tried:
-            table.add_column(f"rise with {spec}", justify="right")
+        for choice in tried:
+            table.add_column(f"rise with {choice}", justify="right")
         for path, spec in self.specs.items():
             costs = self.measured.get(path, ())
             rises = [f"{one.rise:+.4f}" for one in costs if one.spec is not None]
@@ -131,8 +131,9 @@ class BitAllocation:
         left.set_xlabel(f"bits per weight (mean {self.mean_bits:.2f})")
         fewest = [min(self.measured[name], key=lambda one: one.bits) for name in paths]
         right.barh(places, [one.rise for one in fewest], color="tab:orange")
-        right.set_xlabel(f"rise of the loss with {fewest[0].bits:.1f} bits")
-        left.set_yticks(places, ["/".join(n.split("/")[-3:]) for n in paths], fontsize=7)
+        right.set_xlabel("rise of the loss with the fewest bits")
+        right.xaxis.set_major_formatter("{x:.1g}")
+        left.set_yticks(places, ["/".join(n.split("/")[-4:]) for n in paths], fontsize=7)
         left.invert_yaxis()
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)

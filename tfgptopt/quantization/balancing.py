@@ -25,7 +25,11 @@ _EXPONENTS = tuple(i / 12 for i in range(13))
 
 
 class _Inputs:
-    """Gathers the mean and the largest magnitude of each input, and some rows. An observer."""
+    """Gathers the mean and the largest magnitude of each input, and some rows. An observer.
+
+    Magnitudes are shares of the largest in their row: each row has a scale of its own, so only
+    differences within a row cost precision, and a few rows that are large as a whole do not decide.
+    """
 
     def __init__(self, rows_per_call: int) -> None:
         self._rows_per_call = rows_per_call
@@ -43,6 +47,7 @@ class _Inputs:
 
     def _gather(self, key: int, rows: tf.Tensor) -> None:
         sizes = tf.abs(rows)
+        sizes = tf.math.divide_no_nan(sizes, tf.reduce_max(sizes, 1, keepdims=True))
         picked = np.linspace(0, len(rows) - 1, min(self._rows_per_call, len(rows))).astype(int)
         new = {
             "sum": tf.reduce_sum(sizes, 0).numpy(),
@@ -117,6 +122,8 @@ def _best_factors(
     rows = tf.concat(gathered["rows"], 0)
     matrices = [target.to_matrix(target.variable.value) for target in pair.consumers]
     wanted = [rows @ matrix for matrix in matrices]
+    # Every row counts alike.
+    norms = [tf.reduce_sum(tf.square(exact), 1) + 1e-20 for exact in wanted]
     weights = np.max([np.abs(matrix).max(1) for matrix in matrices], 0)
     sizes = _by_feature(pair, gathered["sum" if kind == "awq" else "largest"])
     heights = _by_feature(pair, weights)
@@ -129,11 +136,13 @@ def _best_factors(
         factors = np.clip(raw / np.sqrt(raw.max() * raw.min()), 1e-3, 1e3).astype(np.float32)
         by_input = tf.constant(factors[pair.channels])
         error = 0.0
-        for target, matrix, exact in zip(pair.consumers, matrices, wanted, strict=True):
+        for target, matrix, exact, norm in zip(
+            pair.consumers, matrices, wanted, norms, strict=True
+        ):
             spec = specs[id(target.variable)]
             grid = replace(grids_of(target, spec)[0][1], axes=(0,))
             got = _product(rows / by_input, matrix * by_input[:, tf.newaxis], spec, grid)
-            error += float(tf.reduce_sum(tf.square(got - exact)))
+            error += float(tf.reduce_sum(tf.reduce_sum(tf.square(got - exact), 1) / norm))
         if error < least:
             best, least = (factors if exponent else None), error
     return best

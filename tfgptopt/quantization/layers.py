@@ -68,6 +68,8 @@ class QuantizeAwareMixin:
     def rounded(self, rounder: Rounder | None = None) -> tf.Tensor:
         """Returns rounded weights, with a straight-through gradient to the variables."""
         rounder = rounder or rounders.rounders_of(self)[0]  # type: ignore[arg-type]
+        if rounder.given is not None:
+            return rounder.given
         return rounder.fake_quantize(weights_of(self, rounder))
 
     def _round_rows(self, inputs: Any) -> Any:
@@ -108,7 +110,7 @@ class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
         if reverse:
             # The head of an untied embedding is another variable, the last.
             return self._call_rounded(found[-1], self._round_rows(inputs), *args, **kwargs)
-        plain = self.compute_dtype == "float32"  # type: ignore[attr-defined]
+        plain = self.compute_dtype == "float32" and found[0].given is None  # type: ignore[attr-defined]
         if plain and not getattr(self, "lora_enabled", False):
             # A row's scale depends on that row alone, so rounding only the rows in use is exact.
             rows = super(QuantizeAwareMixin, self).call(inputs, *args, **kwargs)  # type: ignore[misc]

@@ -43,6 +43,8 @@ class Rounder(keras.layers.Layer):
         # Not through Keras' own __setattr__: the variables are the layer's, or nobody's.
         object.__setattr__(self, "variable", variable)
         object.__setattr__(self, "kept", None)
+        # Set while a SavedModel is traced: the rounded weights, made from stored integers.
+        object.__setattr__(self, "given", None)
         self.grid = grid
         self.method = method
         self._loaded: Any = None
