@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -100,3 +102,109 @@ def test_rows_are_rounded_as_litert_does(bits, shift):
     run = Interpreter(model_content=bytes(model.pack())).get_signature_runner("serve")
     emulated = rounding.fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.floats().T
     np.testing.assert_allclose(run(x=inputs)["y"], emulated, atol=1e-5)
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounds to 8 significant bits, half away from zero."""
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.floor(mantissa * 256 + 0.5) / 256, exponent)
+
+
+kernels = hnp.arrays(
+    np.float32,
+    st.tuples(st.just(64), st.integers(1, 5)),
+    elements=st.floats(-100, 100, width=32, allow_subnormal=False),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(kernels)
+def test_blocks_have_scales_that_litert_holds_exactly(weights):
+    grid = Grid(4, (0,), 32)
+    integers, scale = (x.numpy() for x in rounding.quantize(weights, grid))
+    largest = np.abs(weights.reshape(2, 32, -1)).max(1, keepdims=True)
+    np.testing.assert_array_equal(scale, scale.astype(np.float16).astype(np.float32))
+    np.testing.assert_array_equal(scale, bfloat16(scale))
+    fine = largest / 7 > 2.0**-16
+    np.testing.assert_array_equal(scale[fine], bfloat16(largest / np.float32(7))[fine])
+    steps = np.clip(np.round(weights.reshape(2, 32, -1) / scale), -7, 7)
+    np.testing.assert_array_equal(integers, steps.reshape(weights.shape))
+
+
+@settings(deadline=None, max_examples=60)
+@given(kernels, st.sampled_from([(4, None), (8, None), (4, 32)]), st.floats(0.3, 1.5))
+def test_weights_on_a_grid_tell_it(weights, form, factor):
+    grid = Grid(form[0], (0,), form[1])
+    scale = grid.representable(rounding.absmax_scale(tf.constant(weights), grid) * factor)
+    integers, scale = rounding.quantize(weights, grid, scale)
+    values = rounding.dequantize(integers, scale, grid)
+    found = rounding.found_scale(values, grid)
+    again = rounding.dequantize(*rounding.quantize(values, grid, found), grid)
+    np.testing.assert_array_equal(again.numpy(), values.numpy())
+
+
+def test_weights_on_no_grid_tell_none():
+    weights = np.random.default_rng(0).normal(0, 1, (64, 3)).astype(np.float32)
+    assert rounding.found_scale(tf.constant(weights), Grid(8, (0,))) is None
+
+
+@pytest.mark.parametrize("block", [None, 32])
+def test_the_smallest_squared_error_is_found(block):
+    weights = np.random.default_rng(0).standard_t(3, (64, 5)).astype(np.float32)
+    grid = Grid(4, (0,), block)
+    scale = rounding.mse_scale(tf.constant(weights), grid).numpy()
+    blocks = weights.reshape(-1, block or 64, 5)
+
+    def error(one):
+        return ((np.clip(np.round(blocks / one), -7, 7) * one - blocks) ** 2).sum(1)
+
+    largest = np.abs(blocks).max(1, keepdims=True) / 7
+    tried = [error(largest * ratio) for ratio in np.linspace(0.4, 1, 61)]
+    assert (error(scale.reshape(-1, 1, 5)) <= np.min(tried, 0) * 1.05).all()
+    assert (error(scale.reshape(-1, 1, 5)) < error(largest) * 0.99).any()
+
+
+def test_clipped_weights_get_no_gradient():
+    weights = tf.Variable([[0.1, -3.0, 0.5, 0.76]])
+    scale = tf.constant([[0.1]])
+    with tf.GradientTape() as tape:
+        rounded = rounding.fake_quantize(weights, Grid(4, (1,)), lambda _: scale)
+        loss = tf.reduce_sum(rounded * [[1.0, 2.0, 3.0, 4.0]])
+    np.testing.assert_array_equal(tape.gradient(loss, weights).numpy(), [[1, 0, 3, 0]])
+
+
+def test_gradient_of_a_scale_is_the_one_of_lsq():
+    generator = np.random.default_rng(0)
+    weights = generator.normal(0, 1, (64, 4)).astype(np.float32)
+    upstream = generator.normal(0, 1, (64, 4)).astype(np.float32)
+    scale = np.float32([[0.1, 0.2, 0.3, 0.05]])
+    found = rounding.scale_gradient(
+        tf.constant(weights), tf.constant(upstream), tf.constant(scale), Grid(4, (0,))
+    )
+    ratio = weights / scale
+    slope = np.where(ratio <= -7, -7, np.where(ratio >= 7, 7, np.round(ratio) - ratio))
+    expected = (slope * upstream).sum(0, keepdims=True)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [32, 64])
+def test_products_with_blocks_are_those_of_litert(block):
+    generator = np.random.default_rng(0)
+    weights = generator.normal(0, 0.05, (128, 24)).astype(np.float32)
+    inputs = generator.normal(0, 1, (8, 128)).astype(np.float32)
+    grid = Grid(4, (0,), block)
+    integers, scale = (x.numpy() for x in rounding.quantize(weights, grid))
+    rows = np.ascontiguousarray(integers.T.astype(np.int8))
+    matrix = Matrix("w", rows, 4, np.ascontiguousarray(scale[:, 0].T), block_size=block)
+    np.testing.assert_array_equal(
+        matrix.floats().T, rounding.dequantize(integers, scale, grid).numpy()
+    )
+    emulated = rounding.fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.floats().T
+    for rounds_inputs, expected in ((True, emulated), (False, inputs @ matrix.floats().T)):
+        model = Model("one product")
+        graph = model.graph("serve")
+        x = graph.input("x", inputs.shape, np.float32)
+        one = dataclasses.replace(matrix, rounds_inputs=rounds_inputs)
+        graph.output("y", op.fully_connected(graph, x, one))
+        run = Interpreter(model_content=bytes(model.pack())).get_signature_runner("serve")
+        np.testing.assert_allclose(run(x=inputs)["y"], expected, atol=1e-5)

@@ -62,8 +62,9 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
     if layers.spec_of(layer) is None:
         return Matrix(target.path, _as_rows(values, target), bias=bias)
     stored = read_integers(layer)[0]
-    by_output = _as_rows(stored.scale, target).reshape(-1)
-    if stored.grid.block_size is not None:
+    if stored.grid.block_size is None:
+        by_output = _as_rows(stored.scale, target).reshape(-1)
+    else:
         by_output = np.ascontiguousarray(stored.scale[:, 0, :].T)
     return Matrix(
         name=target.path,

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration import blocks_of, recorded_calls
-from tfgptopt.targets import Target
+from tfgptopt.targets import Target, candidates
 
 # How far what a product gives may move when only the roundings of floats change.
 _TOLERANCE = 2e-3
@@ -115,16 +115,21 @@ def _short(batch: Any) -> Any:
 class _Probe:
     """Tells whether folding pairs leaves what a model computes as it is."""
 
-    def __init__(self, model: keras.Layer, targets: list[Target], batch: Any) -> None:
+    def __init__(self, model: keras.Layer, batch: Any) -> None:
         self._model, self._batch = model, _short(batch)
-        self._layers = [target.layer for target in targets]
+        kernels = [t for t in candidates(model) if isinstance(t, Target) and t.role != "embedding"]
+        self._layers = [model, *(target.layer for target in kernels)]
         self._expected = self._results()
         self._random = np.random.default_rng(0)
 
     def _results(self) -> list[tuple[keras.Layer, np.ndarray]]:
-        """Returns what each product gives, in the order of the calls."""
+        """Returns what each product and the model give, in the order of the calls."""
         calls = recorded_calls(self._model, self._layers, self._batch)
-        return [(layer, np.asarray(result, np.float32)) for layer, _, result in calls]
+        return [
+            (layer, np.asarray(part, np.float32))
+            for layer, _, result in calls
+            for part in tf.nest.flatten(result)
+        ]
 
     def holds(self, pairs: list[Pair]) -> bool:
         """Tries pairs with random factors. The weights are as they were afterwards."""
@@ -171,7 +176,7 @@ def find_pairs(model: keras.Layer, targets: list[Target], batch: Any) -> list[Pa
         Pairs that leave what the model computes as it is, each of which was tried.
     """
     targets = [t for t in targets if not getattr(t.layer, "lora_enabled", False)]
-    probe = _Probe(model, targets, batch)
+    probe = _Probe(model, batch)
     norms = _norm_pairs(model, targets, batch)
     kept = norms if probe.holds(norms) else [pair for pair in norms if probe.holds([pair])]
     return kept + _product_pairs(model, targets, probe)
