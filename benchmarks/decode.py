@@ -30,7 +30,8 @@ from rich.table import Table
 from tfgptopt.quiet import quiet_native_logs
 
 HERE = Path(__file__).parent
-PAIRS = {"f32": "F32", "int8": "Q8_0", "int4": "Q4_0"}
+# Ours and llama.cpp's of the same bits; "kv8" holds keys and values as int8.
+PAIRS = {"f32": "F32", "int8": "Q8_0", "int8-kv8": "Q8_0", "int4": "Q4_0", "int4-kv8": "Q4_0"}
 FIGURES = {
     "decode_64_ms": "ms at 64",
     "decode_512_ms": "ms at 512",
@@ -57,8 +58,8 @@ def measure(folder: Path, rounds: int, threads: int) -> dict[str, dict[str, Any]
     """Returns the medians of every contender, and the bandwidth, by name."""
     contenders = {f"tfgptopt {kind}": ("tflite", f"{kind}.tflite") for kind in PAIRS}
     contenders |= {f"llama.cpp {kind}": ("llama", f"{kind}.gguf") for kind in PAIRS.values()}
-    if (folder / "int8.onnx").exists():
-        contenders["ONNX Runtime int8"] = ("onnx", "int8.onnx")
+    contenders["ONNX Runtime int8"] = ("onnx", "int8.onnx")
+    contenders = {name: c for name, c in contenders.items() if (folder / c[1]).exists()}
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     speeds, cache = [], folder / "cache"
     for _ in range(rounds):
@@ -86,6 +87,8 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     keys = ("decode_64_ms", "decode_512_ms", "prefill_ms", "first_token_ms")
     found = {}
     for ours, theirs in PAIRS.items():
+        if f"tfgptopt {ours}" not in results:
+            continue
         mine, other = results[f"tfgptopt {ours}"], results[f"llama.cpp {theirs}"]
         found[f"{ours} / {theirs}"] = {key: other[key] / mine[key] for key in keys}
     return found
@@ -124,7 +127,7 @@ def show(results: dict[str, dict[str, Any]], console: Console) -> None:
     console.print(
         f"memory: {results['memory']['gb_per_s']:.1f} GB/s; share of its floor, cold load"
     )
-    for kind in PAIRS:
+    for kind in (kind for kind in PAIRS if f"tfgptopt {kind}" in results):
         found = results[f"tfgptopt {kind}"]
         share, cold = 100 * found["share_of_floor"], found["load_cold_s"]
         console.print(

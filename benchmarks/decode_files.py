@@ -105,6 +105,9 @@ def write_all(name: str, folder: Path) -> None:
         if spec is not None:
             tfgptopt.quantize_aware(model, spec)
         tfgptopt.export(model, folder / f"{kind}.tflite", context_length=CONTEXT)
+        if spec is not None and name != "smollm2":  # SmolLM2 has grouped queries.
+            path = folder / f"{kind}-kv8.tflite"
+            tfgptopt.export(model, path, context_length=CONTEXT, cache_dtype="int8")
     source = smollm2_gguf() if name == "smollm2" else folder / "F32.gguf"
     if name == "smollm2":
         requantize_gguf(source, folder / "F32.gguf", "ALL_F32")

@@ -2,7 +2,8 @@
 
 The model and text are those of `tfgptopt demo`. One-shot rows prune the trained dense model. Rows
 "in fit" branch off before its last steps, so that all runs see the same number of steps. Rows
-"fine-tuned" train the trained model on, and are compared with the dense model trained on as long.
+"fine-tuned" train the trained model on at the same rate, and are compared with the dense model
+trained on as long.
 
     python benchmarks/pruning_quality.py
 """
@@ -46,6 +47,7 @@ SHAPE = {
     "intermediate_dim": 768,
     "max_sequence_length": 64,
 }
+RATE = 1.2e-3
 
 
 def train(model: Any, corpus: Any, steps: int, callbacks: Any = ()) -> None:
@@ -80,17 +82,18 @@ def one_shot_variants(data: Any, model: Any, corpus: Any) -> dict[str, dict[str,
     half, most = {"sparsity": 0.5}, {"sparsity": 0.7}
     return {
         "50% magnitude": half,
-        "50% magnitude, whole model": {**half, "pattern": Unstructured("model")},
-        "50% Wanda": {**half, "pattern": by_output, "score": Wanda(data)},
-        "50% Wanda, whole tensor": {**half, "score": Wanda(data)},
+        "50% Wanda": {**half, "score": Wanda(data)},
         "50% SparseGPT": {**half, "score": SparseGPT(data)},
+        "50% magnitude, by output": {**half, "pattern": by_output},
+        "50% Wanda, by output": {**half, "pattern": by_output, "score": Wanda(data)},
+        "50% magnitude, whole model": {**half, "pattern": Unstructured("model")},
         "2:4 magnitude": {"pattern": NM(2, 4)},
         "2:4 Wanda": {"pattern": NM(2, 4), "score": Wanda(data)},
         "2:4 SparseGPT": {"pattern": NM(2, 4), "score": SparseGPT(data)},
         "70% magnitude": most,
         "70% magnitude, by sensitivity": {**most, "allocation": by_loss},
-        "70% Wanda": {**most, "pattern": by_output, "score": Wanda(data)},
-        "70% Wanda, OWL": {
+        "70% Wanda, by output": {**most, "pattern": by_output, "score": Wanda(data)},
+        "70% Wanda, by output, OWL": {
             **most,
             "pattern": by_output,
             "score": Wanda(data),
@@ -125,8 +128,9 @@ def fine_tune(model: Any, corpus: Any, steps: int, measure: Any) -> None:
         ("75% movement", 0.75, Movement()),
     ):
         model.set_weights(weights)
-        compile_model(model, Training(0, steps, 4e-4))
-        schedule = PolynomialDecay(0.0, sparsity, steps // 10, steps * 6 // 10, frequency=10)
+        compile_model(model, Training(0, steps, RATE))
+        begin = steps // 10 if isinstance(score, Movement) else 0
+        schedule = PolynomialDecay(0.0, sparsity, begin, steps * 4 // 10, frequency=10)
         train(model, corpus, steps, [Pruning(schedule, score=score)] if score else [])
         measure(f"fine-tuned {name}")
         if score:
@@ -138,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shared-steps", type=int, default=900)
     parser.add_argument("--steps", type=int, default=600, help="steps of each branch")
-    parser.add_argument("--tuning-steps", type=int, default=300, help="steps of fine-tuning")
+    parser.add_argument("--tuning-steps", type=int, default=600, help="steps of fine-tuning")
     parser.add_argument("--only-fine-tuned", action="store_true", help="leave out other rows")
     parser.add_argument("--windows", type=int, default=512, help="calibration windows of 64 tokens")
     parser.add_argument("--seed", type=int, default=0)
@@ -151,7 +155,7 @@ def main() -> None:
     )
     calibration = [batch[0] for batch in corpus.train.take(arguments.windows // 16)]
     model = small_gpt(corpus, **SHAPE)
-    compile_model(model, Training(arguments.shared_steps, arguments.steps, 1.2e-3))
+    compile_model(model, Training(arguments.shared_steps, arguments.steps, RATE))
     found: dict[str, float] = {}
 
     def measure(name: str) -> None:

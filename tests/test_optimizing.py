@@ -20,6 +20,8 @@ def test_model_and_text_must_fit_together(corpus):
         keras_hub.models.LlamaBackbone(300, 1, 2, 8, 16, 1), preprocessor=None
     )
     check_fit(llama, corpus)
+    mixture = keras_hub.models.MixtralBackbone(300, 1, 2, 8, 16, 1, num_experts=2)
+    check_fit(keras_hub.models.MixtralCausalLM(mixture, preprocessor=None), corpus)
     with pytest.raises(ValueError, match="there is no reader for BertBackbone"):
         check_fit(keras_hub.models.BertBackbone(300, 1, 2, 8, 16), corpus)
 

@@ -171,9 +171,8 @@ def optimize_command(
     """Optimize your own model on your own text: fine-tune, prune, quantize, export, measure."""
     _load_libraries()
     from tfgptopt.data import load_corpus
-    from tfgptopt.decoder import check_readable
     from tfgptopt.exporting.writing import check_target
-    from tfgptopt.optimizing import Training, compile_model, optimize
+    from tfgptopt.optimizing import Training, check_causal_lm, compile_model, optimize
     from tfgptopt.recipe import Recipe
 
     check_target(out, force)
@@ -182,7 +181,7 @@ def optimize_command(
     chosen, words = _strategy(strategy)
     with chosen.scope(), console.status(f"Loading {escape(preset)}"):
         model = _load_preset(preset)
-        check_readable(model)
+        check_causal_lm(model)
         if model.preprocessor is None:
             raise ValueError(f"The preset '{preset}' has no tokenizer.")
         compile_model(model, training)

@@ -108,6 +108,16 @@ def compile_model(model: keras.Model, training: Training) -> None:
     model.compile(optimizer=optimizer, sampler="greedy", weighted_metrics=[])
 
 
+def check_causal_lm(model: Any) -> None:
+    """Raises early if a model cannot be exported with a KV cache.
+
+    Raises:
+        ValueError: If it has no reader and is no causal LM, which the converter could take.
+    """
+    if not isinstance(model, keras_hub.models.CausalLM):
+        check_readable(model)
+
+
 def check_fit(model: Any, corpus: Corpus) -> None:
     """Raises early if a model cannot be trained on a corpus and exported.
 
@@ -115,7 +125,7 @@ def check_fit(model: Any, corpus: Corpus) -> None:
         ValueError: If the family cannot be exported, or the vocabulary or the number of positions
             is too small.
     """
-    check_readable(model)
+    check_causal_lm(model)
     tokens, known = corpus.tokenizer.vocabulary_size(), model.backbone.vocabulary_size
     if tokens > known:
         raise ValueError(

@@ -11,7 +11,7 @@ import tokenizers
 from decoder.families import FAMILIES
 
 import tfgptopt
-from tfgptopt.exporting.tokenizer import tokenizer_json
+from tfgptopt.exporting.tokenizer import end_token_ids, tokenizer_json
 
 IDS = {
     "llama": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
@@ -96,3 +96,20 @@ def test_a_file_of_a_llama_reads_and_writes_text(tmp_path):
     assert "".join(lm.stream(prompt, max_length=40)) == lm.generate(
         prompt, max_length=40, strip_prompt=True
     )
+
+
+def test_generation_stops_at_the_end_of_a_text_and_of_a_turn():
+    pieces = {"bos_piece": "<bos>", "eos_piece": "<eos>", "pad_piece": "<pad>"}
+    settings = {**MODELS["byte pairs as Gemma"], **pieces}
+    gemma = keras_hub.tokenizers.GemmaTokenizer(proto=train(**settings))
+    ends = [gemma.id_to_token(token) for token in end_token_ids(gemma)]
+    assert ends == [gemma.end_token, "<end_of_turn>"]
+    plain = {**settings, "user_defined_symbols": ["<start_of_turn>"]}
+    without = keras_hub.tokenizers.GemmaTokenizer(proto=train(**plain))
+    assert end_token_ids(without) == [without.end_token_id]
+    special = ("begin_of_text", "end_of_text", "eot_id", "start_header_id", "end_header_id")
+    names = [*(f"<|{name}|>" for name in special), "a", "b", "ab"]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    llama = keras_hub.tokenizers.Llama3Tokenizer(vocabulary=vocabulary, merges=["a b"])
+    assert end_token_ids(llama) == [1, 2]
+    assert end_token_ids(None) == []

@@ -95,6 +95,18 @@ def test_format_1_had_no_checksum_and_is_still_read(path, lm, tmp_path):
     refused(old, old.read_bytes()[:-2000], "damaged")
 
 
+def test_format_2_had_one_end_token(path, tmp_path):
+    def older(metadata):
+        metadata["format_version"] = 2
+        del metadata["generation"]["end_token_ids"]
+        metadata["generation"]["end_token_id"] = 5
+
+    old = tmp_path / "old.tflite"
+    old.write_bytes(rewritten(path.read_bytes(), older))
+    assert read_container(old).metadata["generation"]["end_token_ids"] == [5]
+    assert not {5} & set(TFLiteCausalLM(old).generate([1, 2, 3], max_length=16, strip_prompt=True))
+
+
 def test_a_tokenizer_that_is_larger_than_the_model(path, tmp_path):
     def enlarge(metadata):
         tokenizer = tokenizers.Tokenizer.from_str(metadata["tokenizer"])

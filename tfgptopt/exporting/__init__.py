@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 
 from tfgptopt.exporting import saved_model
+from tfgptopt.exporting.tflite.kv_cache import CacheDtype
 from tfgptopt.exporting.tflite.writer import write_tflite
 from tfgptopt.exporting.writing import check_target
 
@@ -19,6 +20,7 @@ def export(
     context_length: int | None = None,
     overwrite: bool = False,
     sparse: bool = False,
+    cache_dtype: CacheDtype = "float32",
 ) -> Path:
     """Exports a model as TFLite (a name that ends with `.tflite`) or SavedModel (a folder).
 
@@ -47,6 +49,10 @@ def export(
         sparse: bool. For TFLite, leave out the empty blocks of float32 weights that were pruned
             with `Block(4, 1)`: a smaller file, and one that decodes faster from about 60 % of
             zeros on. Defaults to `False`.
+        cache_dtype: `"float32"` or `"int8"`. For TFLite files of causal LMs, how keys and values
+            are held: as floats, exactly, or as integers with a scale for each position and head,
+            in a quarter of the memory and faster to read behind long texts. `"int8"` is for
+            models without grouped queries. Defaults to `"float32"`.
 
     Returns:
         `path`, as a `pathlib.Path`.
@@ -68,9 +74,11 @@ def export(
     if not getattr(model, "built", False):
         raise ValueError(f"The model {model!r} is not built, so there are no weights to export.")
     if target.suffix == ".tflite":
-        write_tflite(model, target, context_length, sparse)
-    elif context_length is not None or sparse:
-        raise ValueError("`context_length` and `sparse` are for a .tflite file only.")
+        write_tflite(model, target, context_length, sparse, cache_dtype)
+    elif context_length is not None or sparse or cache_dtype != "float32":
+        raise ValueError(
+            "`context_length`, `sparse` and `cache_dtype` are for a .tflite file only."
+        )
     else:
         saved_model.write_saved_model(model, target)
     return target

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tfgptopt.decoder.reading import Integers, read_integers
 from tfgptopt.exporting.tflite.builder import pack_int4
+from tfgptopt.exporting.tokenizer import end_token_ids
 from tfgptopt.exporting.writing import replacing
 from tfgptopt.quantization import layers, rounding
 from tfgptopt.quantization.rounders import rounders_of
@@ -89,8 +90,7 @@ class _Weights(tf.Module):
 def _generate_function(model: Any) -> Any:
     """Returns greedy generation as a TensorFlow function of padded prompts."""
     sampler = keras_hub.samplers.GreedySampler()
-    end = getattr(getattr(model.preprocessor, "tokenizer", None), "end_token_id", None)
-    stop = None if end is None else (int(end),)
+    stop = tuple(end_token_ids(getattr(model.preprocessor, "tokenizer", None))) or None
 
     def generate(token_ids: Any, padding_mask: Any) -> Any:
         previous = getattr(model, "sampler", None)

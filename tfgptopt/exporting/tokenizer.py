@@ -18,6 +18,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers
 
 _SCHEMA: Any = sentencepiece_model_pb2  # Its classes are made at run time.
+_TURN = "<end_of_turn>"
 _SPACE = "▁"  # SentencePiece's mark of a space.
 _UNWRITABLE = "\0"
 _PROBES = (
@@ -145,3 +146,19 @@ def _check_equal(tokenizer: Any, rebuilt: tokenizers.Tokenizer, proto: Any) -> N
                 f"tokens: for {text!r} it gives {expected} and the stored one {found}. Set "
                 "`model.preprocessor = None` and work with token ids."
             )
+
+
+def end_token_ids(tokenizer: Any) -> list[int]:
+    """Returns the tokens at which generation stops: the end of a text, and of a turn in a chat.
+
+    Args:
+        tokenizer: A KerasHub tokenizer, or `None`.
+    """
+    if tokenizer is None:
+        return []
+    found = [getattr(tokenizer, name, None) for name in ("end_token_id", "end_token2_id")]
+    if isinstance(tokenizer, keras_hub.tokenizers.SentencePieceTokenizer):
+        # In the vocabulary of Gemma, whose tokenizer has no name for it.
+        turn = tokenizer.token_to_id(_TURN)
+        found.append(turn if tokenizer.id_to_token(turn) == _TURN else None)
+    return list(dict.fromkeys(int(token) for token in found if token is not None))

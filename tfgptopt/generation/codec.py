@@ -35,7 +35,7 @@ class Codec:
     def __init__(self, metadata: dict[str, Any], vocabulary_size: int) -> None:
         self.vocabulary_size = vocabulary_size
         self.start_token_id: int | None = metadata["generation"]["start_token_id"]
-        self.end_token_id: int | None = metadata["generation"]["end_token_id"]
+        self.end_token_ids = frozenset[int](metadata["generation"]["end_token_ids"])
         blob = metadata["tokenizer"]
         self._tokenizer = tokenizers.Tokenizer.from_str(blob) if blob else None
         size = self._tokenizer.get_vocab_size() if self._tokenizer else 0
@@ -104,7 +104,7 @@ class Codec:
             ValueError: If an entry is empty or neither a text nor a token id, or is a text and
                 there is no tokenizer.
         """
-        end = frozenset() if self.end_token_id is None else frozenset({self.end_token_id})
+        end = self.end_token_ids
         if stop is None:
             return Stop()
         if isinstance(stop, str) and stop == "auto":

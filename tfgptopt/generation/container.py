@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from ai_edge_litert import schema_py_generated as schema
 
 METADATA_NAME = "tfgptopt"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _SEAL = b"TFGPTOPT"
 _SEAL_BYTES = len(_SEAL) + 8
@@ -103,7 +103,7 @@ def read_container(path: str | Path) -> Container:
         )
     _check_metadata(path, metadata, sealed)
     name = f"{hashlib.sha256(blob).hexdigest()[:16]}{crc:08x}"
-    return Container(_as_format_2(metadata), name)
+    return Container(_as_format_3(_as_format_2(metadata)), name)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -156,6 +156,15 @@ def _as_format_2(metadata: dict[str, Any]) -> dict[str, Any]:
         for kind, sizes in metadata["signatures"].items()
     }
     return {**metadata, "signatures": signatures}
+
+
+def _as_format_3(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Returns metadata with the end tokens as a list; older formats have one at most."""
+    generation = dict(metadata["generation"])
+    if "end_token_ids" not in generation:
+        end = generation.pop("end_token_id")
+        generation["end_token_ids"] = [] if end is None else [end]
+    return {**metadata, "generation": generation}
 
 
 def _find(data: Any) -> bytes | None:

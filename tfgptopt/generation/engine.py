@@ -93,7 +93,10 @@ class Engine:
             }
             for key, (shape, dtype) in self._cache_shapes.items():
                 # A masked position must hold a finite number: zero weight times infinity is NaN.
-                buffers[key].write(np.zeros(shape, dtype))
+                # Fresh memory is zero, and takes no room until it is written to.
+                held = buffers[key].read(int(np.prod(shape)), dtype.type)
+                if held.view(f"i{dtype.itemsize}").any():
+                    buffers[key].write(np.zeros(shape, dtype))
         return Cache(buffers)
 
     def copy_cache(self, cache: Cache) -> Cache:

@@ -14,6 +14,7 @@ import numpy as np
 from tfgptopt.decoder.spec import Attention, Matrix, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
+from tfgptopt.exporting.tflite.kv_cache import Held, Window
 
 # Large enough to vanish in a softmax, small enough to stay finite after a multiplication.
 _MASKED = 1e9
@@ -177,12 +178,11 @@ def project(
 
 
 def attend(
-    graph: Graph, attention: Attention, query: Tensor, cache: list[Tensor], positions: Positions
+    graph: Graph, attention: Attention, query: Tensor, cache: list[Held], positions: Positions
 ) -> Tensor:
     """Returns the attended values, `(length, heads * head_dim)`."""
-    heads, length, size = query.shape
-    window = (attention.num_key_value_heads, positions.window, size)
-    keys, values = (op.slice_(graph, held, (0, 0, 0), window) for held in cache)
+    heads, length, _ = query.shape
+    keys, values = (held.window(positions.window) for held in cache)
     cap, scale = attention.logit_soft_cap, attention.scale
     query = op.binary(graph, "MUL", query, op.scalar(graph, scale / cap if cap else scale))
     alone = length == 1 and heads == attention.num_key_value_heads
@@ -193,32 +193,34 @@ def attend(
     return (_mix_of_one if alone else _mix_of_many)(graph, weights, values)
 
 
-def _scores_of_one(graph: Graph, query: Tensor, keys: Tensor) -> Tensor:
+def _scores_of_one(graph: Graph, query: Tensor, keys: Window) -> Tensor:
     """Scores of one token, `(heads, 1, window)`: broadcasting does not repack the cache."""
-    scores = op.reduce(graph, "SUM", op.binary(graph, "MUL", keys, query), 2, keep=False)
-    return op.reshape(graph, scores, (keys.shape[0], 1, keys.shape[1]))
+    heads, window, _ = keys.rows.shape
+    scores = op.reduce(graph, "SUM", op.binary(graph, "MUL", keys.rows, query), 2, keep=False)
+    return keys.scale_of_one(graph, op.reshape(graph, scores, (heads, 1, window)))
 
 
-def _mix_of_one(graph: Graph, weights: Tensor, values: Tensor) -> Tensor:
-    heads, window, size = values.shape
-    weights = op.reshape(graph, weights, (heads, window, 1))
-    mixed = op.reduce(graph, "SUM", op.binary(graph, "MUL", values, weights), 1, keep=False)
+def _mix_of_one(graph: Graph, weights: Tensor, values: Window) -> Tensor:
+    heads, window, size = values.rows.shape
+    weights = op.reshape(graph, values.scale_of_one(graph, weights), (heads, window, 1))
+    mixed = op.reduce(graph, "SUM", op.binary(graph, "MUL", values.rows, weights), 1, keep=False)
     return op.reshape(graph, mixed, (1, heads * size))
 
 
-def _scores_of_many(graph: Graph, query: Tensor, keys: Tensor) -> Tensor:
+def _scores_of_many(graph: Graph, query: Tensor, keys: Window) -> Tensor:
     """Scores, `(heads, length, window)`: one product for the heads that share keys."""
     heads, length, size = query.shape
-    shared = (keys.shape[0], heads // keys.shape[0] * length, size)
-    scores = op.batch_matmul(graph, op.reshape(graph, query, shared), keys, transpose_y=True)
-    return op.reshape(graph, scores, (heads, length, keys.shape[1]))
+    groups, window, _ = keys.rows.shape
+    shared = op.reshape(graph, query, (groups, heads // groups * length, size))
+    scores = op.batch_matmul(graph, shared, keys.scaled(graph), transpose_y=True)
+    return op.reshape(graph, scores, (heads, length, window))
 
 
-def _mix_of_many(graph: Graph, weights: Tensor, values: Tensor) -> Tensor:
+def _mix_of_many(graph: Graph, weights: Tensor, values: Window) -> Tensor:
     heads, length, window = weights.shape
-    groups, _, size = values.shape
+    groups, _, size = values.rows.shape
     shared = op.reshape(graph, weights, (groups, heads // groups * length, window))
-    mixed = op.batch_matmul(graph, shared, values)
+    mixed = op.batch_matmul(graph, shared, values.scaled(graph))
     if length > 1:
         mixed = op.transpose(graph, op.reshape(graph, mixed, (heads, length, size)), (1, 0, 2))
     return op.reshape(graph, mixed, (length, heads * size))

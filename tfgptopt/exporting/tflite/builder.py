@@ -25,6 +25,8 @@ _TYPES = {
     np.dtype(np.int32): schema.TensorType.INT32,
     np.dtype(np.int8): schema.TensorType.INT8,
 }
+# What an int8 tensor that is no weight counts in.
+_UNIT = np.asarray([1 / 127], np.float32)
 _ALIGNMENT = 16
 _FILE_LIMIT = 2**31 - 1
 _GRAPHS_ROOM = 2**26
@@ -257,6 +259,8 @@ class Graph:
         quantization: _SharedQuantization | schema.QuantizationParametersT | None = None,
         sparsity: SharedSparsity | None = None,
     ) -> Tensor:
+        if quantization is None and np.dtype(dtype) == np.int8:
+            quantization = self._model.quantization(_UNIT)
         self._tensors.append(
             schema.TensorT(
                 shape=list(shape),

@@ -15,6 +15,7 @@ from tfgptopt.decoder.spec import DecoderSpec, FeedForward, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
+from tfgptopt.exporting.tflite.kv_cache import CacheDtype, Held
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,22 @@ class Step:
     logits: bool
 
 
-def add_signatures(model: Model, spec: DecoderSpec, steps: Iterable[Step]) -> None:
+def add_signatures(
+    model: Model, spec: DecoderSpec, steps: Iterable[Step], cache_dtype: CacheDtype = "float32"
+) -> None:
     """Adds signatures to a model, which share every weight.
 
     Inputs of each: `tokens` int32 `(length,)`; `position` int32 `(1,)`, the position of the first
-    token; `key_i` and `value_i` float32 `(key-value heads, context, head_dim)` for each layer `i`.
-    Outputs: the caches under the same names, and `logits` float32 `(length, vocabulary)`.
+    token; `key_i` and `value_i` `(key-value heads, context, head_dim)` for each layer `i`, of the
+    dtype of the cache, and for int8 `key_scale_i` and `value_scale_i` float32 `(key-value heads,
+    context, 1)`. Outputs: the caches under the same names, and `logits` float32 `(length,
+    vocabulary)`.
 
     Args:
         model: The file.
         spec: A decoder with a context length.
         steps: The signatures.
+        cache_dtype: `"float32"` or `"int8"`. Defaults to `"float32"`.
     """
     assert spec.context_length is not None
     tables: dict[bytes, np.ndarray] = {}
@@ -52,16 +58,20 @@ def add_signatures(model: Model, spec: DecoderSpec, steps: Iterable[Step]) -> No
         Projection.of(block.attention, tables, spec.context_length) for block in spec.blocks
     ]
     for step in steps:
-        _add_signature(model.graph(step.name), spec, projections, step)
+        _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
 
 
 def _add_signature(
-    graph: Graph, spec: DecoderSpec, projections: list[Projection], step: Step
+    graph: Graph,
+    spec: DecoderSpec,
+    projections: list[Projection],
+    step: Step,
+    cache_dtype: CacheDtype,
 ) -> None:
     tokens = graph.input("tokens", (step.length,), np.int32)
     positions = Positions(graph, step.length, step.window)
     caches = [
-        [graph.input(f"{kind}_{i}", spec.cache_shape, np.float32) for kind in ("key", "value")]
+        [Held(graph, name, i, spec.cache_shape, cache_dtype) for name in ("key", "value")]
         for i in range(len(spec.blocks))
     ]
     x = _embed(graph, spec, tokens, positions)
@@ -70,12 +80,8 @@ def _add_signature(
         attention = block.attention
         normed = op.normalize(graph, x, block.attention_norm)
         query, *new = project(graph, attention, projection, normed, positions)
-        cache = [
-            op.dynamic_update_slice(graph, held, part, positions.start)
-            for held, part in zip(cache, new, strict=True)
-        ]
-        graph.output(f"key_{i}", cache[0])
-        graph.output(f"value_{i}", cache[1])
+        for held, rows in zip(cache, new, strict=True):
+            held.write(rows, positions.start)
         if not step.logits and i == len(spec.blocks) - 1:
             return  # Nothing behind the last cache is needed.
         mixed = attend(graph, attention, query, cache, positions)

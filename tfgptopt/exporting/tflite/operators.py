@@ -17,6 +17,7 @@ _BINARY_OPTIONS = {
     "MUL": schema.MulOptionsT,
     "SQUARED_DIFFERENCE": schema.SquaredDifferenceOptionsT,
     "MINIMUM": schema.MaximumMinimumOptionsT,
+    "DIV": schema.DivOptionsT,
 }
 
 
@@ -34,7 +35,7 @@ def scalar(graph: Graph, value: float) -> Tensor:
 
 
 def reduce(graph: Graph, operator: str, x: Tensor, axis: int, keep: bool) -> Tensor:
-    """Adds `MEAN` or `SUM` over one axis."""
+    """Adds `MEAN`, `SUM` or `REDUCE_MAX` over one axis."""
     axis %= len(x.shape)
     shape = tuple(1 if i == axis else n for i, n in enumerate(x.shape) if keep or i != axis)
     axes = graph.constant(np.asarray([axis], np.int32))
@@ -147,7 +148,7 @@ def normalize(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
 
 
 def unary(graph: Graph, operator: str, x: Tensor) -> Tensor:
-    """Adds an elementwise operator of one tensor: `RSQRT`, `TANH`, `LOGISTIC`."""
+    """Adds an elementwise operator of one tensor: `RSQRT`, `TANH`, `LOGISTIC`, `ABS`."""
     return graph.add_operator(operator, [x], x.shape)
 
 
@@ -195,6 +196,16 @@ def cast_to_float(graph: Graph, x: Tensor) -> Tensor:
         inDataType=schema.TensorType.INT32, outDataType=schema.TensorType.FLOAT32
     )
     return graph.add_operator("CAST", [x], x.shape, options=options)
+
+
+def quantize(graph: Graph, x: Tensor) -> Tensor:
+    """Adds a rounding of numbers in `[-1, 1]` to int8, in units of 1/127."""
+    return graph.add_operator("QUANTIZE", [x], x.shape, np.int8, schema.QuantizeOptionsT())
+
+
+def dequantize(graph: Graph, x: Tensor) -> Tensor:
+    """Adds the way back from what `quantize` gives."""
+    return graph.add_operator("DEQUANTIZE", [x], x.shape, options=schema.DequantizeOptionsT())
 
 
 def dynamic_update_slice(graph: Graph, x: Tensor, update: Tensor, start: Tensor) -> Tensor:

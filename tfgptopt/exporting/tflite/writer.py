@@ -20,8 +20,9 @@ from tfgptopt.decoder.reading import as_floats
 from tfgptopt.exporting.tflite import constants, converting
 from tfgptopt.exporting.tflite.builder import Model, pack
 from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
+from tfgptopt.exporting.tflite.kv_cache import CACHE_DTYPES, CacheDtype
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
-from tfgptopt.exporting.tokenizer import tokenizer_json
+from tfgptopt.exporting.tokenizer import end_token_ids, tokenizer_json
 from tfgptopt.exporting.writing import replacing
 from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME, seal
 from tfgptopt.recipe import recipe_of
@@ -55,7 +56,7 @@ def plan_signatures(context_length: int) -> dict[str, list[Step]]:
     if chunk > _SHORT_CHUNK:
         prefill += [(_SHORT_CHUNK, window) for window in few]
     return {
-        "decode": [Step(f"decode_{w}", 1, w, True) for w in _windows(context_length, 1.5)],
+        "decode": [Step(f"decode_{w}", 1, w, True) for w in _windows(context_length, 1.25)],
         "prefill": [Step(f"prefill_{n}_{w}", n, w, False) for n, w in prefill],
         "score": [Step(f"score_{chunk}_{w}", chunk, w, True) for w in few],
     }
@@ -83,12 +84,12 @@ def _context(model: Any, largest: int | None, wanted: int | None) -> int:
     return wanted
 
 
-def _generation_defaults(preprocessor: Any) -> dict[str, int | None]:
+def _generation_defaults(preprocessor: Any) -> dict[str, Any]:
     tokenizer = getattr(preprocessor, "tokenizer", None)
     starts = getattr(preprocessor, "add_start_token", False)
     return {
         "start_token_id": getattr(tokenizer, "start_token_id", None) if starts else None,
-        "end_token_id": getattr(tokenizer, "end_token_id", None),
+        "end_token_ids": end_token_ids(tokenizer),
         "pad_token_id": getattr(tokenizer, "pad_token_id", None),
     }
 
@@ -120,7 +121,7 @@ def _describe_weights(arrays: list[np.ndarray], scales: list[np.ndarray]) -> dic
 
 def _metadata(
     model: Any,
-    decoder: dict[str, int],
+    decoder: dict[str, Any],
     steps: dict[str, list[Step]],
     weights: dict[str, Any],
 ) -> bytes:
@@ -154,20 +155,29 @@ def _metadata(
     return json.dumps(about, ensure_ascii=False).encode()
 
 
-def _decoder_file(model: keras.Model, context_length: int | None, sparse: bool) -> memoryview:
+def _decoder_file(
+    model: keras.Model, context_length: int | None, sparse: bool, cache_dtype: CacheDtype
+) -> memoryview:
     """Returns the file of a model whose family has a reader."""
     spec = read_decoder(model)
     context = _context(model, spec.context_length, context_length)
     if sparse:
         _check_sparse(spec)
+    if cache_dtype == "int8" and spec.blocks[0].attention.num_heads > spec.cache_shape[0]:
+        raise ValueError(
+            "`cache_dtype='int8'` is for models whose query heads each have their own keys: with "
+            f"{spec.blocks[0].attention.num_heads} heads on {spec.cache_shape[0]} it is no faster "
+            "than 'float32', and takes more memory."
+        )
     spec, steps = spec.with_context(context), plan_signatures(context)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", sparse)
-    add_signatures(file, spec, (step for kind in steps.values() for step in kind))
+    add_signatures(file, spec, (step for kind in steps.values() for step in kind), cache_dtype)
     decoder = {
         "num_layers": len(spec.blocks),
         "num_heads": spec.blocks[0].attention.num_heads,
         "num_key_value_heads": spec.cache_shape[0],
         "head_dim": spec.cache_shape[2],
+        "cache_dtype": cache_dtype,
         "context_length": context,
         "vocabulary_size": spec.vocabulary_size,
     }
@@ -198,6 +208,7 @@ def _converted_causal_lm(model: Any, context_length: int | None) -> memoryview:
         "num_heads": shape[0],
         "num_key_value_heads": shape[0],
         "head_dim": shape[2],
+        "cache_dtype": "float32",
         "context_length": context,
         "vocabulary_size": model.backbone.vocabulary_size,
     }
@@ -248,7 +259,11 @@ def _check_sparse(spec: DecoderSpec) -> None:
 
 
 def write_tflite(
-    model: keras.Model, target: Path, context_length: int | None, sparse: bool = False
+    model: keras.Model,
+    target: Path,
+    context_length: int | None,
+    sparse: bool = False,
+    cache_dtype: CacheDtype = "float32",
 ) -> None:
     """Writes a model as a `.tflite` file.
 
@@ -257,15 +272,19 @@ def write_tflite(
         target: The file.
         context_length: Positions of the KV cache, in tokens, or `None` for all.
         sparse: Whether to leave out empty blocks of float32 weights.
+        cache_dtype: `"float32"` or `"int8"`.
 
     Raises:
-        ValueError: If the model cannot be exported, `context_length` is out of range, or
-            `sparse` is asked for and no weight has empty blocks to leave out.
+        ValueError: If the model cannot be exported, `context_length` or `cache_dtype` is out of
+            range, or `sparse` is asked for and no weight has empty blocks to leave out.
     """
-    if sparse and not has_reader(model):
-        raise ValueError(f"`sparse=True` needs a reader for {type(model).__name__}; it has none.")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {cache_dtype!r}")
+    for setting in ["sparse=True"] * sparse + ["cache_dtype='int8'"] * (cache_dtype == "int8"):
+        if not has_reader(model):
+            raise ValueError(f"`{setting}` needs a reader for {type(model).__name__}.")
     if has_reader(model):
-        data = _decoder_file(model, context_length, sparse)
+        data = _decoder_file(model, context_length, sparse, cache_dtype)
     elif isinstance(model, keras_hub.models.CausalLM):
         data = _converted_causal_lm(model, context_length)
     else:
