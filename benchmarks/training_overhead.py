@@ -12,6 +12,7 @@ import argparse
 import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -25,7 +26,7 @@ from rich.table import Table
 import tfgptopt
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.pruning.pruner import Pruner
-from tfgptopt.quantization import Int8
+from tfgptopt.quantization import Int4, Int8
 from tfgptopt.targets import select
 
 
@@ -44,18 +45,26 @@ def prune(model: keras.Model) -> None:
     Pruner(model, ConstantSparsity(0.5, 0)).advance(0)
 
 
-def quantize(model: keras.Model) -> None:
-    """Rounds weights and activations."""
-    tfgptopt.quantize_aware(model, Int8())
+def rounding_to(spec: Any) -> Callable[[keras.Model], Any]:
+    """Returns what makes a model round to a spec."""
+    return lambda model: tfgptopt.quantize_aware(model, spec)
 
 
 def both(model: keras.Model) -> None:
-    """Does both."""
+    """Prunes and rounds weights and activations."""
     prune(model)
-    quantize(model)
+    tfgptopt.quantize_aware(model, Int8())
 
 
-VARIANTS = {"plain": lambda model: None, "pruning": prune, "int8": quantize, "both": both}
+VARIANTS: dict[str, Callable[[keras.Model], Any]] = {
+    "plain": lambda model: None,
+    "pruning": prune,
+    "int8, weights alone": rounding_to(Int8(activations=None)),
+    "int8": rounding_to(Int8()),
+    "int4, blocks of 64": rounding_to(Int4(block_size=64)),
+    "int4, smallest error": rounding_to(Int4(scale="mse")),
+    "pruning and int8": both,
+}
 
 
 def main() -> None:
@@ -108,8 +117,9 @@ def dense_stack(layers: Any, width: int, depth: int = 8) -> Any:
 
 
 def compare_with_tfmot(console: Console, arguments: argparse.Namespace) -> None:
-    """Measures the same stack of Dense layers, plain and pruned, by tfmot and by tfgptopt."""
+    """Measures one stack of Dense layers, plain, pruned and rounded, by tfmot and by tfgptopt."""
     import tf_keras
+    from tensorflow_model_optimization.python.core.quantization.keras import quantize
     from tensorflow_model_optimization.python.core.sparsity.keras import prune, pruning_wrapper
 
     width = arguments.width
@@ -124,11 +134,16 @@ def compare_with_tfmot(console: Console, arguments: argparse.Namespace) -> None:
             tf_keras.backend.set_value(layer.pruning_step, 0)
     pruned = dense_stack(keras, width)
     Pruner(pruned, schedule).advance(0)
+    rounded = tfgptopt.quantize_aware(dense_stack(keras, width), Int8())
+    annotated = quantize.quantize_model(dense_stack(tf_keras, width))
+    annotated.compile(optimizer="adam", loss="mse")
     models = {
         "Keras 3, plain": ours,
-        "Keras 3, tfgptopt": pruned,
+        "Keras 3, tfgptopt, pruning": pruned,
+        "Keras 3, tfgptopt, int8": rounded,
         "tf_keras, plain": theirs,
-        "tf_keras, tfmot": wrapped,
+        "tf_keras, tfmot, pruning": wrapped,
+        "tf_keras, tfmot, int8": annotated,
     }
     times = take_turns(models, x, x, arguments.steps * 4)
     table = Table("8 Dense layers", "ms per step", "times its plain")
