@@ -5,6 +5,7 @@ from conftest import make_gpt, random_batch
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining, from_recipe
 
 import tfgptopt
+from tfgptopt.decoder import read_decoder
 from tfgptopt.pruning import ConstantSparsity, PolynomialDecay, Unstructured, Wanda
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import Prune, QuantizeAware, Recipe, recipe_of
@@ -112,3 +113,21 @@ def test_a_technique_twice_is_refused():
         Recipe((Prune(ConstantSparsity(0.5, 0)), Prune(ConstantSparsity(0.3, 0))))
     with pytest.raises(ValueError, match="Not a technique"):
         Recipe(("prune",))
+
+
+@pytest.mark.parametrize("method", ["mse", "gptq"])
+def test_a_reloaded_model_keeps_the_grid_that_its_weights_lie_on(method, tmp_path):
+    model = make_gpt()
+    inputs, _ = random_batch(16)
+    tfgptopt.quantize(model, Int4(block_size=32), method, inputs)
+    expected = np.asarray(model(inputs))
+    stored = [matrix.floats() for matrix in read_decoder(model).matrices()]
+    tfgptopt.finalize(model)
+    recipe_of(model).save(tmp_path / "recipe.yaml")
+    model.backbone.save_to_preset(str(tmp_path / "preset"))
+    backbone = type(model.backbone).from_preset(str(tmp_path / "preset"))
+    again = type(model)(backbone=backbone, preprocessor=None)
+    Recipe.load(tmp_path / "recipe.yaml").replay(again)
+    np.testing.assert_allclose(again(inputs), expected, atol=1e-5)
+    for matrix, values in zip(read_decoder(again).matrices(), stored, strict=True):
+        np.testing.assert_array_equal(matrix.floats(), values)

@@ -25,7 +25,7 @@ from tfgptopt.pruning.serializing import (
 )
 from tfgptopt.quantization.layers import is_dressed
 from tfgptopt.quantization.specs import Spec, check_spec, deserialize_spec, serialize_spec
-from tfgptopt.quantization.training import quantize_aware
+from tfgptopt.quantization.training import keep_found_scales, quantize_aware
 from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.targets import Target, candidates, select
 
@@ -143,8 +143,10 @@ class QuantizeAware:
         }
 
     def replay(self, model: keras.Layer) -> None:
-        """Makes a reloaded model round again."""
+        """Makes a reloaded model round again, on the grid that its weights lie on, if on one."""
         quantize_aware(model, self.spec, self.targets)
+        with strategy_scope(model):
+            keep_found_scales(model, self.targets)
 
 
 Technique = Prune | QuantizeAware

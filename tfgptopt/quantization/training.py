@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import keras
 import numpy as np
+import tensorflow as tf
 
-from tfgptopt.quantization import layers, rounders
+from tfgptopt.quantization import layers, rounders, rounding
 from tfgptopt.quantization.allocation import BitAllocation
 from tfgptopt.quantization.specs import Spec, check_spec
 from tfgptopt.retracing import retrace, strategy_scope
@@ -129,3 +130,16 @@ def hold_scales(dressed: list[keras.Layer]) -> None:
     for layer in dressed:
         for rounder in rounders.rounders_of(layer):
             rounder.hold(layers.weights_of(layer, rounder))
+
+
+def keep_found_scales(model: keras.Layer, selector: Selector | None) -> None:
+    """Keeps the scales that finalized weights tell, where the spec's method gives others.
+
+    Call it in the strategy's scope.
+    """
+    for target in select(model, selector, roles=_ROLES, frozen=True):
+        for rounder in rounders.rounders_of(target.layer):
+            weights = layers.weights_of(target.layer, rounder)
+            found = rounding.found_scale(weights, rounder.grid)
+            if found is not None and bool(tf.reduce_any(found != rounder.compute_scale(weights))):
+                rounder.hold(weights, found)
