@@ -65,7 +65,7 @@ def perplexity(model: Any, windows: np.ndarray) -> float:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tokens[:, 1:], logits)
         return tf.reduce_sum(losses)
 
-    total = sum(float(loss(tf.constant(windows[i : i + 2]))) for i in range(0, len(windows), 2))
+    total = sum(float(loss(tf.constant(windows[i : i + 4]))) for i in range(0, len(windows), 4))
     return float(np.exp(total / (len(windows) * (LENGTH - 1))))
 
 
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="windows to measure")
     parser.add_argument("--calibration", type=int, default=16, help="windows to calibrate with")
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
-    parser.add_argument("--only", default="", help="only rows whose name has this text")
+    parser.add_argument("--only", nargs="*", help="only rows whose name has one of these texts")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
     bench = Bench(windows_of_text(), arguments.windows, arguments.calibration)
@@ -176,8 +176,8 @@ def main() -> None:
     name = f"int4 per channel, gptq, then qat for {arguments.steps} steps"
     rows[name] = lambda: self_distilled(bench, Int4(), arguments.steps)
     for name, change in rows.items():
-        wanted = arguments.only in name if arguments.only else "qat" not in name
-        if wanted:
+        given = arguments.only
+        if any(text in name for text in given) if given else "qat" not in name:
             bench.row(name, change)
     print_table(bench.found, arguments.windows)
     if arguments.json:
