@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tfgptopt.quantization.post_training import quantize as quantize
     from tfgptopt.quantization.training import quantize_aware as quantize_aware
     from tfgptopt.recipe import Recipe as Recipe
+    from tfgptopt.shrinking import shrink as shrink
     from tfgptopt.summarizing import summary as summary
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _PUBLIC = {
     "prune": "tfgptopt.pruning.one_shot",
     "quantize": "tfgptopt.quantization.post_training",
     "quantize_aware": "tfgptopt.quantization.training",
+    "shrink": "tfgptopt.shrinking",
     "summary": "tfgptopt.summarizing",
 }
 

@@ -38,7 +38,8 @@ def as_tokens(data: Any, preprocessor: Any, batch_size: int | None) -> tf.data.D
             "Received text, but the student has no preprocessor to make tokens of it. Give data "
             "of ({'token_ids', 'padding_mask'}, labels, sample_weight)."
         )
-    if not isinstance(data, tf.data.Dataset):
-        data = tf.data.Dataset.from_tensor_slices([data] if isinstance(data, str) else list(data))
-        data = data.batch(batch_size or 32)
-    return data.map(preprocessor, num_parallel_calls=tf.data.AUTOTUNE).prefetch(tf.data.AUTOTUNE)
+    if isinstance(data, tf.data.Dataset):
+        parallel = data.map(preprocessor, num_parallel_calls=tf.data.AUTOTUNE)
+        return parallel.prefetch(tf.data.AUTOTUNE)
+    texts = [data] if isinstance(data, str) else list(data)
+    return tf.data.Dataset.from_tensor_slices(preprocessor(texts)).batch(batch_size or 32)
