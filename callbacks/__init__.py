@@ -10,7 +10,7 @@ from tfgptopt.callbacks.pruning import Pruning
 from tfgptopt.callbacks.quantization import QuantizationAwareTraining
 
 from tfgptopt.pruning.scores import Wanda
-from tfgptopt.recipe import Prune, QuantizeAware, Recipe
+from tfgptopt.recipe import QuantizeAware, Recipe
 
 __all__ = ["Pruning", "QuantizationAwareTraining", "TrainingProgress", "from_recipe"]
 
@@ -25,11 +25,20 @@ def from_recipe(recipe: Recipe, calibration: Any = None) -> list[keras.callbacks
 
     Returns:
         List of callbacks, in the order of the recipe.
+
+    Raises:
+        ValueError: If the recipe shrinks or distills, which is not done by callbacks.
     """
+    if recipe.in_fit != recipe:
+        raise ValueError(
+            "Shrinking and distillation are no callbacks. Use `tfgptopt optimize` for the whole "
+            "recipe, or `tfgptopt.shrink` and `tfgptopt.Distiller` with "
+            "`from_recipe(recipe.in_fit)`."
+        )
     return [_callback(technique, calibration) for technique in recipe.techniques]
 
 
-def _callback(technique: Prune | QuantizeAware, calibration: Any) -> keras.callbacks.Callback:
+def _callback(technique: Any, calibration: Any) -> keras.callbacks.Callback:
     if isinstance(technique, QuantizeAware):
         return QuantizationAwareTraining(
             technique.spec, technique.targets, technique.start_step, technique.freeze_step

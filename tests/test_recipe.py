@@ -6,9 +6,11 @@ from tfgptopt.callbacks import Pruning, QuantizationAwareTraining, from_recipe
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
+from tfgptopt.distillation import HardLabels, HiddenStates, LogitsKL
 from tfgptopt.pruning import ConstantSparsity, PolynomialDecay, Unstructured, Wanda
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import Prune, QuantizeAware, Recipe, recipe_of
+from tfgptopt.stages import Distill, Shrink
 from tfgptopt.targets import select
 
 RECIPE = Recipe(
@@ -81,7 +83,7 @@ def test_a_reloaded_model_is_dressed_again_by_its_recipe(tmp_path):
     [
         ("techniques: [", "no valid recipe"),
         ("- prune", "mapping with a list of techniques"),
-        ("techniques: [{name: shrink}]", "name prune or quantize_aware"),
+        ("techniques: [{name: melt}]", "prune or quantize_aware"),
         ("techniques: [{name: prune}]", "needs the field 'schedule'"),
         ("techniques: [{name: quantize_aware, spec: {name: int2}}]", "named int8 or int4"),
         ("techniques: [{name: quantize_aware, spec: {name: int8, bits: 3}}]", "Unknown setting"),
@@ -131,3 +133,57 @@ def test_a_reloaded_model_keeps_the_grid_that_its_weights_lie_on(method, tmp_pat
     np.testing.assert_allclose(again(inputs), expected, atol=1e-5)
     for matrix, values in zip(read_decoder(again).matrices(), stored, strict=True):
         np.testing.assert_array_equal(matrix.floats(), values)
+
+
+RAMP = keras.optimizers.schedules.PolynomialDecay(0.0, 10, end_learning_rate=1.0)
+STAGES = Recipe(
+    (
+        Shrink(depth=0.5, feedforward=16),
+        Distill(7, (LogitsKL(2.0, "reverse"), HiddenStates({0: 1}), HardLabels(RAMP))),
+        *RECIPE.techniques,
+    )
+)
+
+
+def test_stages_to_yaml_and_back(tmp_path):
+    STAGES.save(tmp_path / "recipe.yaml")
+    again = Recipe.load(tmp_path / "recipe.yaml")
+    assert again.to_config() == STAGES.to_config()
+    assert again.techniques[0] == STAGES.techniques[0]
+    assert again.techniques[1].losses[:2] == STAGES.techniques[1].losses[:2]
+    assert float(again.techniques[1].losses[2].weight(5)) == pytest.approx(float(RAMP(5)))
+    assert again.in_fit.to_config() == RECIPE.to_config()
+    with pytest.raises(ValueError, match="are no callbacks"):
+        from_recipe(again)
+
+
+BAD_STAGES = {
+    "order": ([{"name": "distill"}, {"name": "shrink", "depth": 1}], "shrinks first"),
+    "twice": ([{"name": "distill"}, {"name": "distill"}], "each technique once"),
+    "nothing": ([{"name": "shrink"}], "Give what to shrink"),
+    "budget": ([{"name": "shrink", "depth": 1, "latency": 0.5}], "or one budget"),
+    "vocabulary": ([{"name": "shrink", "vocabulary": 0.5}], "unexpected keyword"),
+    "steps": ([{"name": "distill", "steps": 0}], "int >= 1"),
+    "losses": ([{"name": "distill", "losses": []}], "is empty"),
+    "loss": ([{"name": "distill", "losses": [{"name": "mse"}]}], "A loss is named"),
+    "field": (
+        [{"name": "distill", "losses": [{"name": "logits_kl", "heat": 2}]}],
+        "Unknown setting for logits_kl",
+    ),
+    "temperature": (
+        [{"name": "distill", "losses": [{"name": "logits_kl", "temperature": 0}]}],
+        "above 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STAGES)
+def test_bad_stages(case):
+    techniques, message = BAD_STAGES[case]
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_config({"techniques": techniques})
+
+
+def test_a_function_is_no_yaml():
+    with pytest.raises(ValueError, match="cannot hold a function"):
+        Distill(1, (LogitsKL(weight=lambda step: 1.0),))

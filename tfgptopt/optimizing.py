@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import tensorflow as tf
 from rich.console import Console
 
 from tfgptopt.callbacks import TrainingProgress, from_recipe
+from tfgptopt.cloning import clone
 from tfgptopt.data.corpus import Corpus, tokens_as_input
 from tfgptopt.decoder import check_readable
+from tfgptopt.distillation import Distiller
 from tfgptopt.evaluation import Result, evaluate
 from tfgptopt.evaluation.bigram import bigram_loss
 from tfgptopt.exporting import export
@@ -25,6 +27,7 @@ from tfgptopt.pruning.pruner import zero_share
 from tfgptopt.recipe import Recipe
 from tfgptopt.reporting import write_report
 from tfgptopt.retracing import strategy_scope
+from tfgptopt.stages import Distill, Shrink
 from tfgptopt.targets import select
 
 # Of training windows, for scores that read data.
@@ -72,7 +75,7 @@ class Outcome:
     """What a job made.
 
     Attributes:
-        results: Measurements, dense and optimized, Keras and TFLite.
+        results: Measurements, dense and optimized, Keras and TFLite; between them the stages.
         curves: Names of runs to lists of `(step, loss, sparsity)`.
         sparsity: Path of each pruned weight to its share of zeros.
         bigram_loss: Held-out loss of a bigram model, in nats per token.
@@ -92,8 +95,8 @@ class Outcome:
     sample: str
 
 
-def compile_model(model: keras.Model, training: Training) -> None:
-    """Compiles a causal LM with AdamW, warmup and cosine decay."""
+def _optimizer(training: Training) -> keras.optimizers.Optimizer:
+    """Returns AdamW with warmup and cosine decay."""
     warmup = max(1, training.total // 15)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
@@ -102,10 +105,12 @@ def compile_model(model: keras.Model, training: Training) -> None:
         warmup_target=training.learning_rate,
         warmup_steps=warmup,
     )
-    optimizer = keras.optimizers.AdamW(
-        schedule, weight_decay=0.05, beta_2=0.99, global_clipnorm=1.0
-    )
-    model.compile(optimizer=optimizer, sampler="greedy", weighted_metrics=[])
+    return keras.optimizers.AdamW(schedule, weight_decay=0.05, beta_2=0.99, global_clipnorm=1.0)
+
+
+def compile_model(model: keras.Model, training: Training) -> None:
+    """Compiles a causal LM with AdamW, warmup and cosine decay."""
+    model.compile(optimizer=_optimizer(training), sampler="greedy", weighted_metrics=[])
 
 
 def check_causal_lm(model: Any) -> None:
@@ -181,11 +186,69 @@ def _train(
 
 def _clone_with(model: Any, weights: Sequence[Any]) -> Any:
     """Returns a plain copy of a causal LM with other weights."""
-    backbone = type(model.backbone).from_config(model.backbone.get_config())
-    copy = type(model)(backbone=backbone, preprocessor=model.preprocessor)
+    copy = clone(model)
     copy.set_weights(weights)
     copy.compile(sampler="greedy")
     return copy
+
+
+@dataclass(eq=False)
+class _Job:
+    """What a job works on, and what it has so far.
+
+    Attributes:
+        model: The model as it is now: a stage may put another one in its place.
+        corpus, training, console: What the job was given.
+        curves: See `Outcome`.
+        stages: Names to copies of the model after each stage before the last, with float weights.
+    """
+
+    model: Any
+    corpus: Corpus
+    training: Training
+    console: Console
+    curves: dict[str, Curve] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
+
+    def train(self, name: str, model: Any, steps: int, callbacks: Sequence[Any] = ()) -> None:
+        """Trains a model, and keeps the curve."""
+        curve = _train(model, self.corpus.train, steps, name, self.console, callbacks)
+        self.curves[name] = curve
+
+    def keep(self, name: str) -> None:
+        """Keeps a copy of the model, to be measured as a stage."""
+        self.stages[name] = _clone_with(self.model, self.model.get_weights())
+
+    def shrink(self, stage: Shrink) -> None:
+        """Puts a smaller model in the place of the model."""
+        with self.console.status("Shrinking"):
+            calibration = self.corpus.train.take(_CALIBRATION_BATCHES)
+            self.model = stage.apply(self.model, calibration)
+            check_fit(self.model, self.corpus)
+            self.keep("shrunk")
+
+    def distiller(self, teacher: Any, stage: Distill, steps: int) -> Distiller:
+        """Returns a distiller of the model, compiled for so many steps."""
+        with strategy_scope(self.model):
+            distiller = Distiller(self.model, teacher, stage.losses)
+            training = Training(0, steps, self.training.learning_rate)
+            distiller.compile(optimizer=_optimizer(training), weighted_metrics=[])
+        return distiller
+
+    def run_stages(self, recipe: Recipe, teacher: Any) -> Any:
+        """Shrinks and distills, and returns what is trained from then on."""
+        trained, steps = None, self.training.steps
+        for stage in recipe.techniques:
+            if isinstance(stage, Shrink):
+                self.shrink(stage)
+                with strategy_scope(self.model):
+                    compile_model(self.model, Training(0, steps, self.training.learning_rate))
+            if isinstance(stage, Distill):
+                name = "distilled"
+                self.train(name, self.distiller(teacher, stage, stage.steps), stage.steps)
+                self.keep(name)
+                trained = self.distiller(teacher, stage, steps)
+        return trained or self.model
 
 
 def optimize(
@@ -200,9 +263,14 @@ def optimize(
 ) -> Outcome:
     """Optimizes a causal LM in `fit`, exports it, measures it and writes a report.
 
-    The folder gets: `model.tflite` (optimized), `dense.tflite` (float32, for comparison),
-    `saved_model`, `model` (a KerasHub preset, finalized), `recipe.yaml`, `results.json` and
-    `report.html`. It appears when all is done.
+    A recipe may shrink the model and distill into it first: the dense model is then the teacher,
+    in the stage `distill` and while the student is pruned and rounded. Steps of the recipe count
+    from the beginning of its last stage there.
+
+    The folder gets: `model.tflite` (optimized), `dense.tflite` (float32, for comparison), one
+    `.tflite` for each stage before (`shrunk`, `distilled`; float32), `saved_model`, `model` (a
+    KerasHub preset, finalized), `recipe.yaml`, `results.json` and `report.html`. It appears when
+    all is done.
 
     Args:
         model: A `keras_hub.models.GPT2CausalLM` with a preprocessor, compiled.
@@ -226,57 +294,50 @@ def optimize(
     check_fit(model, corpus)
     if not recipe.techniques:
         raise ValueError("The recipe has no technique, so there is nothing to optimize.")
-    callbacks = from_recipe(recipe, corpus.train.take(_CALIBRATION_BATCHES))
-    for callback in callbacks:
+    in_fit = recipe.in_fit
+    calibration = corpus.train.take(_CALIBRATION_BATCHES)
+    for callback in from_recipe(in_fit, calibration):
         callback.set_model(model)  # Raises if its targets are not in the model.
-    curves: dict[str, Curve] = {}
+    job = _Job(model, corpus, training, console)
     if training.shared_steps:
-        name = "dense, shared part"
-        curves[name] = _train(model, corpus.train, training.shared_steps, name, console)
+        job.train("dense, shared part", model, training.shared_steps)
     shared = _snapshot(model)
     if training.dense_run:
-        curves["dense"] = _train(model, corpus.train, training.steps, "dense", console)
-    dense_weights = model.get_weights()
+        job.train("dense", model, training.steps)
+    dense = _clone_with(model, model.get_weights())
     _restore(model, shared)
-    curves["optimized"] = _train(
-        model, corpus.train, training.steps, "optimized", console, callbacks
-    )
-    with console.status("Measuring dense and optimized, Keras and TFLite, side by side"):
-        dense = _clone_with(model, dense_weights)
-        with replacing(target) as folder:
-            folder.mkdir()
-            outcome = _measure_and_write(model, dense, corpus, recipe, curves, strategy, folder)
-    return outcome
+    trained = job.run_stages(recipe, dense)
+    if in_fit.techniques:
+        callbacks = from_recipe(in_fit, calibration)
+        job.train("optimized", trained, training.steps, callbacks)
+    measuring = console.status("Measuring every stage, Keras and TFLite, side by side")
+    with measuring, replacing(target) as folder:
+        folder.mkdir()
+        return _measure_and_write(job, dense, recipe, strategy, folder)
 
 
 def _measure_and_write(
-    model: Any,
-    dense: Any,
-    corpus: Corpus,
-    recipe: Recipe,
-    curves: dict[str, Curve],
-    strategy: str,
-    folder: Path,
+    job: _Job, dense: Any, recipe: Recipe, strategy: str, folder: Path
 ) -> Outcome:
+    model, corpus = job.model, job.corpus
     kernels = {target.path: zero_share(target) for target in select(model)}
     small, large = export(model, folder / "model.tflite"), export(dense, folder / "dense.tflite")
-    finalize(model)
-    results = evaluate(
-        {
-            "dense Keras": dense,
-            "dense TFLite": large,
-            "optimized Keras": model,
-            "optimized TFLite": small,
-        },
-        corpus.validation,
-        new_tokens=min(96, getattr(model.backbone, "max_sequence_length", 1024) - 16),
-    )
+    if recipe.in_fit.techniques:
+        finalize(model)
+    rows: dict[str, Any] = {"dense Keras": dense, "dense TFLite": large}
+    # The last stage is the optimized model where nothing is pruned or rounded behind it.
+    before = list(job.stages)[: None if recipe.in_fit.techniques else -1]
+    for name in before:
+        rows[f"{name} TFLite"] = export(job.stages[name], folder / f"{name}.tflite")
+    rows |= {"optimized Keras": model, "optimized TFLite": small}
+    positions = getattr(model.backbone, "max_sequence_length", 1024)
+    results = evaluate(rows, corpus.validation, new_tokens=min(96, positions - 16))
     export(model, folder / "saved_model")
     model.save_to_preset(str(folder / "model"))
     recipe.save(folder / "recipe.yaml")
     outcome = Outcome(
         results=results,
-        curves=curves,
+        curves=job.curves,
         sparsity=kernels,
         bigram_loss=bigram_loss(corpus.train, corpus.validation, model.backbone.vocabulary_size),
         recipe=recipe,

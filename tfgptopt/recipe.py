@@ -27,6 +27,7 @@ from tfgptopt.quantization.layers import is_dressed
 from tfgptopt.quantization.specs import Spec, check_spec, deserialize_spec, serialize_spec
 from tfgptopt.quantization.training import keep_found_scales, quantize_aware
 from tfgptopt.retracing import retrace, strategy_scope
+from tfgptopt.stages import Distill, Shrink
 from tfgptopt.targets import Target, candidates, select
 
 # Where `finalize` leaves the recipe on a model.
@@ -149,23 +150,38 @@ class QuantizeAware:
             keep_found_scales(model, self.targets)
 
 
-Technique = Prune | QuantizeAware
+Technique = Shrink | Distill | Prune | QuantizeAware
+# By names in YAML, in the order in which they have to come.
+_KINDS: dict[str, Any] = {
+    "shrink": Shrink,
+    "distill": Distill,
+    "prune": Prune,
+    "quantize_aware": QuantizeAware,
+}
 
 
 def _technique_from(config: Any) -> Technique:
-    if not isinstance(config, dict) or config.get("name") not in ("prune", "quantize_aware"):
+    if not isinstance(config, dict) or config.get("name") not in _KINDS:
         raise ValueError(
-            f"A technique is a mapping with the name prune or quantize_aware. Received: {config!r}"
+            f"A technique is a mapping with the name {', '.join(list(_KINDS)[:-1])} or "
+            f"quantize_aware. Received: {config!r}"
         )
     fields = {key: value for key, value in config.items() if key != "name"}
     try:
-        if config["name"] == "prune":
-            return Prune.from_config(fields)
+        if config["name"] == "shrink":
+            return Shrink(**fields)
+        if config["name"] in ("distill", "prune"):
+            found: Technique = _KINDS[config["name"]].from_config(fields)
+            return found
         return QuantizeAware(deserialize_spec(fields.pop("spec")), **fields)
     except KeyError as error:
         raise ValueError(f"The technique {config['name']} needs the field {error}.") from None
     except TypeError as error:
         raise ValueError(f"The technique {config['name']}: {error}") from None
+
+
+def _stage(technique: Technique) -> int:
+    return 0 if isinstance(technique, Shrink) else 1 if isinstance(technique, Distill) else 2
 
 
 @dataclass(frozen=True)
@@ -184,8 +200,8 @@ class Recipe:
     ```
 
     Args:
-        techniques: `Prune` and `QuantizeAware`, in the order of their application, each once
-            for the same targets.
+        techniques: `Shrink`, `Distill`, `Prune` and `QuantizeAware`, in the order of their
+            application, each once for the same targets.
 
     Raises:
         ValueError: If something else is in the list, or a technique is there twice.
@@ -196,14 +212,28 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "techniques", tuple(self.techniques))
         for technique in self.techniques:
-            if not isinstance(technique, Prune | QuantizeAware):
+            if not isinstance(technique, Technique):
                 raise ValueError(f"Not a technique: {technique!r}")
-        kinds = [(type(technique).__name__, technique.targets) for technique in self.techniques]
+        stages = [_stage(technique) for technique in self.techniques]
+        if stages != sorted(stages):
+            raise ValueError(
+                "A recipe shrinks first, then distills, then prunes and rounds. Received: "
+                f"{', '.join(type(technique).__name__ for technique in self.techniques)}"
+            )
+        kinds = [
+            (type(technique).__name__, getattr(technique, "targets", None))
+            for technique in self.techniques
+        ]
         if len(set(kinds)) < len(kinds):
             raise ValueError(
                 "A recipe holds each technique once for the same targets. Received: "
                 f"{', '.join(kind for kind, _ in kinds)}"
             )
+
+    @property
+    def in_fit(self) -> Recipe:
+        """The part that callbacks of `fit` carry out: pruning and rounding."""
+        return Recipe(tuple(t for t in self.techniques if isinstance(t, Prune | QuantizeAware)))
 
     def to_config(self) -> dict[str, Any]:
         """Returns the recipe as plain data."""
@@ -292,6 +322,8 @@ def recipe_of(model: keras.Layer) -> Recipe | None:
     ]
     earlier: Recipe | None = getattr(model, FINALIZED_RECIPE, None)
     if earlier is not None:
-        now = [(type(t), t.targets) for t in techniques]
-        techniques[:0] = [t for t in earlier.techniques if (type(t), t.targets) not in now]
+        now = [(type(t), getattr(t, "targets", None)) for t in techniques]
+        techniques[:0] = [
+            t for t in earlier.techniques if (type(t), getattr(t, "targets", None)) not in now
+        ]
     return Recipe(tuple(techniques)) if techniques else None

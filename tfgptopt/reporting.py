@@ -64,7 +64,7 @@ def results_table(results: Sequence[Result]) -> Table:
 
 def summary_lines(outcome: Outcome) -> list[str]:
     """Returns what the measurements say, in a few sentences."""
-    dense, dense_file, small, small_file = outcome.results
+    dense, dense_file, *stages, small, small_file = outcome.results
     change = small_file.perplexity / dense.perplexity - 1
     return [
         f"The optimized file is {small_file.size.file_bytes / dense_file.size.file_bytes:.2f} of "
@@ -74,10 +74,22 @@ def summary_lines(outcome: Outcome) -> list[str]:
         "times the tokens per second of Keras' compiled generate with the dense model "
         f"({small_file.speed.tokens_per_second / small.speed.tokens_per_second:.1f} times with "
         "the optimized one).",
+        *(_stage_line(stage, dense_file) for stage in stages),
         f"A bigram model has perplexity {perplexity(outcome.bigram_loss):.2f} "
         f"(loss {outcome.bigram_loss:.3f}); the dense GPT {dense.perplexity:.2f} "
         f"(loss {dense.loss:.3f}).",
     ]
+
+
+def _stage_line(stage: Result, dense: Result) -> str:
+    """Returns what one stage on the way changed."""
+    size = stage.size.parameters / dense.size.parameters
+    speed = stage.speed.tokens_per_second / dense.speed.tokens_per_second
+    change = stage.perplexity / dense.perplexity - 1
+    return (
+        f"{stage.name}: {size:.2f} of the weights, {speed:.2f} times the tokens per second, "
+        f"{change:+.1%} perplexity, against the dense file."
+    )
 
 
 def _inline(figure: Figure) -> str:

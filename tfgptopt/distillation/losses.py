@@ -25,7 +25,9 @@ Weight = float | Callable[[Any], Any]
 class Loss(Protocol):
     """One term of what the student minimizes: a number for each token."""
 
-    weight: Weight
+    @property
+    def weight(self) -> Weight:
+        """The factor of the term."""
 
     @property
     def name(self) -> str:
