@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 import tfgptopt
 
@@ -57,23 +58,42 @@ def test_the_examples_of_generation(trained, tmp_path):
     assert printed.startswith("import os\n")
 
 
-def test_the_example_of_pruning(tmp_path):
-    (code,) = blocks("docs/pruning.md")
-    before = """
-import sys; sys.path.insert(0, sys.argv[1])
+# What the examples of techniques find: a model and data.
+A_MODEL = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 from conftest import make_gpt, random_batch
 import tensorflow as tf, tfgptopt
 gpt = make_gpt()
 gpt.compile(optimizer="adam")
 data = tf.data.Dataset.from_tensors(random_batch()).repeat(8)
 """
+
+
+def test_the_example_of_pruning(tmp_path):
+    (code,) = blocks("docs/pruning.md")
     small = code.replace("begin_step=100, end_step=900, frequency=50", "begin_step=2, end_step=6")
     assert small != code
     small = small.replace("end_step=6", "end_step=6, frequency=1")
-    code = before.replace("sys.argv[1]", repr(str(ROOT / "tests"))) + small
-    printed = run(code, tmp_path).stdout
+    printed = run(A_MODEL + small, tmp_path).stdout
     assert "50.0% zeros in pruned weights" in printed
     assert (tmp_path / "gpt.tflite").is_file()
+
+
+def test_the_examples_of_distillation_and_shrinking(tmp_path):
+    live, recorded = blocks("docs/distillation.md")
+    (shrinking,) = blocks("docs/shrinking.md")
+    printed = run("\n".join((A_MODEL, live, recorded, shrinking)), tmp_path).stdout
+    assert "1 layers, width 32, 2 heads of 16, 32 neurons" in printed
+    assert (tmp_path / "student.tflite").is_file()
+    assert (tmp_path / "teacher-says" / "recording.json").is_file()
+
+
+def test_the_recipe_of_shrinking():
+    page = (ROOT / "docs/shrinking.md").read_text("utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    recipe = tfgptopt.Recipe.from_config(yaml.safe_load(text))
+    names = [type(technique).__name__ for technique in recipe.techniques]
+    assert names == ["Shrink", "Distill", "Prune", "QuantizeAware"]
 
 
 @pytest.mark.slow

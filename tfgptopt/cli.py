@@ -155,7 +155,11 @@ def optimize_command(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs of text.")],
     preset: Annotated[str, typer.Option(help="KerasHub preset: a folder or a name.")],
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML of techniques. Default: prune 50 %, round to int8.")
+        Path | None,
+        typer.Option(
+            help="YAML of techniques: shrink, distill, prune, quantize_aware. "
+            "Default: prune 50 %, round to int8."
+        ),
     ] = None,
     out: Out = Path("tfgptopt-out"),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,

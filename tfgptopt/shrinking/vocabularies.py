@@ -38,12 +38,11 @@ def _merges(tokenizer: Any) -> list[tuple[str, str]]:
 
 def _of_byte_pairs(tokenizer: Any) -> tuple[set[str], Split]:
     """Returns the tokens that have to stay, and how each other one is merged."""
-    fixed = {*tokenizer.special_tokens, *(tokenizer.unsplittable_tokens or ())}
-    fixed |= {token for token in tokenizer.vocabulary if len(token) == 1}
     first: dict[str, tuple[str, str]] = {}
     for left, right in _merges(tokenizer):
         first.setdefault(left + right, (left, right))
-    return fixed & set(tokenizer.vocabulary), first.get
+    # What nothing is merged to is a byte, or special: tokens of chats among them.
+    return {token for token in tokenizer.vocabulary if token not in first}, first.get
 
 
 def _proto(tokenizer: Any) -> Any:
