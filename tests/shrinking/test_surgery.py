@@ -8,7 +8,7 @@ from shrinking.growing import Grower
 
 import tfgptopt
 from tfgptopt.quantization import Int8
-from tfgptopt.shrinking import shape_of
+from tfgptopt.shrinking import search, shape_of
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.shapes import count_parameters
 
@@ -122,11 +122,27 @@ def test_a_budget_of_weights_is_met(share):
     assert 0.85 * share < found <= share
 
 
-@pytest.mark.slow
-def test_a_budget_of_time_is_measured():
-    model = make("GPT2", num_layers=8, hidden_dim=64, intermediate_dim=256)
-    small = tfgptopt.shrink(model, latency=0.8, calibration=batch())
-    assert small.backbone.count_params() < 0.95 * model.backbone.count_params()
+def test_a_budget_of_time_is_met_by_what_is_measured(monkeypatch):
+    """With a clock that runs with the number of weights, so that no test depends on time."""
+    model, clock = make("GPT2", num_layers=8), []
+
+    def measured(model, small, batches):
+        clock.append(small.backbone.count_params() / model.backbone.count_params())
+        return clock[-1]
+
+    monkeypatch.setattr(search, "_relative_time", measured)
+    small = tfgptopt.shrink(model, latency=0.6, calibration=batch())
+    share = small.backbone.count_params() / model.backbone.count_params()
+    assert share == max(time for time in clock if time <= 0.6) and share > 0.5
+    monkeypatch.setattr(search, "_relative_time", lambda *_: 0.9)
+    with pytest.raises(ValueError, match="fastest that was measured takes 90%"):
+        tfgptopt.shrink(model, latency=0.6, calibration=batch())
+
+
+def test_files_are_measured_side_by_side():
+    model = make("GPT2")
+    small = tfgptopt.shrink(model, depth=1, calibration=batch())
+    assert 0.0 < search._relative_time(model, small, [batch()]) < float("inf")
 
 
 def test_a_dressed_model_is_refused_and_a_finalized_one_shrinks():
