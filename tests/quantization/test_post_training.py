@@ -104,7 +104,7 @@ def test_bad_input_changes_nothing():
         np.testing.assert_array_equal(ours, before)
     assert not any(m.bits for m in read_decoder(model).matrices())
     tfgptopt.quantize(model, Int8())
-    with pytest.raises(ValueError, match="quantized already"):
+    with pytest.raises(ValueError, match="quantize-aware already"):
         tfgptopt.quantize(model, Int8())
 
 

@@ -17,7 +17,7 @@ from tfgptopt.quantization.allocation import BitAllocation
 from tfgptopt.quantization.balancing import balance
 from tfgptopt.quantization.gptq import gptq
 from tfgptopt.quantization.specs import Spec
-from tfgptopt.quantization.training import check_setting, chosen_specs
+from tfgptopt.quantization.training import check_plain, check_setting, chosen_specs
 from tfgptopt.retracing import retrace, strategy_scope
 from tfgptopt.statistics import Grams
 from tfgptopt.targets import Selector, Target
@@ -81,12 +81,7 @@ def quantize(
     check_setting(spec)
     balances, final = _methods(method)
     chosen = chosen_specs(model, spec, targets)
-    for target, _ in chosen:
-        if layers.is_dressed(target.layer):
-            raise ValueError(
-                f"{target.path} is quantized already, with {target.layer.quantization_spec}. "
-                "Call `tfgptopt.finalize(model)` first to change it."
-            )
+    check_plain([target for target, _ in chosen])
     if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]

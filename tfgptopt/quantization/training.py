@@ -39,6 +39,20 @@ def chosen_specs(
     return found
 
 
+def check_plain(targets: list[Target]) -> None:
+    """Raises if a layer rounds its weights already.
+
+    Raises:
+        ValueError: If one does, with what it rounds to.
+    """
+    for target in targets:
+        if layers.is_dressed(target.layer):
+            raise ValueError(
+                f"{target.path} is quantize-aware already, with {target.layer.quantization_spec}. "
+                "Call `tfgptopt.finalize(model)` first to change it."
+            )
+
+
 def check_fits(targets: list[Target], spec: Spec) -> None:
     """Raises unless weights can be rounded to a spec.
 
@@ -107,12 +121,7 @@ def quantize_aware(
     """
     check_setting(spec)
     chosen = chosen_specs(model, spec, targets)
-    for target, _ in chosen:
-        if layers.is_dressed(target.layer):
-            raise ValueError(
-                f"{target.path} is quantize-aware already, with {target.layer.quantization_spec}. "
-                "Call `tfgptopt.finalize(model)` first to change it."
-            )
+    check_plain([target for target, _ in chosen])
     with strategy_scope(model):
         for target, one in chosen:
             layers.dress(target, one)
