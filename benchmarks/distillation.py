@@ -33,11 +33,11 @@ from tfgptopt.shrinking.surgery import build
 SHAPE = {
     "num_layers": 12,
     "num_heads": 4,
-    "hidden_dim": 64,
-    "intermediate_dim": 256,
+    "hidden_dim": 96,
+    "intermediate_dim": 384,
     "max_sequence_length": 64,
 }
-RATE = 3e-3
+RATE = 2e-3
 
 
 def optimizer(steps: int) -> keras.optimizers.Optimizer:
@@ -52,7 +52,7 @@ def optimizer(steps: int) -> keras.optimizers.Optimizer:
 def text(seed: int) -> Corpus:
     """Returns the demo's corpus in an order that depends on the seed."""
     return load_corpus(
-        vocabulary_size=288, sequence_length=64, batch_size=64, validation_share=0.015, seed=seed
+        vocabulary_size=288, sequence_length=64, batch_size=16, validation_share=0.015, seed=seed
     )
 
 
@@ -77,18 +77,24 @@ def main() -> None:
     """Trains the teacher, then the students of each seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-steps", type=int, default=700)
-    parser.add_argument("--student-steps", type=int, default=120)
+    parser.add_argument("--teacher-steps", type=int, default=3000)
+    parser.add_argument("--student-steps", type=int, default=200)
     parser.add_argument("--hard-labels", type=float, default=0.5, help="Weight beside the logits.")
+    parser.add_argument("--teacher", type=Path, help="Weights to read, or to write if missing.")
     parser.add_argument("--json", type=Path)
     settings = parser.parse_args()
     start, steps = time.perf_counter(), settings.student_steps
     keras.utils.set_random_seed(0)
     corpus = text(seed=1000)
     teacher = small_gpt(corpus, **SHAPE)
-    train(teacher, corpus, settings.teacher_steps)
+    if settings.teacher and settings.teacher.is_file():
+        teacher.load_weights(settings.teacher)
+    else:
+        train(teacher, corpus, settings.teacher_steps)
+        if settings.teacher:
+            teacher.save_weights(settings.teacher)
     rows: dict[str, list[float]] = {"teacher": [measure("teacher", teacher, corpus, start)]}
-    shrunk = tfgptopt.shrink(teacher, parameters=0.5, calibration=corpus.train.take(4))
+    shrunk = tfgptopt.shrink(teacher, parameters=0.5, calibration=corpus.train.take(16))
     first, shape = shrunk.get_weights(), shape_of(shrunk)
     share = shrunk.count_params() / teacher.count_params()
     print(f"students: {share:.1%} of {teacher.count_params():,} weights, {shape}", flush=True)
@@ -99,9 +105,9 @@ def main() -> None:
         corpus = text(seed)
         random = type(teacher)(build(teacher, shape), preprocessor=teacher.preprocessor)
         for name, model, weights in (
-            ("from random weights", random, None),
-            ("shrunk and fine-tuned", shrunk, first),
             ("shrunk and distilled", shrunk, first),
+            ("shrunk and fine-tuned", shrunk, first),
+            ("from random weights", random, None),
         ):
             if weights is not None:
                 model.set_weights(weights)
