@@ -68,6 +68,7 @@ def measure(folder: Path, rounds: int, threads: int) -> dict[str, dict[str, Any]
             if engine == "tflite":  # Once with an empty folder of packed weights.
                 shutil.rmtree(cache, ignore_errors=True)
                 cold = worker(engine, folder / file, threads, cache)["load_s"]
+                os.sync()  # What it wrote is not written to the disk while the next is measured.
             found = worker(engine, folder / file, threads, cache)
             found["load_cold_s"] = cold if engine == "tflite" else found["load_s"]
             runs[name].append(found)
