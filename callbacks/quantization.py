@@ -113,6 +113,9 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
                 f"{last}: nothing will be quantized.",
                 stacklevel=2,
             )
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        # Not when the training begins: another callback may still fail there.
         self._dress_if_due()
         self._learn_scales()
         self._freeze_if_due()
@@ -155,4 +158,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             self._freeze_if_due()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        # A run that is resumed behind its last epoch began none.
+        self._dress_if_due()
+        self._freeze_if_due()
         self._stop_learning()

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tfgptopt.exporting.tflite import operators as op
-from tfgptopt.exporting.tflite.builder import Model, pack_int4
+from tfgptopt.exporting.tflite.builder import Model
+from tfgptopt.exporting.tflite.packing import pack_int4
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.decoder.reading import Integers, read_integers
-from tfgptopt.exporting.tflite.builder import pack_int4
+from tfgptopt.exporting.tflite.packing import pack_int4
 from tfgptopt.exporting.tokenizer import end_token_ids
 from tfgptopt.exporting.writing import replacing
 from tfgptopt.quantization import layers, rounding

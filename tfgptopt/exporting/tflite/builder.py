@@ -12,11 +12,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.spec import Matrix
+from tfgptopt.exporting.tflite.packing import (
+    AlignedBuffer,
+    SharedQuantization,
+    pack,
+    pack_int4,
+)
 from tfgptopt.exporting.tflite.sparsity import SharedSparsity, kept_blocks
 
 _TYPES = {
@@ -27,92 +32,6 @@ _TYPES = {
 }
 # What an int8 tensor that is no weight counts in.
 _UNIT = np.asarray([1 / 127], np.float32)
-_ALIGNMENT = 16
-_FILE_LIMIT = 2**31 - 1
-_GRAPHS_ROOM = 2**26
-
-
-class _AlignedBuffer:
-    """A buffer of the file whose bytes start at a multiple of 16, as kernels expect."""
-
-    def __init__(self, data: bytes | np.ndarray) -> None:
-        self.data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-
-    def Pack(self, builder: flatbuffers.Builder) -> int:
-        vector = None
-        if self.data.size:
-            raw = self.data.reshape(-1).view(np.uint8)
-            builder.StartVector(1, raw.size, _ALIGNMENT)
-            builder.head = builder.head - raw.size
-            builder.Bytes[builder.Head() : builder.Head() + raw.size] = raw.data
-            vector = builder.EndVector()
-        schema.BufferStart(builder)
-        if vector is not None:
-            schema.BufferAddData(builder, vector)
-        return schema.BufferEnd(builder)
-
-
-class _SharedQuantization:
-    """Scales of a weight, written once however many graphs use the weight."""
-
-    def __init__(self, scale: np.ndarray, zeros: dict[Any, int]) -> None:
-        self._scale = np.asarray(scale, np.float32)
-        self._shared_zeros = zeros
-        self._written: tuple[flatbuffers.Builder, int] | None = None
-
-    def _zeros(self, builder: flatbuffers.Builder, size: int) -> int:
-        """Returns zero points of a size, which weights with as many rows share."""
-        key = (id(builder), size)
-        if key not in self._shared_zeros:
-            self._shared_zeros[key] = builder.CreateNumpyVector(np.zeros(size, np.int64))
-        return self._shared_zeros[key]
-
-    def Pack(self, builder: flatbuffers.Builder) -> int:
-        if self._written is None or self._written[0] is not builder:
-            scale = builder.CreateNumpyVector(self._scale)
-            zero_point = self._zeros(builder, self._scale.size)
-            schema.QuantizationParametersStart(builder)
-            schema.QuantizationParametersAddScale(builder, scale)
-            schema.QuantizationParametersAddZeroPoint(builder, zero_point)
-            self._written = (builder, schema.QuantizationParametersEnd(builder))
-        return self._written[1]
-
-
-def pack_int4(integers: np.ndarray) -> np.ndarray:
-    """Packs int4 values two to a byte, the first in the low half.
-
-    Args:
-        integers: int8 array with values in `[-8, 7]`.
-
-    Returns:
-        uint8 array of half the size, rounded up.
-    """
-    flat = integers.reshape(-1).astype(np.uint8) & 0xF
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return flat[0::2] | (flat[1::2] << 4)
-
-
-def pack(model: schema.ModelT) -> memoryview:
-    """Returns the bytes of a file, without a copy, its buffers aligned as kernels expect.
-
-    Raises:
-        ValueError: If the file would be larger than a flatbuffer can be.
-    """
-    for i, buffer in enumerate(model.buffers):
-        if isinstance(buffer, schema.BufferT):
-            data = b"" if buffer.data is None else np.asarray(buffer.data, np.uint8)
-            model.buffers[i] = _AlignedBuffer(data)
-    size = sum(buffer.data.nbytes for buffer in model.buffers)
-    if size > _FILE_LIMIT - _GRAPHS_ROOM:
-        raise ValueError(
-            f"The weights need {size / 2**30:.2f} GiB, and a TFLite file ends at 2 GiB. "
-            "Quantize the model first, to Int8() or Int4()."
-        )
-    # Room for the graphs too: a builder that is full doubles, and copies what it has.
-    builder = flatbuffers.Builder(size + _GRAPHS_ROOM)
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return memoryview(builder.Bytes)[builder.Head() :]
 
 
 class Model:
@@ -122,10 +41,10 @@ class Model:
         self._description = description
         self._sparse = sparse
         self._sparsities: dict[int, tuple[np.ndarray, tuple[int, SharedSparsity] | None]] = {}
-        self._buffers = [_AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
+        self._buffers = [AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
         self._by_key: dict[Any, int] = {}
         self._weights: dict[int, tuple[np.ndarray, int]] = {}
-        self._quantizations: dict[int, _SharedQuantization] = {}
+        self._quantizations: dict[int, SharedQuantization] = {}
         self._zeros: dict[Any, int] = {}
         self._as_blocks: dict[Any, Matrix] = {}
         self._codes: dict[tuple[int, int], int] = {}
@@ -136,7 +55,7 @@ class Model:
         """Adds bytes, or finds those added under the same key, and returns their index."""
         if key is not None and key in self._by_key:
             return self._by_key[key]
-        self._buffers.append(_AlignedBuffer(data))
+        self._buffers.append(AlignedBuffer(data))
         if key is not None:
             self._by_key[key] = len(self._buffers) - 1
         return len(self._buffers) - 1
@@ -167,10 +86,10 @@ class Model:
             self._sparsities[id(values)] = (values, found)
         return self._sparsities[id(values)][1]
 
-    def quantization(self, scale: np.ndarray) -> _SharedQuantization:
+    def quantization(self, scale: np.ndarray) -> SharedQuantization:
         """Returns the scales of a weight, one for each row; the same array means the same ones."""
         if id(scale) not in self._quantizations:
-            self._quantizations[id(scale)] = _SharedQuantization(scale, self._zeros)
+            self._quantizations[id(scale)] = SharedQuantization(scale, self._zeros)
         return self._quantizations[id(scale)]
 
     def block_scales(self, scale: np.ndarray) -> int:
@@ -256,7 +175,7 @@ class Graph:
         name: str | None,
         buffer: int = 0,
         tensor_type: int | None = None,
-        quantization: _SharedQuantization | schema.QuantizationParametersT | None = None,
+        quantization: SharedQuantization | schema.QuantizationParametersT | None = None,
         sparsity: SharedSparsity | None = None,
     ) -> Tensor:
         if quantization is None and np.dtype(dtype) == np.int8:
@@ -323,7 +242,7 @@ class Graph:
 
     def _quantization(
         self, scale: np.ndarray, block_size: int | None
-    ) -> _SharedQuantization | schema.QuantizationParametersT:
+    ) -> SharedQuantization | schema.QuantizationParametersT:
         """Returns scales of rows, or those of blocks, which are a tensor of the graph."""
         if block_size is None:
             return self._model.quantization(scale)

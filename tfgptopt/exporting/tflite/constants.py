@@ -10,7 +10,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.spec import Matrix
-from tfgptopt.exporting.tflite.builder import pack_int4
+from tfgptopt.exporting.tflite.packing import pack_int4
 
 
 def _digest(array: np.ndarray) -> bytes:

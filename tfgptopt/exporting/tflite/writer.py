@@ -18,9 +18,10 @@ import tfgptopt
 from tfgptopt.decoder import DecoderSpec, Matrix, has_reader, read_decoder
 from tfgptopt.decoder.reading import as_floats
 from tfgptopt.exporting.tflite import constants, converting
-from tfgptopt.exporting.tflite.builder import Model, pack
+from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
 from tfgptopt.exporting.tflite.kv_cache import CACHE_DTYPES, CacheDtype
+from tfgptopt.exporting.tflite.packing import pack
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
 from tfgptopt.exporting.tokenizer import end_token_ids, tokenizer_json
 from tfgptopt.exporting.writing import replacing
