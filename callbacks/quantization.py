@@ -133,7 +133,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             for rounder in rounders.rounders_of(target.layer)
             if spec.scale == "learned" and rounder.kept is not None
         ]
-        if learned and not self._waiting and self._updates is None:
+        if learned and not (self._waiting or self._frozen or self._updates):
             self._updates = ScaleUpdates(self.model.optimizer, learned)
             retrace(self.model)
 

@@ -49,6 +49,15 @@ def random_batch(rows: int = 8, length: int = 16, seed: int = 0):
     return inputs, tokens[:, 1:]
 
 
+def two_replicas():
+    """Returns a strategy of two replicas that needs no collective operations.
+
+    Those of two strategies in one process can be taken for each other.
+    """
+    reduce = tf.distribute.ReductionToOneDevice()
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=reduce)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     keras.utils.set_random_seed(1)

@@ -3,8 +3,7 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
-from conftest import make_gpt, random_batch
+from conftest import make_gpt, random_batch, two_replicas
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
@@ -61,7 +60,7 @@ def test_a_learned_scale_takes_the_step_of_plain_gradient_descent():
 def test_learned_scales_move_and_ship(options, tmp_path):
     options = dict(options)
     if options.pop("replicas", False):
-        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+        with two_replicas().scope():
             model = compiled(keras.optimizers.Adam(1e-2))
     else:
         model = compiled(keras.optimizers.Adam(1e-2), **options)

@@ -60,10 +60,17 @@ def test_configurations_that_the_graph_does_not_compute_are_refused():
     model.backbone.transformer_layers[1].normalize_first = False
     with pytest.raises(ValueError, match="norms before the branches"):
         read_decoder(model)
+
+
+def test_adapters_are_merged():
     model = make("Mistral")
-    model.backbone.enable_lora(2)
-    with pytest.raises(ValueError, match="merge them first"):
-        read_decoder(model)
+    dense = model.backbone.transformer_layers[0]._feedforward_gate_dense
+    plain = dense.kernel.numpy()
+    dense.enable_lora(2)
+    dense.lora_kernel_b.assign(dense.lora_kernel_b + 0.5)
+    found = read_decoder(model).blocks[0].feedforward.gate.values.T
+    expected = plain + dense.lora_kernel_a.numpy() @ dense.lora_kernel_b.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 class OwnBackbone(keras_hub.models.GPT2Backbone):

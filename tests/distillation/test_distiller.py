@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CONTEXT, make_gpt, random_batch
+from conftest import CONTEXT, make_gpt, random_batch, two_replicas
 from decoder.families import make
 from distillation.test_losses import expected, ragged
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
@@ -165,7 +165,7 @@ def test_two_replicas_take_the_step_of_one():
         return logs["loss"][0], student.get_weights()
 
     one = step(tf.distribute.get_strategy())
-    two = step(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
+    two = step(two_replicas())
     assert two[0] == pytest.approx(one[0], rel=1e-5)
     for a, b in zip(one[1], two[1], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
