@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -103,9 +103,7 @@ def read_integers(layer: Any) -> list[Integers]:
     Returns:
         List of `Integers`: the kernel or table, then the own head of a ReversibleEmbedding.
     """
-    target = target_of(layer)
-    if layer.quantized_as_head:
-        target = replace(target, role="head")
+    target = layers.rounded_target(layer)
     found = []
     for i, (variable, grid) in enumerate(rounders.grids_of(target, layer.quantization_spec)):
         values = _current_values(target) if i == 0 else as_floats(variable)

@@ -167,10 +167,15 @@ for _standard in (
     _dressed_class(_standard)
 
 
+def rounded_target(layer: Any) -> Target:
+    """Returns the target of a layer with a quantization spec, with the role it was rounded in."""
+    target = target_of(layer)
+    return replace(target, role="head") if layer.quantized_as_head else target
+
+
 def _resolve(layer: Any) -> None:
     """Finds the axes of a dressed layer that was built."""
-    target = target_of(layer)
-    target = replace(target, role="head") if layer.quantized_as_head else target
+    target = rounded_target(layer)
     layer._row_axes = target.row_axes
     rounders.attach(target, layer.quantization_spec)
 
@@ -298,6 +303,5 @@ def grid_of(layer: keras.Layer) -> Grid | None:
     spec = spec_of(layer)
     if spec is None:
         return None
-    target = target_of(layer)
-    target = replace(target, role="head") if layer.quantized_as_head else target
+    target = rounded_target(layer)
     return rounders.grids_of(target, spec)[0][1]
