@@ -4,11 +4,12 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 
-from tfgptopt.generation import TFLiteCausalLM, weight_cache
+from tfgptopt.generation import TFLiteCausalLM, notes, weight_cache
 
 PROMPT = [5, 6, 7]
 
@@ -22,6 +23,10 @@ def expected(lm):
     return lm.generate(PROMPT, stop=None)
 
 
+def checksum_of(content: bytes) -> int:
+    return zlib.crc32(zlib.crc32(content).to_bytes(4, "little"))
+
+
 def generate(path, folder):
     return TFLiteCausalLM(path, weight_cache=folder).generate(PROMPT, stop=None)
 
@@ -30,7 +35,6 @@ def test_it_is_built_once_and_used_then(path, expected, tmp_path, monkeypatch):
     folder = tmp_path / "new" / "cache"
     assert generate(path, folder) == expected
     (entry,) = entries(folder)
-    assert list(folder.iterdir()) == [entry]
     before = entry.stat()
     used = []
     from_file = weight_cache.load.__globals__["_scratch"]
@@ -81,7 +85,8 @@ def test_processes_that_start_together(path, expected, tmp_path):
     for process in processes:
         assert process.communicate(timeout=120)[0].strip() == str(expected)
         assert process.returncode == 0
-    assert list(tmp_path.iterdir()) == entries(tmp_path) and len(entries(tmp_path)) == 1
+    assert len(entries(tmp_path)) == 1
+    assert not list(tmp_path.glob("building-*"))
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
@@ -104,7 +109,7 @@ def test_a_full_disk_is_no_error(path, expected, tmp_path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == str(expected)
-    assert list(tmp_path.iterdir()) == []
+    assert not entries(tmp_path) and not list(tmp_path.glob("building-*"))
 
 
 def test_old_entries_and_abandoned_work_are_removed(tmp_path, monkeypatch):
@@ -118,9 +123,27 @@ def test_old_entries_and_abandoned_work_are_removed(tmp_path, monkeypatch):
     os.utime(tmp_path / "building-old", (now - 9999, now - 9999))
     (tmp_path / "building-new").write_bytes(b"")
     (tmp_path / "notes.txt").write_bytes(bytes(900))
+    for name, days in (("whole-new", 1), ("whole-old", 100)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (now - days * 86400, now - days * 86400))
     weight_cache._remove_old(tmp_path)
     names = {file.name for file in tmp_path.iterdir()}
-    assert names == {"0.xnnpack", "1.xnnpack", "building-new", "notes.txt"}
+    assert names == {"0.xnnpack", "1.xnnpack", "building-new", "notes.txt", "whole-new"}
+
+
+def test_an_old_entry_that_was_used_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_cache, "_MOST_BYTES", 250)
+    now = time.time()
+    for age in range(4):
+        content = bytes([age] * 100)
+        entry = tmp_path / f"a-{checksum_of(content):08x}.xnnpack"
+        entry.write_bytes(content)
+        os.utime(entry, (now - age - 10, now - age - 10))
+        oldest = entry
+    monkeypatch.setattr(notes, "_SETTLED_SECONDS", 0.0)
+    notes.add_note(oldest.stat(), checksum_of(bytes([3] * 100)), tmp_path)
+    weight_cache._remove_old(tmp_path)
+    assert oldest.is_file() and len(entries(tmp_path)) == 2
 
 
 def test_where_it_is(tmp_path, monkeypatch):

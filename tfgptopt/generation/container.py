@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 from ai_edge_litert import schema_py_generated as schema
 
+from tfgptopt.generation import notes
+
 METADATA_NAME = "tfgptopt"
 FORMAT_VERSION = 3
 
@@ -69,11 +71,12 @@ def checksum(file: BinaryIO, size: int) -> int:
     return zlib.crc32(crcs)
 
 
-def read_container(path: str | Path) -> Container:
+def read_container(path: str | Path, folder: Path | None = None) -> Container:
     """Reads the metadata of a file, and checks that the file is whole.
 
     Args:
         path: A `.tflite` file written by `tfgptopt.export`.
+        folder: Where it is noted which files are whole, or `None` to read the file in any case.
 
     Returns:
         A `Container`.
@@ -89,7 +92,7 @@ def read_container(path: str | Path) -> Container:
     with path.open("rb") as file:
         if file.read(8)[4:] != b"TFL3":
             raise ValueError(f"'{path}' is not a TFLite file: it does not begin with TFL3.")
-        crc, sealed = _verify(path, file)
+        crc, sealed = _verify(path, file, folder)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 blob = _find(data)
@@ -111,20 +114,24 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return read_container(path).metadata
 
 
-def _verify(path: Path, file: BinaryIO) -> tuple[int, bool]:
+def _verify(path: Path, file: BinaryIO, folder: Path | None) -> tuple[int, bool]:
     """Returns the checksum of a file and whether the file has one, which must then be right."""
-    size = path.stat().st_size
-    file.seek(max(0, size - _SEAL_BYTES))
+    stat = os.fstat(file.fileno())
+    file.seek(max(0, stat.st_size - _SEAL_BYTES))
     end = file.read(_SEAL_BYTES)
-    sealed = end.startswith(_SEAL)
-    crc = checksum(file, size - _SEAL_BYTES if sealed else size)
+    if not end.startswith(_SEAL):
+        return checksum(file, stat.st_size), False
     stored = int.from_bytes(end[len(_SEAL) :], "little")
-    if sealed and stored != crc:
+    if notes.is_noted(stat, stored, folder):
+        return stored, True
+    crc = checksum(file, stat.st_size - _SEAL_BYTES)
+    if stored != crc:
         raise ValueError(
             f"'{path}' is damaged: its checksum is {crc:08x}, and {stored:08x} was written. "
             "Copy or export it again."
         )
-    return crc, sealed
+    notes.add_note(stat, crc, folder)
+    return crc, True
 
 
 def _check_metadata(path: Path, metadata: dict[str, Any], sealed: bool) -> None:

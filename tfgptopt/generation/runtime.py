@@ -60,11 +60,12 @@ class TFLiteCausalLM:
         if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
             raise ValueError(f"`num_threads` must be an int >= 1. Received: {num_threads!r}")
         self.path = Path(path)
-        container = read_container(path)
+        folder = cache_folder(weight_cache)
+        container = read_container(path, folder)
         self.metadata: dict[str, Any] = container.metadata
         self._codec = Codec(self.metadata, self.metadata["decoder"]["vocabulary_size"])
         threads = num_threads or os.cpu_count() or 1
-        self._engine = Engine(self.path, container, threads, cache_folder(weight_cache))
+        self._engine = Engine(self.path, container, threads, folder)
         self._idle: Cache | None = None
         # Reentrant: a stream that is thrown away gives its cache back whenever Python collects it.
         self._idle_lock = threading.RLock()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -20,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
+from tfgptopt.generation import notes
 from tfgptopt.generation.container import checksum
 
 Model = TypeVar("Model")
@@ -29,7 +31,9 @@ MEMORY = ":memory"
 
 _SUFFIX = ".xnnpack"
 _MOST_BYTES = 4 << 30
-_ABANDONED_SECONDS = 3600
+_BUILDING = "building-"
+_ABANDONED_SECONDS = 3600.0
+_UNUSED_NOTE_SECONDS = 90 * 86400.0
 
 
 def cache_folder(choice: bool | str | Path) -> Path | None:
@@ -91,13 +95,23 @@ def _valid_entry(folder: Path, name: str) -> Path | None:
     with contextlib.suppress(OSError):
         for path in sorted(folder.glob(f"{name}-*{_SUFFIX}")):
             with path.open("rb") as file:
-                crc = checksum(file, path.stat().st_size)
-            if path.stem == f"{name}-{crc:08x}":
-                with contextlib.suppress(OSError):
-                    os.utime(path)  # The oldest are removed first.
+                stat = os.fstat(file.fileno())
+                if notes.is_noted(stat, _crc(path), folder):
+                    return path
+                crc = checksum(file, stat.st_size)
+            if crc == _crc(path):
+                notes.add_note(stat, crc, folder)
                 return path
             path.unlink()
     return None
+
+
+def _crc(entry: Path) -> int:
+    """Returns the checksum that an entry should have."""
+    try:
+        return int(entry.stem.rpartition("-")[2], 16)
+    except ValueError:
+        return -1  # Not an entry of ours: no file has this one.
 
 
 @contextlib.contextmanager
@@ -122,7 +136,7 @@ def _scratch() -> Iterator[str | None]:
 def _store(packed: Path, folder: Path, name: str) -> None:
     """Copies packed weights into the folder under their final name."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, temporary_name = tempfile.mkstemp(dir=folder, prefix="building-")
+    descriptor, temporary_name = tempfile.mkstemp(dir=folder, prefix=_BUILDING)
     temporary = Path(temporary_name)
     try:
         with packed.open("rb") as source, os.fdopen(descriptor, "wb") as target:
@@ -138,14 +152,23 @@ def _store(packed: Path, folder: Path, name: str) -> None:
 
 
 def _remove_old(folder: Path) -> None:
-    """Removes the entries that were not used for longest, beyond 4 GiB, and abandoned work."""
+    """Removes the entries not used for longest, beyond 4 GiB, and what was left behind."""
     now, total = time.time(), 0
-    files = [(path, path.stat()) for path in folder.iterdir() if path.is_file()]
-    for path, stat in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
-        if path.name.startswith("building-"):
-            if now - stat.st_mtime > _ABANDONED_SECONDS:
-                path.unlink()
-        elif path.suffix == _SUFFIX:
-            total += stat.st_size
-            if total > _MOST_BYTES and total > stat.st_size:
-                path.unlink()
+    entries = []
+    for path in filter(Path.is_file, folder.iterdir()):
+        stat = path.stat()
+        if path.suffix == _SUFFIX:
+            entries.append((notes.last_use(stat, _crc(path), folder), stat.st_size, path))
+        elif now - stat.st_mtime > _left_behind_after(path.name):
+            path.unlink()
+    for _, size, path in sorted(entries, reverse=True):
+        total += size
+        if total > _MOST_BYTES and total > size:
+            path.unlink()
+
+
+def _left_behind_after(name: str) -> float:
+    """Returns the age in seconds at which a file that is no entry is of no use."""
+    if name.startswith(notes.PREFIX):
+        return _UNUSED_NOTE_SECONDS
+    return _ABANDONED_SECONDS if name.startswith(_BUILDING) else math.inf
