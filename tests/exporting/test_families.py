@@ -4,11 +4,18 @@ import tensorflow as tf
 from decoder.families import CONTEXT, FAMILIES, logits, make, prompt
 
 import tfgptopt
+from tfgptopt.generation import caches
 from tfgptopt.quantization import Int4, Int8
 
 # KerasHub 0.32's cache of GPT-NeoX turns each new query as if it stood at position 0, and that of
 # Qwen2 with a sliding window raises.
 _BROKEN_CACHE = ("GPTNeoX", "Qwen2")
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Makes caches grow several times within the short context."""
+    monkeypatch.setattr(caches, "_STEP", 16)
 
 
 def file_logits(lm, tokens):

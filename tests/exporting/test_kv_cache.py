@@ -20,7 +20,8 @@ def lm(request, model, tmp_path_factory):
 
 
 def held(engine, cache, name):
-    shape, dtype = engine._cache_shapes[name]
+    heads, size, dtype = engine._caches._shapes[name]
+    shape = (heads, cache.positions, size)
     return cache.buffers[name].read(int(np.prod(shape)), dtype.type).reshape(shape)
 
 
@@ -31,7 +32,7 @@ def test_int8_rows_are_the_floats_rounded_to_their_largest(model, tmp_path):
         engine = tfgptopt.TFLiteCausalLM(file)._engine
         cache = engine.new_cache()
         engine.read(cache, TOKENS[:150])  # Chunks, and single tokens.
-        names = [name for name in engine._cache_shapes if name.endswith("_0")]
+        names = [name for name in cache.buffers if name.endswith("_0")]
         found.append({name: held(engine, cache, name) for name in names})
     floats, integers = found
     assert set(integers) == {"key_0", "value_0", "key_scale_0", "value_scale_0"}
@@ -46,21 +47,57 @@ def test_int8_rows_are_the_floats_rounded_to_their_largest(model, tmp_path):
         assert difference.mean() < 0.001
 
 
-def test_logits_are_those_of_keras(lm, model):
+@pytest.fixture
+def expected(model):
     mask = np.ones((1, len(TOKENS)), np.int32)
-    inputs = {"token_ids": np.asarray([TOKENS]), "padding_mask": mask}
-    expected = np.asarray(model(inputs))[0]
-    engine = lm._engine
-    # Rounded keys and values differ by 1/254 of the largest of a row at most.
-    tolerance = 1e-4 if len(engine._cache_shapes) == 4 else 0.02 * expected.std()
+    return np.asarray(model({"token_ids": np.asarray([TOKENS]), "padding_mask": mask}))[0]
+
+
+def tolerance(lm, expected):
+    """Rounded keys and values differ by 1/254 of the largest of a row at most."""
+    exact = lm.metadata["decoder"]["cache_dtype"] == "float32"
+    return 1e-4 if exact else 0.02 * expected.std()
+
+
+def test_logits_are_those_of_keras(lm, expected):
+    engine, close = lm._engine, tolerance(lm, expected)
     chunks = engine.score(engine.new_cache(), TOKENS)
-    np.testing.assert_allclose(chunks, expected, atol=tolerance)
+    np.testing.assert_allclose(chunks, expected, atol=close)
     cache = engine.new_cache()
     engine.read(cache, TOKENS[:120])
     copy = engine.copy_cache(cache)
     for each in (cache, copy):
         singles = np.stack([engine.decode(each, token) for token in TOKENS[120:]])
-        np.testing.assert_allclose(singles, expected[120:], atol=tolerance)
+        np.testing.assert_allclose(singles, expected[120:], atol=close)
+
+
+def test_caches_grow_with_their_texts_and_shrink_for_others(lm, expected):
+    engine, close = lm._engine, tolerance(lm, expected)
+    long, short = engine.new_cache(), engine.new_cache()
+    assert long.positions == short.positions == 128
+    engine.read(long, TOKENS[:127])
+    engine.read(short, TOKENS[:20])
+    for i in range(8):  # By turns, while one of them grows.
+        for cache, position in ((long, 127 + i), (short, 20 + i)):
+            logits = engine.decode(cache, TOKENS[position])
+            np.testing.assert_allclose(logits, expected[position], atol=close)
+    assert (long.positions, short.positions) == (256, 128)
+    engine.read(long, TOKENS[:50])
+    assert long.positions == 128 and len(long.tokens) == 50
+    logits = engine.decode(long, TOKENS[50])
+    np.testing.assert_allclose(logits, expected[50], atol=close)
+
+
+def test_growth_appends_zeros_behind_the_same_rows(lm):
+    engine = lm._engine
+    cache = engine.new_cache()
+    engine.read(cache, TOKENS[:100])
+    before = {name: held(engine, cache, name) for name in cache.buffers}
+    engine._caches.fit("decode", cache, 129, 129)
+    for name, rows in before.items():
+        after = held(engine, cache, name)
+        np.testing.assert_array_equal(after[:, :128], rows)
+        assert after.shape[1] == 256 and not after[:, 128:].any()
 
 
 def test_a_cache_begins_with_zeros_where_memory_is_used_again(lm):
@@ -70,7 +107,7 @@ def test_a_cache_begins_with_zeros_where_memory_is_used_again(lm):
     del cache
     for _ in range(3):
         fresh = engine.new_cache()
-        assert not any(held(engine, fresh, name).any() for name in engine._cache_shapes)
+        assert not any(held(engine, fresh, name).any() for name in fresh.buffers)
 
 
 def test_what_has_no_int8_cache_is_refused(model, tmp_path):

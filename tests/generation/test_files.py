@@ -79,32 +79,11 @@ def test_a_newer_format_and_missing_fields(path, tmp_path):
         refused(tmp_path / "a.tflite", changed, "is damaged")
 
 
-def test_format_1_had_no_checksum_and_is_still_read(path, lm, tmp_path):
-    def older(metadata):
-        metadata["format_version"] = 1
-        sizes = metadata["signatures"]
-        metadata["signatures"] = {
-            kind: {n: window if kind == "decode" else n_ for n, (n_, window) in sizes[kind].items()}
-            for kind in sizes
-        }
-
-    old = tmp_path / "old.tflite"
-    old.write_bytes(rewritten(path.read_bytes(), older)[:-16])
-    assert read_container(old).metadata["signatures"] == lm.metadata["signatures"]
-    assert TFLiteCausalLM(old).generate("import") == lm.generate("import")
-    refused(old, old.read_bytes()[:-2000], "damaged")
-
-
-def test_format_2_had_one_end_token(path, tmp_path):
-    def older(metadata):
-        metadata["format_version"] = 2
-        del metadata["generation"]["end_token_ids"]
-        metadata["generation"]["end_token_id"] = 5
-
-    old = tmp_path / "old.tflite"
-    old.write_bytes(rewritten(path.read_bytes(), older))
-    assert read_container(old).metadata["generation"]["end_token_ids"] == [5]
-    assert not {5} & set(TFLiteCausalLM(old).generate([1, 2, 3], max_length=16, strip_prompt=True))
+def test_an_older_format_and_a_missing_checksum(path, tmp_path):
+    whole = path.read_bytes()
+    older = rewritten(whole, lambda metadata: metadata.update(format_version=3))
+    refused(tmp_path / "a.tflite", older, "has format 3; .* Export the model again")
+    refused(tmp_path / "a.tflite", whole[:-16], "damaged or was cut off: the checksum")
 
 
 def test_a_tokenizer_that_is_larger_than_the_model(path, tmp_path):

@@ -50,9 +50,9 @@ def test_a_turn_reads_only_what_is_new(precise, monkeypatch):
     session.generate("import json\n", max_new_tokens=4, stop=None)
     run = precise._engine._run
 
-    def counted(signature, cache, tokens, position):
+    def counted(signature, cache, tokens, position, expected):
         read.append(position)
-        return run(signature, cache, tokens, position)
+        return run(signature, cache, tokens, position, expected)
 
     monkeypatch.setattr(precise._engine, "_run", counted)
     before = len(session.tokens)

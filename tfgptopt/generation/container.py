@@ -21,7 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 from tfgptopt.generation import notes
 
 METADATA_NAME = "tfgptopt"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 _SEAL = b"TFGPTOPT"
 _SEAL_BYTES = len(_SEAL) + 8
@@ -92,7 +92,7 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
     with path.open("rb") as file:
         if file.read(8)[4:] != b"TFL3":
             raise ValueError(f"'{path}' is not a TFLite file: it does not begin with TFL3.")
-        crc, sealed = _verify(path, file, folder)
+        crc = _verify(path, file, folder)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 blob = _find(data)
@@ -104,9 +104,14 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
             f"'{path}' is a TFLite file, but was not written by tfgptopt: it has no metadata named "
             f"'{METADATA_NAME}'. Write it with `tfgptopt.export(model, path)`."
         )
-    _check_metadata(path, metadata, sealed)
+    _check_metadata(path, metadata)
+    if crc is None:
+        raise ValueError(
+            f"'{path}' is damaged or was cut off: the checksum at its end is missing. "
+            "Copy or export it again."
+        )
     name = f"{hashlib.sha256(blob).hexdigest()[:16]}{crc:08x}"
-    return Container(_as_format_3(_as_format_2(metadata)), name)
+    return Container(metadata, name)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -114,16 +119,16 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return read_container(path).metadata
 
 
-def _verify(path: Path, file: BinaryIO, folder: Path | None) -> tuple[int, bool]:
-    """Returns the checksum of a file and whether the file has one, which must then be right."""
+def _verify(path: Path, file: BinaryIO, folder: Path | None) -> int | None:
+    """Returns the checksum of a file, which must be right, or `None` if the file has none."""
     stat = os.fstat(file.fileno())
     file.seek(max(0, stat.st_size - _SEAL_BYTES))
     end = file.read(_SEAL_BYTES)
     if not end.startswith(_SEAL):
-        return checksum(file, stat.st_size), False
+        return None
     stored = int.from_bytes(end[len(_SEAL) :], "little")
     if notes.is_noted(stat, stored, folder):
-        return stored, True
+        return stored
     crc = checksum(file, stat.st_size - _SEAL_BYTES)
     if stored != crc:
         raise ValueError(
@@ -131,47 +136,21 @@ def _verify(path: Path, file: BinaryIO, folder: Path | None) -> tuple[int, bool]
             "Copy or export it again."
         )
     notes.add_note(stat, crc, folder)
-    return crc, True
+    return crc
 
 
-def _check_metadata(path: Path, metadata: dict[str, Any], sealed: bool) -> None:
+def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
     version = metadata.get("format_version")
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"'{path}' is damaged: its format version is {version!r}.")
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
+        remedy = "Update tfgptopt." if version > FORMAT_VERSION else "Export the model again."
         raise ValueError(
-            f"'{path}' has format {version}; this tfgptopt reads up to {FORMAT_VERSION}. "
-            "Update tfgptopt."
-        )
-    if version > 1 and not sealed:
-        raise ValueError(
-            f"'{path}' is damaged or was cut off: the checksum at its end is missing. "
-            "Copy or export it again."
+            f"'{path}' has format {version}; this tfgptopt reads format {FORMAT_VERSION}. {remedy}"
         )
     missing = [field for field in _FIELDS if field not in metadata]
     if missing:
         raise ValueError(f"'{path}' is damaged: its metadata lacks {', '.join(missing)}.")
-
-
-def _as_format_2(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns metadata whose signatures are `[length, window]` pairs, which format 1 has not."""
-    if metadata["format_version"] > 1:
-        return metadata
-    context = metadata["decoder"]["context_length"]
-    signatures = {
-        kind: {n: [1, size] if kind == "decode" else [size, context] for n, size in sizes.items()}
-        for kind, sizes in metadata["signatures"].items()
-    }
-    return {**metadata, "signatures": signatures}
-
-
-def _as_format_3(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Returns metadata with the end tokens as a list; older formats have one at most."""
-    generation = dict(metadata["generation"])
-    if "end_token_ids" not in generation:
-        end = generation.pop("end_token_id")
-        generation["end_token_ids"] = [] if end is None else [end]
-    return {**metadata, "generation": generation}
 
 
 def _find(data: Any) -> bytes | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tfgptopt.generation import samplers
+from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Codec, Stop
-from tfgptopt.generation.engine import Cache, Engine
+from tfgptopt.generation.engine import Engine
 
 # The last tokens of a prompt: a tokenizer may show a token differently at the start of a text.
 _CONTEXT_TOKENS = 4

@@ -14,6 +14,7 @@ from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from tfgptopt.generation import weight_cache
+from tfgptopt.generation.caches import Cache, Caches, release
 from tfgptopt.generation.container import Container
 from tfgptopt.quiet import quiet_native_logs
 
@@ -22,28 +23,10 @@ _TOKENS_PER_CALL = 16
 
 
 class Signature(NamedTuple):
-    """What a signature reads at once, and how much of the cache it attends to, in tokens."""
+    """What reads so many tokens at once."""
 
     length: int
-    window: int
     name: str
-
-
-class Cache:
-    """Keys and values of a text, and the tokens that they belong to."""
-
-    def __init__(self, buffers: dict[str, Any]) -> None:
-        self.buffers = buffers
-        self.tokens: list[int] = []
-        weakref.finalize(self, _release, self.__dict__)
-
-    def shared_with(self, tokens: Sequence[int]) -> int:
-        """Returns how many tokens at the beginning are the same."""
-        pairs = zip(self.tokens, tokens, strict=False)
-        return next(
-            (i for i, (held, wanted) in enumerate(pairs) if held != wanted),
-            min(len(self.tokens), len(tokens)),
-        )
 
 
 class Engine:
@@ -62,12 +45,13 @@ class Engine:
         decoder, signatures = container.metadata["decoder"], container.metadata["signatures"]
         self.context_length: int = decoder["context_length"]
         self.vocabulary_size: int = decoder["vocabulary_size"]
-        self._decode = _by_size(signatures["decode"])
-        self._prefill = _by_size(signatures["prefill"])
-        self._score = _by_size(signatures["score"])
+        self._decode, self._prefill, self._score = (
+            sorted(Signature(length, name) for name, length in signatures[kind].items())
+            for kind in ("decode", "prefill", "score")
+        )
         self._lock = threading.Lock()
         self._buffers: dict[str, Any] = {}
-        weakref.finalize(self, _release, self.__dict__)
+        weakref.finalize(self, release, self.__dict__)
 
         def compiled(weights: str) -> CompiledModel:
             cpu = CpuOptions(num_threads=num_threads, xnnpack_weight_cache_path=weights)
@@ -76,42 +60,27 @@ class Engine:
 
         with quiet_native_logs():
             self._model = weight_cache.load(compiled, container.content_hash, folder)
-        inputs = self._model.get_input_tensor_details(self._decode[0].name)
-        self._cache_shapes = {
-            name: (tuple(tensor["shape"]), np.dtype(tensor["dtype"]))
-            for name, tensor in inputs.items()
-            if name not in ("tokens", "position")
-        }
+        self._caches = Caches(
+            self._model, self._decode[0].name, self.context_length, decoder["resizable"]
+        )
 
     def new_cache(self) -> Cache:
         """Returns an empty cache."""
-        name = self._decode[0].name
-        with self._lock, quiet_native_logs():
-            buffers = {
-                key: self._model.create_input_buffer_by_name(name, key)
-                for key in self._cache_shapes
-            }
-            for key, (shape, dtype) in self._cache_shapes.items():
-                # A masked position must hold a finite number: zero weight times infinity is NaN.
-                # Fresh memory is zero, and takes no room until it is written to.
-                held = buffers[key].read(int(np.prod(shape)), dtype.type)
-                if held.view(f"i{dtype.itemsize}").any():
-                    buffers[key].write(np.zeros(shape, dtype))
-        return Cache(buffers)
+        with self._lock:
+            return self._caches.new()
 
     def copy_cache(self, cache: Cache) -> Cache:
         """Returns a cache of its own with the same content."""
-        copy = self.new_cache()
         with self._lock:
-            for key, (shape, dtype) in self._cache_shapes.items():
-                values = cache.buffers[key].read(int(np.prod(shape)), dtype.type)
-                copy.buffers[key].write(values.reshape(shape))
-            copy.tokens = list(cache.tokens)
-        return copy
+            return self._caches.copy(cache)
 
     def read(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Brings the tokens of a text into a cache, as far as it does not hold them."""
         del cache.tokens[cache.shared_with(tokens) :]
+        room = self._caches.room_for(len(tokens) + 1)
+        if cache.positions > room:  # It had a longer text, which this one need not pay for.
+            with self._lock:
+                self._caches.shrink(cache, room)
         lengths = (1, *(signature.length for signature in self._prefill))
         while (position := len(cache.tokens)) < len(tokens):
             length = _split(len(tokens) - position, lengths)
@@ -123,8 +92,7 @@ class Engine:
     def decode(self, cache: Cache, token: int) -> np.ndarray:
         """Reads one token more; returns the logits behind it, float32 `(vocabulary,)`."""
         position = len(cache.tokens)
-        signature = _narrowest(self._decode, 1, position + 1)
-        logits = self._run(signature, cache, [token], position)
+        logits = self._run(self._decode[0], cache, [token], position, position + 1)
         cache.tokens.append(token)
         return logits
 
@@ -156,17 +124,19 @@ class Engine:
         """
         start = min(position, self.context_length - length)
         chunk = list(tokens[start : start + length])
-        signature = _narrowest(signatures, length, start + length)
+        signature = next(s for s in signatures if s.length == length)
         del cache.tokens[start:]
-        logits = self._run(signature, cache, chunk + [0] * (length - len(chunk)), start)
+        filled = chunk + [0] * (length - len(chunk))
+        logits = self._run(signature, cache, filled, start, len(tokens) + 1)
         cache.tokens += chunk
         return logits, start + len(chunk)
 
     def _run(
-        self, signature: Signature, cache: Cache, tokens: list[int], position: int
+        self, signature: Signature, cache: Cache, tokens: list[int], position: int, expected: int
     ) -> np.ndarray:
         """Runs a signature; returns its logits, which are empty if it has none."""
         with self._lock:
+            self._caches.fit(signature.name, cache, position + signature.length, expected)
             inputs = {**self._inputs(signature), **cache.buffers}
             inputs["tokens"].write(np.asarray(tokens, np.int32))
             inputs["position"].write(np.asarray([position], np.int32))
@@ -179,8 +149,8 @@ class Engine:
             return logits
 
     def _inputs(self, signature: Signature) -> dict[str, Any]:
-        """Returns the buffers for tokens and position, which signatures of a length share."""
-        key = f"tokens {signature.length}"
+        """Returns the buffers for tokens and position."""
+        key = f"tokens {signature.name}"
         if key not in self._buffers:
             create = self._model.create_input_buffer_by_name
             with quiet_native_logs():
@@ -188,10 +158,10 @@ class Engine:
         return dict(self._buffers[key])
 
     def _outputs(self, signature: Signature) -> dict[str, Any]:
-        """Returns the buffer for logits, if there are any, which signatures of a length share."""
+        """Returns the buffer for logits, if there are any."""
         if signature in self._prefill:
             return {}
-        key = f"logits {signature.length}"
+        key = f"logits {signature.name}"
         if key not in self._buffers:
             create = self._model.create_output_buffer_by_name
             with quiet_native_logs():
@@ -217,18 +187,3 @@ def _cheapest(left: int, lengths: tuple[int, ...]) -> tuple[int, int]:
         costs.append((length + _TOKENS_PER_CALL + rest, length))
     # Of equal ones the longest, since the rest may be a chunk that is not full.
     return min(costs, key=lambda cost: (cost[0], -cost[1]))
-
-
-def _narrowest(signatures: list[Signature], length: int, end: int) -> Signature:
-    """Returns the signature of a length with the smallest window that covers a position."""
-    return next(s for s in signatures if s.length == length and s.window >= end)
-
-
-def _by_size(signatures: dict[str, list[int]]) -> list[Signature]:
-    return sorted(Signature(length, window, name) for name, (length, window) in signatures.items())
-
-
-def _release(native: dict[str, Any]) -> None:
-    """Drops LiteRT's objects, which log their end."""
-    with quiet_native_logs():
-        native.clear()

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from tfgptopt.generation import samplers
+from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Codec, Prompt, StopLike
 from tfgptopt.generation.container import read_container
 from tfgptopt.generation.continuing import Continuation, sampled_tokens
-from tfgptopt.generation.engine import Cache, Engine
+from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.session import Session
 from tfgptopt.generation.weight_cache import cache_folder
 

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator, Sequence
 
 from tfgptopt.generation import samplers
+from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Codec, StopLike
 from tfgptopt.generation.continuing import Continuation, sampled_tokens
-from tfgptopt.generation.engine import Cache, Engine
+from tfgptopt.generation.engine import Engine
 
 
 class Session:

@@ -1,7 +1,8 @@
 """Attention of a decoder layer on its KV cache.
 
-Keys and values are held by head, `(key-value heads, context, head_dim)`. Query heads that share a
-key-value head are neighbours, as in KerasHub, so that nothing is repeated.
+Keys and values are held by head, `(key-value heads, positions, head_dim)`, with as many positions
+as the runtime chooses: to copy the first of many would take a sixth of the time behind long texts.
+Query heads that share a key-value head are neighbours, as in KerasHub: nothing is repeated.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from tfgptopt.decoder.spec import Attention, Matrix, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
-from tfgptopt.exporting.tflite.kv_cache import Held, Window
+from tfgptopt.exporting.tflite.kv_cache import Held, Rows
 
 # Large enough to vanish in a softmax, small enough to stay finite after a multiplication.
 _MASKED = 1e9
@@ -79,23 +80,23 @@ class Positions:
     Args:
         graph: The graph of the signature.
         length: Tokens read in one call.
-        window: Positions that are attended to, from the first on.
+        keys: Keys of a layer, `(key-value heads, positions, head_dim)`.
     """
 
-    def __init__(self, graph: Graph, length: int, window: int) -> None:
+    def __init__(self, graph: Graph, length: int, keys: Tensor) -> None:
         first = graph.input("position", (1,), np.int32)
         offsets = graph.constant(np.arange(length, dtype=np.int32))
         self.indices = op.binary(graph, "ADD", first, offsets)
         self.start = op.pad_vector(graph, first, 1, 1)
-        self.window = window
         self._graph = graph
+        self._keys = keys
         self._biases: dict[object, Tensor] = {}
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
     def bias(self, attention: Attention) -> Tensor:
         """Returns what is added to the scores: very negative where a token may not look.
 
-        The shape is `(1, length, window)`, or `(heads, length, window)` with ALiBi.
+        The shape is `(1, length, positions)`, or `(heads, length, positions)` with ALiBi.
         """
         alibi = attention.alibi
         key = (attention.window, None if alibi is None else alibi.tobytes())
@@ -106,10 +107,11 @@ class Positions:
     def _make_bias(self, attention: Attention) -> Tensor:
         graph, length = self._graph, self.indices.shape[0]
         rows = op.reshape(graph, op.cast_to_float(graph, self.indices), (1, length, 1))
-        columns = np.arange(self.window, dtype=np.float32).reshape(1, 1, self.window)
-        distance = op.binary(graph, "SUB", rows, graph.constant(columns))
+        shape = (1, 1, self._keys.shape[1])
+        columns = op.reshape(graph, op.indices(graph, self._keys, 1), shape, free=2)
+        distance = op.binary(graph, "SUB", rows, columns)
         refused = op.binary(graph, "MINIMUM", distance, op.scalar(graph, 0))
-        if attention.window is not None and attention.window < self.window:
+        if attention.window is not None and attention.window < self._keys.shape[1]:
             left = op.binary(graph, "SUB", op.scalar(graph, attention.window - 1), distance)
             refused = op.binary(graph, "MINIMUM", refused, left)
         bias = op.binary(graph, "MUL", refused, op.scalar(graph, _MASKED))
@@ -182,7 +184,7 @@ def attend(
 ) -> Tensor:
     """Returns the attended values, `(length, heads * head_dim)`."""
     heads, length, _ = query.shape
-    keys, values = (held.window(positions.window) for held in cache)
+    keys, values = (held.rows() for held in cache)
     cap, scale = attention.logit_soft_cap, attention.scale
     query = op.binary(graph, "MUL", query, op.scalar(graph, scale / cap if cap else scale))
     alone = length == 1 and heads == attention.num_key_value_heads
@@ -193,34 +195,35 @@ def attend(
     return (_mix_of_one if alone else _mix_of_many)(graph, weights, values)
 
 
-def _scores_of_one(graph: Graph, query: Tensor, keys: Window) -> Tensor:
-    """Scores of one token, `(heads, 1, window)`: broadcasting does not repack the cache."""
-    heads, window, _ = keys.rows.shape
-    scores = op.reduce(graph, "SUM", op.binary(graph, "MUL", keys.rows, query), 2, keep=False)
-    return keys.scale_of_one(graph, op.reshape(graph, scores, (heads, 1, window)))
+def _scores_of_one(graph: Graph, query: Tensor, keys: Rows) -> Tensor:
+    """Scores of one token, `(heads, 1, positions)`: broadcasting does not repack the cache."""
+    heads, positions, _ = keys.values.shape
+    scores = op.reduce(graph, "SUM", op.binary(graph, "MUL", keys.values, query), 2, keep=False)
+    return keys.scale_of_one(graph, op.reshape(graph, scores, (heads, 1, positions), free=2))
 
 
-def _mix_of_one(graph: Graph, weights: Tensor, values: Window) -> Tensor:
-    heads, window, size = values.rows.shape
-    weights = op.reshape(graph, values.scale_of_one(graph, weights), (heads, window, 1))
-    mixed = op.reduce(graph, "SUM", op.binary(graph, "MUL", values.rows, weights), 1, keep=False)
+def _mix_of_one(graph: Graph, weights: Tensor, values: Rows) -> Tensor:
+    heads, positions, size = values.values.shape
+    weights = values.scale_of_one(graph, weights)
+    weights = op.reshape(graph, weights, (heads, positions, 1), free=1)
+    mixed = op.reduce(graph, "SUM", op.binary(graph, "MUL", values.values, weights), 1, keep=False)
     return op.reshape(graph, mixed, (1, heads * size))
 
 
-def _scores_of_many(graph: Graph, query: Tensor, keys: Window) -> Tensor:
-    """Scores, `(heads, length, window)`: one product for the heads that share keys."""
+def _scores_of_many(graph: Graph, query: Tensor, keys: Rows) -> Tensor:
+    """Scores, `(heads, length, positions)`: one product for the heads that share keys."""
     heads, length, size = query.shape
-    groups, window, _ = keys.rows.shape
+    groups, positions, _ = keys.values.shape
     shared = op.reshape(graph, query, (groups, heads // groups * length, size))
     scores = op.batch_matmul(graph, shared, keys.scaled(graph), transpose_y=True)
-    return op.reshape(graph, scores, (heads, length, window))
+    return op.reshape(graph, scores, (heads, length, positions), free=2)
 
 
-def _mix_of_many(graph: Graph, weights: Tensor, values: Window) -> Tensor:
-    heads, length, window = weights.shape
-    groups, _, size = values.rows.shape
-    shared = op.reshape(graph, weights, (groups, heads // groups * length, window))
-    mixed = op.batch_matmul(graph, shared, values.scaled(graph))
+def _mix_of_many(graph: Graph, weights: Tensor, values: Rows) -> Tensor:
+    heads, length, positions = weights.shape
+    groups, _, size = values.values.shape
+    shape = (groups, heads // groups * length, positions)
+    mixed = op.batch_matmul(graph, op.reshape(graph, weights, shape, free=2), values.scaled(graph))
     if length > 1:
         mixed = op.transpose(graph, op.reshape(graph, mixed, (heads, length, size)), (1, 0, 2))
     return op.reshape(graph, mixed, (length, heads * size))

@@ -135,16 +135,15 @@ def _step_function(model: Any, step: Step, caches: list[str]) -> Callable[..., A
 
     def run(inputs: dict[str, Any]) -> dict[str, Any]:
         held = [tf.transpose(inputs[name], (1, 0, 2)) for name in caches]
-        seen = tf.stack([cache[: step.window] for cache in held])
+        seen = tf.stack(held)
         seen = tf.reshape(seen, (1, len(caches) // 2, 2, *seen.shape[1:]))
         logits, _, new = model.call_with_cache(
             inputs["tokens"][None], tf.cast(seen, model.compute_dtype), inputs["position"][0]
         )
         outputs = {}
-        for i, (name, cache) in enumerate(zip(caches, held, strict=True)):
+        for i, name in enumerate(caches):
             updated = tf.cast(new[0, i // 2, i % 2], tf.float32)
-            whole = tf.concat([updated, cache[step.window :]], 0)
-            outputs[name] = tf.transpose(whole, (1, 0, 2))
+            outputs[name] = tf.transpose(updated, (1, 0, 2))
         if step.logits:
             outputs["logits"] = tf.cast(logits[0], tf.float32)
         return outputs

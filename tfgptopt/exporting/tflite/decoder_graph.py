@@ -1,7 +1,7 @@
 """The graph of a decoder: reads tokens at a position, updates the KV cache, gives logits.
 
-One function serves every signature: they differ in how many tokens they read, in how much of the
-cache they attend to, and in whether they compute logits.
+One function serves every signature: they differ in how many tokens they read, and in whether they
+compute logits.
 """
 
 from __future__ import annotations
@@ -25,13 +25,11 @@ class Step:
     Attributes:
         name: Name of the signature.
         length: Tokens read in one call.
-        window: Positions of the cache that are attended to, from the first on.
         logits: Whether logits are computed, for every token read.
     """
 
     name: str
     length: int
-    window: int
     logits: bool
 
 
@@ -44,7 +42,8 @@ def add_signatures(
     token; `key_i` and `value_i` `(key-value heads, context, head_dim)` for each layer `i`, of the
     dtype of the cache, and for int8 `key_scale_i` and `value_scale_i` float32 `(key-value heads,
     context, 1)`. Outputs: the caches under the same names, and `logits` float32 `(length,
-    vocabulary)`.
+    vocabulary)`. All caches together may be resized to fewer positions. A signature `grow` appends
+    the positions of its input `room` (for int8 also `room_scale`) to each cache.
 
     Args:
         model: The file.
@@ -59,6 +58,18 @@ def add_signatures(
     ]
     for step in steps:
         _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
+    rooms: dict[str, Tensor] = {}
+    for cache in _caches(model.graph("grow"), spec, cache_dtype):
+        for held in cache:
+            held.grow(rooms)
+
+
+def _caches(graph: Graph, spec: DecoderSpec, dtype: CacheDtype) -> list[list[Held]]:
+    """Returns keys and values of each layer."""
+    return [
+        [Held(graph, name, i, spec.cache_shape, dtype) for name in ("key", "value")]
+        for i in range(len(spec.blocks))
+    ]
 
 
 def _add_signature(
@@ -69,11 +80,8 @@ def _add_signature(
     cache_dtype: CacheDtype,
 ) -> None:
     tokens = graph.input("tokens", (step.length,), np.int32)
-    positions = Positions(graph, step.length, step.window)
-    caches = [
-        [Held(graph, name, i, spec.cache_shape, cache_dtype) for name in ("key", "value")]
-        for i in range(len(spec.blocks))
-    ]
+    caches = _caches(graph, spec, cache_dtype)
+    positions = Positions(graph, step.length, caches[0][0].tensor)
     x = _embed(graph, spec, tokens, positions)
     layers = zip(spec.blocks, projections, caches, strict=True)
     for i, (block, projection, cache) in enumerate(layers):

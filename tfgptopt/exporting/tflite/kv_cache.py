@@ -22,27 +22,28 @@ _SMALLEST = 1e-12
 
 
 @dataclass(frozen=True)
-class Window:
-    """The first positions of the keys, or values, of a layer.
+class Rows:
+    """The keys, or values, of a layer.
 
     Attributes:
-        rows: float32 `(key-value heads, window, head_dim)`.
-        scale: float32 `(key-value heads, window, 1)`, a factor on `rows`, or `None` for 1.
+        values: float32 `(key-value heads, positions, head_dim)`.
+        scale: float32 `(key-value heads, positions, 1)`, a factor on them, or `None` for 1.
     """
 
-    rows: Tensor
+    values: Tensor
     scale: Tensor | None
 
     def scaled(self, graph: Graph) -> Tensor:
-        """Returns the rows with their scale."""
-        return self.rows if self.scale is None else op.binary(graph, "MUL", self.rows, self.scale)
+        """Returns the values with their scale."""
+        if self.scale is None:
+            return self.values
+        return op.binary(graph, "MUL", self.values, self.scale)
 
     def scale_of_one(self, graph: Graph, x: Tensor) -> Tensor:
-        """Multiplies `(heads, 1, window)`, of one query, by the scale: cheaper than the rows."""
+        """Multiplies `(heads, 1, positions)`, of one query, by the scale: there are fewer."""
         if self.scale is None:
             return x
-        heads, window, _ = self.scale.shape
-        return op.binary(graph, "MUL", x, op.reshape(graph, self.scale, (heads, 1, window)))
+        return op.binary(graph, "MUL", x, op.reshape(graph, self.scale, x.shape, free=2))
 
 
 class Held:
@@ -52,7 +53,8 @@ class Held:
         graph: The graph of the signature.
         name: `"key"` or `"value"`.
         layer: Index of the layer.
-        shape: `(key-value heads, context, head_dim)`.
+        shape: `(key-value heads, positions, head_dim)`. Nothing in the graph depends on the
+            number of positions: a runtime may resize that axis.
         dtype: `"float32"` or `"int8"`.
     """
 
@@ -65,6 +67,11 @@ class Held:
         if dtype == "int8":
             self._names.append(f"{name}_scale_{layer}")
             self._parts.append(graph.input(self._names[1], (*shape[:2], 1), np.float32))
+
+    @property
+    def tensor(self) -> Tensor:
+        """The rows as they are held."""
+        return self._parts[0]
 
     def write(self, rows: Tensor, start: Tensor) -> None:
         """Writes new rows, `(key-value heads, length, head_dim)`, and names the outputs."""
@@ -80,12 +87,20 @@ class Held:
         for name, held in zip(self._names, self._parts, strict=True):
             graph.output(name, held)
 
-    def window(self, size: int) -> Window:
-        """Returns the first `size` positions."""
-        parts = [
-            op.slice_(self._graph, part, (0, 0, 0), (part.shape[0], size, part.shape[2]))
-            for part in self._parts
-        ]
-        if len(parts) == 1:
-            return Window(parts[0], None)
-        return Window(op.dequantize(self._graph, parts[0]), parts[1])
+    def grow(self, rooms: dict[str, Tensor]) -> None:
+        """Appends the positions of an input `room`, or `room_scale`, and names the outputs.
+
+        Args:
+            rooms: These inputs, which all layers share; those that are missing are added.
+        """
+        for name, held in zip(self._names, self._parts, strict=True):
+            room, (heads, _, size) = "room_scale" if "scale" in name else "room", held.shape
+            if room not in rooms:
+                rooms[room] = self._graph.input(room, (heads, 1, size), held.dtype)
+            self._graph.output(name, op.concatenate(self._graph, [held, rooms[room]], 1))
+
+    def rows(self) -> Rows:
+        """Returns what is held now."""
+        if len(self._parts) == 1:
+            return Rows(self._parts[0], None)
+        return Rows(op.dequantize(self._graph, self._parts[0]), self._parts[1])

@@ -43,12 +43,16 @@ def reduce(graph: Graph, operator: str, x: Tensor, axis: int, keep: bool) -> Ten
     return graph.add_operator(operator, [x, axes], shape, options=options)
 
 
-def reshape(graph: Graph, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Adds a reshape, or nothing if the shape is right already."""
+def reshape(graph: Graph, x: Tensor, shape: tuple[int, ...], free: int | None = None) -> Tensor:
+    """Adds a reshape, or nothing if the shape is right already.
+
+    The size of the axis `free`, if given, is found when the graph runs.
+    """
     if x.shape == shape:
         return x
-    wanted = graph.constant(np.asarray(shape, np.int32))
-    options = schema.ReshapeOptionsT(newShape=list(shape))
+    written = [-1 if axis == free else size for axis, size in enumerate(shape)]
+    wanted = graph.constant(np.asarray(written, np.int32))
+    options = schema.ReshapeOptionsT(newShape=written)
     return graph.add_operator("RESHAPE", [x, wanted], shape, x.dtype, options)
 
 
@@ -174,7 +178,8 @@ def concatenate(graph: Graph, tensors: list[Tensor], axis: int) -> Tensor:
     shape = list(tensors[0].shape)
     shape[axis] = sum(tensor.shape[axis] for tensor in tensors)
     options = schema.ConcatenationOptionsT(axis=axis)
-    return graph.add_operator("CONCATENATION", list(tensors), tuple(shape), options=options)
+    dtype = tensors[0].dtype
+    return graph.add_operator("CONCATENATION", list(tensors), tuple(shape), dtype, options)
 
 
 def softmax(graph: Graph, x: Tensor) -> Tensor:
@@ -217,6 +222,24 @@ def dynamic_update_slice(graph: Graph, x: Tensor, update: Tensor, start: Tensor)
         x.dtype,
         schema.DynamicUpdateSliceOptionsT(),
     )
+
+
+def indices(graph: Graph, x: Tensor, axis: int) -> Tensor:
+    """Adds the indices of an axis as float32 `(size,)`, whatever its size is when the graph runs.
+
+    All of it depends on shapes alone, so that runtimes compute it when they learn these.
+    """
+    shape = graph.add_operator(
+        "SHAPE", [x], (len(x.shape),), np.int32, schema.ShapeOptionsT(schema.TensorType.INT32)
+    )
+    bounds = [graph.constant(np.asarray([n], np.int32)) for n in (axis, axis + 1, 1)]
+    options = schema.StridedSliceOptionsT(shrinkAxisMask=1)
+    size = graph.add_operator("STRIDED_SLICE", [shape, *bounds], (), np.int32, options)
+    first, step = (graph.constant(np.asarray(n, np.int32)) for n in (0, 1))
+    found = graph.add_operator(
+        "RANGE", [first, size, step], (x.shape[axis],), np.int32, schema.RangeOptionsT()
+    )
+    return cast_to_float(graph, found)
 
 
 def pad_vector(graph: Graph, x: Tensor, before: int, after: int) -> Tensor:

@@ -28,48 +28,28 @@ from tfgptopt.exporting.writing import replacing
 from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME, seal
 from tfgptopt.recipe import recipe_of
 
-_SMALLEST_WINDOW = 128
 # Of models that have any number of positions: KerasHub's own default length of a text.
 _DEFAULT_CONTEXT = 1024
 # Lengths of prefill: the best for a long prompt, and one for what is left of it.
 _CHUNK, _SHORT_CHUNK = 128, 32
 
 
-def _windows(context_length: int, growth: float) -> list[int]:
-    """Returns windows up to the whole context, in steps of 128 that grow with the window."""
-    windows = [min(_SMALLEST_WINDOW, context_length)]
-    while windows[-1] < context_length:
-        steps = max(1, int(windows[-1] * (growth - 1)) // _SMALLEST_WINDOW)
-        windows.append(min(windows[-1] + steps * _SMALLEST_WINDOW, context_length))
-    return windows
-
-
-def plan_signatures(context_length: int) -> dict[str, list[Step]]:
+def plan_signatures(context_length: int, short: bool = True) -> dict[str, list[Step]]:
     """Returns the signatures of a file, by what they are for.
 
-    `decode` reads one token; `prefill` reads many without logits; `score` gives all logits. Each
-    attends to a window of the cache, so that a short text does not pay for the whole context. The
-    windows are few, since each signature takes some 5 ms to load, and memory.
+    `decode` reads one token; `prefill` reads many without logits; `score` gives all logits. They
+    are few, since each takes time to load, and memory.
+
+    Args:
+        context_length: Positions of the cache.
+        short: Whether there is one for short prompts.
     """
     chunk = min(context_length, _CHUNK)
-    doubled, few = _windows(context_length, 2), _windows(context_length, 4)
-    prefill = [(chunk, window) for window in doubled]
-    if chunk > _SHORT_CHUNK:
-        prefill += [(_SHORT_CHUNK, window) for window in few]
+    lengths = [_SHORT_CHUNK, chunk] if short and chunk > _SHORT_CHUNK else [chunk]
     return {
-        "decode": [Step(f"decode_{w}", 1, w, True) for w in _windows(context_length, 1.25)],
-        "prefill": [Step(f"prefill_{n}_{w}", n, w, False) for n, w in prefill],
-        "score": [Step(f"score_{chunk}_{w}", chunk, w, True) for w in few],
-    }
-
-
-def plan_few_signatures(context_length: int) -> dict[str, list[Step]]:
-    """Returns one signature of each kind, for files of which each costs a conversion."""
-    chunk, window = min(context_length, _CHUNK), context_length
-    return {
-        "decode": [Step(f"decode_{window}", 1, window, True)],
-        "prefill": [Step(f"prefill_{chunk}_{window}", chunk, window, False)],
-        "score": [Step(f"score_{chunk}_{window}", chunk, window, True)],
+        "decode": [Step("decode", 1, True)],
+        "prefill": [Step(f"prefill_{length}", length, False) for length in lengths],
+        "score": [Step(f"score_{chunk}", chunk, True)],
     }
 
 
@@ -129,9 +109,7 @@ def _metadata(
     preprocessor = getattr(model, "preprocessor", None)
     tokenizer = getattr(preprocessor, "tokenizer", None)
     backbone = getattr(model, "backbone", model)
-    sizes = {
-        kind: {step.name: [step.length, step.window] for step in steps[kind]} for kind in steps
-    }
+    lengths = {kind: {step.name: step.length for step in steps[kind]} for kind in steps}
     recipe = recipe_of(model)
     about = {
         "format_version": FORMAT_VERSION,
@@ -147,7 +125,7 @@ def _metadata(
             "config": keras.saving.serialize_keras_object(backbone)["config"],
         },
         "decoder": decoder,
-        "signatures": sizes,
+        "signatures": lengths,
         "generation": _generation_defaults(preprocessor),
         "recipe": recipe.to_config() if recipe else None,
         "weights": weights,
@@ -179,6 +157,7 @@ def _decoder_file(
         "num_key_value_heads": spec.cache_shape[0],
         "head_dim": spec.cache_shape[2],
         "cache_dtype": cache_dtype,
+        "resizable": True,
         "context_length": context,
         "vocabulary_size": spec.vocabulary_size,
     }
@@ -196,7 +175,7 @@ def _converted_causal_lm(model: Any, context_length: int | None) -> memoryview:
         stacklevel=4,
     )
     context = _context(model, None, context_length)
-    steps = plan_few_signatures(context)
+    steps = plan_signatures(context, short=False)  # Each costs a conversion.
     matrices = converting.quantized_matrices(model)
     with converting.ready_to_convert(model):
         count, shape = converting.cache_shape(model, context)
@@ -210,6 +189,7 @@ def _converted_causal_lm(model: Any, context_length: int | None) -> memoryview:
         "num_key_value_heads": shape[0],
         "head_dim": shape[2],
         "cache_dtype": "float32",
+        "resizable": False,
         "context_length": context,
         "vocabulary_size": model.backbone.vocabulary_size,
     }
