@@ -100,6 +100,26 @@ def test_growth_appends_zeros_behind_the_same_rows(lm):
         assert after.shape[1] == 256 and not after[:, 128:].any()
 
 
+def test_growth_that_is_interrupted_leaves_an_empty_cache(lm, expected, monkeypatch):
+    engine, close = lm._engine, tolerance(lm, expected)
+    cache = engine.new_cache()
+    engine.read(cache, TOKENS[:128])
+    grow_layer = engine._caches._grow_layer
+
+    def interrupted(cache, layer, rooms):
+        if layer == 1:
+            raise KeyboardInterrupt
+        grow_layer(cache, layer, rooms)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine._caches, "_grow_layer", interrupted)
+        engine.decode(cache, TOKENS[128])
+    assert cache.tokens == []
+    engine.read(cache, TOKENS[:128])
+    logits = engine.decode(cache, TOKENS[128])
+    np.testing.assert_allclose(logits, expected[128], atol=close)
+
+
 def test_a_cache_begins_with_zeros_where_memory_is_used_again(lm):
     engine = lm._engine
     cache = engine.new_cache()

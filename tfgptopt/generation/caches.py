@@ -18,9 +18,8 @@ from tfgptopt.quiet import quiet_native_logs
 # Caches get so many positions, and so many more each time, or an eighth: they are copied then.
 _STEP = 128
 
-# The signature that appends positions to caches, and its inputs with what is appended.
+# The signature that appends positions to the cache of a layer.
 _GROW = "grow"
-_ROOM = ("room", "room_scale")
 
 
 class Cache:
@@ -53,20 +52,18 @@ class Caches:
     Args:
         model: The model.
         name: A signature that reads a cache.
-        context_length: Positions that a cache can have at most, and has in the file.
-        resizable: Whether it can have fewer.
+        decoder: What the file says of the decoder.
     """
 
-    def __init__(
-        self, model: CompiledModel, name: str, context_length: int, resizable: bool
-    ) -> None:
+    def __init__(self, model: CompiledModel, name: str, decoder: dict[str, Any]) -> None:
         self._model = model
         self._name = name
-        self._context_length = context_length
-        self._resizable = resizable
+        self._context_length: int = decoder["context_length"]
+        self._layers: int = decoder["num_layers"]
+        self._resizable: bool = decoder["resizable"]
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
-        self._positions = dict.fromkeys(signatures, context_length)
+        self._positions = dict.fromkeys(signatures, self._context_length)
         self._shapes = {
             key: (*np.asarray(tensor["shape"])[[0, 2]].tolist(), np.dtype(tensor["dtype"]))
             for key, tensor in model.get_input_tensor_details(name).items()
@@ -117,34 +114,43 @@ class Caches:
             self._resize(name, cache.positions)
 
     def _grow(self, cache: Cache, positions: int) -> None:
-        room = positions - cache.positions
-        self._resize(_GROW, cache.positions, room)
+        """Gives a cache more positions, layer by layer, so that little is held twice."""
+        extra = positions - cache.positions
+        index = self._model.get_signature_index(_GROW)
+        rooms = {}
         with quiet_native_logs():
-            inputs = dict(cache.buffers)
-            for key in self._inputs[_GROW]:
-                if key in _ROOM:
-                    heads, size, dtype = self._shape(key)
-                    inputs[key] = self._model.create_input_buffer_by_name(_GROW, key)
-                    inputs[key].write(np.zeros((heads, room, size), dtype))
-            outputs = {
-                key: self._model.create_output_buffer_by_name(_GROW, key) for key in cache.buffers
-            }
-            self._model.run_by_name(_GROW, inputs, outputs)
-        cache.buffers, cache.positions = outputs, positions
+            for i, name in enumerate(self._inputs[_GROW]):
+                heads, size, dtype = self._shapes[f"{name.replace('room', 'key')}_0"]
+                count = extra if name.startswith("room") else cache.positions
+                self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
+                if name.startswith("room"):
+                    rooms[name] = self._model.create_input_buffer_by_name(_GROW, name)
+                    rooms[name].write(np.zeros((heads, extra, size), dtype))
+            try:
+                for layer in range(self._layers):
+                    self._grow_layer(cache, layer, rooms)
+            except BaseException:  # Layers of two sizes are of no use.
+                fresh = self.new()
+                cache.buffers, cache.positions, cache.tokens = fresh.buffers, fresh.positions, []
+                raise
+        cache.positions = positions
 
-    def _resize(self, name: str, positions: int, room: int = 0) -> None:
-        """Makes a signature take caches of so many positions, and append so many if it does."""
+    def _grow_layer(self, cache: Cache, layer: int, rooms: dict[str, Any]) -> None:
+        names = [name for name in self._inputs[_GROW] if name not in rooms]
+        inputs = {name: cache.buffers[f"{name}_{layer}"] for name in names}
+        outputs = {name: self._model.create_output_buffer_by_name(_GROW, name) for name in names}
+        self._model.run_by_name(_GROW, {**inputs, **rooms}, outputs)
+        for name, buffer in outputs.items():
+            cache.buffers[f"{name}_{layer}"] = buffer
+
+    def _resize(self, name: str, positions: int) -> None:
+        """Makes a signature take caches of so many positions."""
         index = self._model.get_signature_index(name)
         for i, key in enumerate(self._inputs[name]):
-            if key in self._shapes or key in _ROOM:
-                heads, size, _ = self._shape(key)
-                shape = (heads, room if key in _ROOM else positions, size)
-                self._model.resize_input_tensor(i, shape, index, strict=False)
+            if key in self._shapes:
+                heads, size, _ = self._shapes[key]
+                self._model.resize_input_tensor(i, (heads, positions, size), index, strict=False)
         self._positions[name] = positions
-
-    def _shape(self, key: str) -> tuple[int, int, Any]:
-        """Returns heads, numbers for each position, and dtype of an input."""
-        return self._shapes[{"room": "key_0", "room_scale": "key_scale_0"}.get(key, key)]
 
     def _empty(self, positions: int) -> Cache:
         """Returns a cache of zeros: where a mask gives no weight, NaN would still give NaN."""

@@ -60,9 +60,7 @@ class Engine:
 
         with quiet_native_logs():
             self._model = weight_cache.load(compiled, container.content_hash, folder)
-        self._caches = Caches(
-            self._model, self._decode[0].name, self.context_length, decoder["resizable"]
-        )
+        self._caches = Caches(self._model, self._decode[0].name, decoder)
 
     def new_cache(self) -> Cache:
         """Returns an empty cache."""
@@ -77,7 +75,7 @@ class Engine:
     def read(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Brings the tokens of a text into a cache, as far as it does not hold them."""
         del cache.tokens[cache.shared_with(tokens) :]
-        room = self._caches.room_for(len(tokens) + 1)
+        room = self._caches.room_for(len(tokens))
         if cache.positions > room:  # It had a longer text, which this one need not pay for.
             with self._lock:
                 self._caches.shrink(cache, room)
@@ -127,7 +125,7 @@ class Engine:
         signature = next(s for s in signatures if s.length == length)
         del cache.tokens[start:]
         filled = chunk + [0] * (length - len(chunk))
-        logits = self._run(signature, cache, filled, start, len(tokens) + 1)
+        logits = self._run(signature, cache, filled, start, len(tokens))
         cache.tokens += chunk
         return logits, start + len(chunk)
 

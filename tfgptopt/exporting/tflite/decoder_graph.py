@@ -15,7 +15,7 @@ from tfgptopt.decoder.spec import DecoderSpec, FeedForward, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
-from tfgptopt.exporting.tflite.kv_cache import CacheDtype, Held
+from tfgptopt.exporting.tflite.kv_cache import CacheDtype, Held, add_growth
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ def add_signatures(
     token; `key_i` and `value_i` `(key-value heads, context, head_dim)` for each layer `i`, of the
     dtype of the cache, and for int8 `key_scale_i` and `value_scale_i` float32 `(key-value heads,
     context, 1)`. Outputs: the caches under the same names, and `logits` float32 `(length,
-    vocabulary)`. All caches together may be resized to fewer positions. A signature `grow` appends
-    the positions of its input `room` (for int8 also `room_scale`) to each cache.
+    vocabulary)`. All caches together may be resized to fewer positions. One more signature, `grow`,
+    appends positions to the cache of a layer.
 
     Args:
         model: The file.
@@ -58,18 +58,7 @@ def add_signatures(
     ]
     for step in steps:
         _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
-    rooms: dict[str, Tensor] = {}
-    for cache in _caches(model.graph("grow"), spec, cache_dtype):
-        for held in cache:
-            held.grow(rooms)
-
-
-def _caches(graph: Graph, spec: DecoderSpec, dtype: CacheDtype) -> list[list[Held]]:
-    """Returns keys and values of each layer."""
-    return [
-        [Held(graph, name, i, spec.cache_shape, dtype) for name in ("key", "value")]
-        for i in range(len(spec.blocks))
-    ]
+    add_growth(model.graph("grow"), spec.cache_shape, cache_dtype)
 
 
 def _add_signature(
@@ -80,7 +69,10 @@ def _add_signature(
     cache_dtype: CacheDtype,
 ) -> None:
     tokens = graph.input("tokens", (step.length,), np.int32)
-    caches = _caches(graph, spec, cache_dtype)
+    caches = [
+        [Held(graph, name, i, spec.cache_shape, cache_dtype) for name in ("key", "value")]
+        for i in range(len(spec.blocks))
+    ]
     positions = Positions(graph, step.length, caches[0][0].tensor)
     x = _embed(graph, spec, tokens, positions)
     layers = zip(spec.blocks, projections, caches, strict=True)

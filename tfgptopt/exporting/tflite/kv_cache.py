@@ -87,20 +87,30 @@ class Held:
         for name, held in zip(self._names, self._parts, strict=True):
             graph.output(name, held)
 
-    def grow(self, rooms: dict[str, Tensor]) -> None:
-        """Appends the positions of an input `room`, or `room_scale`, and names the outputs.
-
-        Args:
-            rooms: These inputs, which all layers share; those that are missing are added.
-        """
-        for name, held in zip(self._names, self._parts, strict=True):
-            room, (heads, _, size) = "room_scale" if "scale" in name else "room", held.shape
-            if room not in rooms:
-                rooms[room] = self._graph.input(room, (heads, 1, size), held.dtype)
-            self._graph.output(name, op.concatenate(self._graph, [held, rooms[room]], 1))
-
     def rows(self) -> Rows:
         """Returns what is held now."""
         if len(self._parts) == 1:
             return Rows(self._parts[0], None)
         return Rows(op.dequantize(self._graph, self._parts[0]), self._parts[1])
+
+
+def add_growth(graph: Graph, shape: tuple[int, int, int], dtype: CacheDtype) -> None:
+    """Makes a signature that appends positions to the cache of one layer.
+
+    Inputs and outputs have the names of a layer without its number. What is appended is the input
+    `room`, for scales `room_scale`, with one position, which a runtime resizes to as many as it
+    wants and fills with zeros.
+
+    Args:
+        graph: The graph of the signature.
+        shape: `(key-value heads, positions, head_dim)`.
+        dtype: `"float32"` or `"int8"`.
+    """
+    parts = [("", shape[2], np.dtype(dtype))]
+    if dtype == "int8":
+        parts.append(("_scale", 1, np.dtype(np.float32)))
+    for suffix, size, kind in parts:
+        room = graph.input(f"room{suffix}", (shape[0], 1, size), kind)
+        for name in ("key", "value"):
+            held = graph.input(f"{name}{suffix}", (*shape[:2], size), kind)
+            graph.output(f"{name}{suffix}", op.concatenate(graph, [held, room], 1))
