@@ -26,7 +26,7 @@ from tfgptopt.callbacks import Pruning
 import tfgptopt
 from tfgptopt.data import load_corpus, tokens_as_input
 from tfgptopt.evaluation.loss import keras_loss, perplexity
-from tfgptopt.optimizing import Training, compile_model, small_gpt
+from tfgptopt.optimizing import small_gpt
 from tfgptopt.pruning import (
     NM,
     Block,
@@ -39,6 +39,7 @@ from tfgptopt.pruning import (
     owl,
     sensitivity,
 )
+from tfgptopt.training.planning import Training, compile_model
 
 SHAPE = {
     "num_layers": 3,

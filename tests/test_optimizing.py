@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from conftest import make_gpt
 
-from tfgptopt.optimizing import Training, check_fit, compile_model, optimize
+from tfgptopt.optimizing import check_fit, optimize
 from tfgptopt.quantization import Int8
 from tfgptopt.recipe import QuantizeAware, Recipe
 from tfgptopt.stages import Distill, Shrink
 from tfgptopt.targets import select
+from tfgptopt.training.planning import Training, compile_model
 
 
 def test_model_and_text_must_fit_together(corpus):

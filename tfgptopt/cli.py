@@ -127,7 +127,8 @@ def demo(
     _load_libraries()
     from tfgptopt.data import load_corpus
     from tfgptopt.exporting.writing import check_target
-    from tfgptopt.optimizing import Training, compile_model, optimize, small_gpt
+    from tfgptopt.optimizing import optimize, small_gpt
+    from tfgptopt.training.planning import Training, compile_model
 
     check_target(out, force)
     _check_choice("bits", bits, (4, 8))
@@ -176,8 +177,9 @@ def optimize_command(
     _load_libraries()
     from tfgptopt.data import load_corpus
     from tfgptopt.exporting.writing import check_target
-    from tfgptopt.optimizing import Training, check_causal_lm, compile_model, optimize
+    from tfgptopt.optimizing import check_causal_lm, optimize
     from tfgptopt.recipe import Recipe
+    from tfgptopt.training.planning import Training, compile_model
 
     check_target(out, force)
     training = Training(0, steps, learning_rate, dense_run)

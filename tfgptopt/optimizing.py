@@ -29,45 +29,12 @@ from tfgptopt.reporting import write_report
 from tfgptopt.retracing import strategy_scope
 from tfgptopt.stages import Distill, Shrink
 from tfgptopt.targets import select
+from tfgptopt.training.planning import Training, compile_model, optimizer_for
 
 # Of training windows, for scores that read data.
 _CALIBRATION_BATCHES = 16
 
 Curve = list[tuple[int, float, float]]
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long and how fast to train.
-
-    Args:
-        shared_steps: int. Steps before the dense and the optimized run part ways; 0 for a model
-            that is trained already.
-        steps: int. Steps of each of the two runs.
-        learning_rate: float. Peak of the warmup and cosine decay over all steps.
-        dense_run: bool. Also train the dense model for `steps`, as the fair comparison. If
-            false, the dense model is the given one.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-
-    shared_steps: int
-    steps: int
-    learning_rate: float
-    dense_run: bool = True
-
-    def __post_init__(self) -> None:
-        if self.shared_steps < 0 or self.steps < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                "`shared_steps` must be >= 0, `steps` >= 1 and `learning_rate` > 0. "
-                f"Received: {self}"
-            )
-
-    @property
-    def total(self) -> int:
-        """All steps that one model sees."""
-        return self.shared_steps + self.steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,24 +60,6 @@ class Outcome:
     strategy: str
     corpus: Corpus
     sample: str
-
-
-def _optimizer(training: Training) -> keras.optimizers.Optimizer:
-    """Returns AdamW with warmup and cosine decay."""
-    warmup = max(1, training.total // 15)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        max(1, training.total - warmup),
-        alpha=0.03,
-        warmup_target=training.learning_rate,
-        warmup_steps=warmup,
-    )
-    return keras.optimizers.AdamW(schedule, weight_decay=0.05, beta_2=0.99, global_clipnorm=1.0)
-
-
-def compile_model(model: keras.Model, training: Training) -> None:
-    """Compiles a causal LM with AdamW, warmup and cosine decay."""
-    model.compile(optimizer=_optimizer(training), sampler="greedy", weighted_metrics=[])
 
 
 def check_causal_lm(model: Any) -> None:
@@ -232,7 +181,7 @@ class _Job:
         with strategy_scope(self.model):
             distiller = Distiller(self.model, teacher, stage.losses)
             training = Training(0, steps, self.training.learning_rate)
-            distiller.compile(optimizer=_optimizer(training), weighted_metrics=[])
+            distiller.compile(optimizer=optimizer_for(training), weighted_metrics=[])
         return distiller
 
     def run_stages(self, recipe: Recipe, teacher: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Training: where it runs."""
+"""Training: where it runs, how long and how fast."""
 
 from tfgptopt.training.devices import describe, strategy
 
