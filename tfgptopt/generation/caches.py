@@ -64,11 +64,12 @@ class Caches:
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
         self._positions = dict.fromkeys(signatures, self._context_length)
-        self._shapes = {
-            key: (*np.asarray(tensor["shape"])[[0, 2]].tolist(), np.dtype(tensor["dtype"]))
-            for key, tensor in model.get_input_tensor_details(name).items()
-            if key not in ("tokens", "position")
-        }
+        # Heads, numbers for each position, and dtype of each part of a cache.
+        self._shapes: dict[str, tuple[int, int, Any]] = {}
+        for key, tensor in model.get_input_tensor_details(name).items():
+            if key not in ("tokens", "position"):
+                heads, _, size = (int(n) for n in tensor["shape"])
+                self._shapes[key] = (heads, size, np.dtype(tensor["dtype"]))
         weakref.finalize(self, release, self.__dict__)
 
     def room_for(self, tokens: int) -> int:
@@ -145,6 +146,7 @@ class Caches:
 
     def _resize(self, name: str, positions: int) -> None:
         """Makes a signature take caches of so many positions."""
+        self._positions[name] = 0  # Unknown, if this is interrupted.
         index = self._model.get_signature_index(name)
         for i, key in enumerate(self._inputs[name]):
             if key in self._shapes:
