@@ -1,12 +1,14 @@
 import dataclasses
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
 from conftest import make_gpt
 
+from tfgptopt.distillation import HiddenStates
 from tfgptopt.optimizing import check_fit, optimize
-from tfgptopt.quantization import Int8
+from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import QuantizeAware, Recipe
 from tfgptopt.stages import Distill, Shrink
 from tfgptopt.targets import select
@@ -102,3 +104,26 @@ def test_bad_jobs_touch_nothing(corpus, tmp_path):
     with pytest.raises(ValueError, match="matches none"):
         optimize(make_gpt(300), corpus, typo, Training(0, 1, 1e-3), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("techniques", "message"),
+    [
+        ((Shrink(depth=9),), "depth=2; it can be shrunk"),
+        ((Shrink(depth=1), Distill(9, (HiddenStates({1: 1}),))), "layer"),
+        ((Shrink(feedforward=40), QuantizeAware(Int4(block_size=32))), "must divide the inputs"),
+        ((Shrink(depth=1), QuantizeAware(Int8(), targets="transformer_layer_1")), "matches none"),
+    ],
+    ids=["depth", "losses", "block_size", "targets"],
+)
+def test_what_does_not_fit_a_later_stage_is_found_before_training(
+    techniques, message, corpus, tmp_path, monkeypatch
+):
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=32)
+    model = make_gpt(corpus.tokenizer.vocabulary_size(), preprocessor)
+    training = Training(0, 2, 1e-3)
+    compile_model(model, training)
+    monkeypatch.setattr(keras.Model, "fit", lambda *arguments, **settings: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=message):
+        optimize(model, corpus, Recipe(techniques), training, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -294,8 +294,8 @@ def bench(
     preset: Annotated[
         str | None, typer.Option(help="Keras model to compare with: a KerasHub preset.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 96,
-    runs: Annotated[int, typer.Option(help="Runs whose median counts.")] = 7,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 96,
+    runs: Annotated[int, typer.Option(help="Runs whose median counts.", min=1)] = 7,
 ) -> None:
     """Measure the speed of exported files, and of Keras' compiled generate, in one run."""
     from rich.table import Table

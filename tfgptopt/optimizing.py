@@ -93,6 +93,26 @@ def check_fit(model: Any, corpus: Corpus) -> None:
         )
 
 
+def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> None:
+    """Raises early if a recipe cannot be applied, before anything is trained.
+
+    Raises:
+        ValueError: If it is empty, or a stage does not fit the model that the stages before make.
+    """
+    check_fit(model, corpus)
+    if not recipe.techniques:
+        raise ValueError("The recipe has no technique, so there is nothing to optimize.")
+    student = model
+    for stage in recipe.techniques:
+        if isinstance(stage, Shrink):
+            student = stage.preview(student)
+            check_fit(student, corpus)
+        if isinstance(stage, Distill):
+            Distiller(student, model, stage.losses)
+    for callback in from_recipe(recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)):
+        callback.set_model(student)  # Raises if its targets are not in the model.
+
+
 def _variables(model: keras.Model) -> list[Any]:
     return [*model.variables, *model.optimizer.variables]
 
@@ -240,13 +260,8 @@ def optimize(
     """
     console = console or Console()
     target = check_target(out, overwrite)
-    check_fit(model, corpus)
-    if not recipe.techniques:
-        raise ValueError("The recipe has no technique, so there is nothing to optimize.")
-    in_fit = recipe.in_fit
-    calibration = corpus.train.take(_CALIBRATION_BATCHES)
-    for callback in from_recipe(in_fit, calibration):
-        callback.set_model(model)  # Raises if its targets are not in the model.
+    in_fit, calibration = recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)
+    check_recipe(model, corpus, recipe)
     job = _Job(model, corpus, training, console)
     if training.shared_steps:
         job.train("dense, shared part", model, training.shared_steps)

@@ -6,20 +6,31 @@ import contextlib
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+
+# Standard error belongs to the process: of two threads, each would put back what the other put.
+_turn = threading.RLock()
 
 
 @contextlib.contextmanager
 def quiet_native_logs() -> Iterator[None]:
     """Holds back what native code writes to standard error, and shows it if the block fails.
 
-    TensorFlow and LiteRT write a page of notes when they load, and have no setting against it.
+    TensorFlow and LiteRT write a page of notes when they load, and have no setting against it. What
+    other threads write meanwhile is held back too, so keep the block short. Threads take turns.
     """
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as log:
-        saved = os.dup(2)
-        os.dup2(log.fileno(), 2)
+    with _turn, contextlib.ExitStack() as stack:
         try:
+            log = stack.enter_context(tempfile.TemporaryFile())
+            saved = os.dup(2)
+        except OSError:  # No folder for temporary files, or no standard error.
+            yield
+            return
+        try:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+            os.dup2(log.fileno(), 2)
             yield
         except BaseException:
             log.seek(0)

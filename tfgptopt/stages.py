@@ -8,9 +8,14 @@ from typing import Any
 
 import keras
 
+from tfgptopt.cloning import with_backbone
 from tfgptopt.distillation.losses import HardLabels, LogitsKL, Loss
 from tfgptopt.distillation.serializing import deserialize_loss, serialize_loss
+from tfgptopt.shrinking.importance import check_depth_score
+from tfgptopt.shrinking.shapes import resolve
 from tfgptopt.shrinking.shrinker import check_request, shrink
+from tfgptopt.shrinking.surgery import build
+from tfgptopt.shrinking.vocabularies import shrink_preprocessor
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,11 @@ class Shrink:
     depth_score: str = "influence"
 
     def __post_init__(self) -> None:
-        check_request(**{k: v for k, v in self._settings().items() if k != "depth_score"})
+        check_request(**self._cuts())
+        check_depth_score(self.depth_score)
+
+    def _cuts(self) -> dict[str, Any]:
+        return {name: value for name, value in self._settings().items() if name != "depth_score"}
 
     def _settings(self) -> dict[str, Any]:
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -47,6 +56,20 @@ class Shrink:
 
     def replay(self, model: keras.Layer) -> None:
         """Does nothing: a model that is reloaded has its smaller shape."""
+
+    def preview(self, model: Any) -> Any:
+        """Returns a model of the shape that `apply` gives, with random weights.
+
+        For a budget, whose shape is searched on data, this is the model itself.
+
+        Raises:
+            ValueError: If the family cannot have the shape.
+        """
+        if check_request(**self._cuts()):
+            return model
+        shape = resolve(model, **self._cuts())
+        preprocessor = shrink_preprocessor(model.preprocessor, None, shape.context)
+        return with_backbone(model, build(model, shape), preprocessor)
 
     def apply(self, model: Any, calibration: Any) -> Any:
         """Returns the smaller model."""

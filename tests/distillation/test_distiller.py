@@ -282,3 +282,34 @@ def test_tokenizers_must_agree(corpus):
     ]
     with pytest.raises(ValueError, match="different tokenizers"):
         Distiller(*models)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_labels_of_padding_may_be_anything(jit_compile):
+    inputs, labels = random_batch()
+    inputs["padding_mask"][:, 10:] = 0
+    ignored = np.where(inputs["padding_mask"] > 0, labels, -100)
+    found = []
+    for given in (labels, ignored):
+        keras.utils.set_random_seed(1)
+        student = make_gpt()
+        losses = [LogitsKL(), HardLabels()]
+        distiller = compiled(student, make_gpt(), losses, jit_compile=jit_compile)
+        distiller.fit(inputs, given, epochs=2, verbose=0)
+        found.append(student.get_weights())
+    for clean, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(clean, other)
+
+
+def test_a_file_is_not_touched_by_saving_as_a_whole(tmp_path):
+    student = make_gpt()
+    distiller = compiled(student, make_gpt())
+    path = tmp_path / "good.keras"
+    student.save(path)
+    before = path.read_bytes()
+    with pytest.raises(NotImplementedError, match=r"Save `distiller\.student`"):
+        distiller.save(path)
+    checkpoint = keras.callbacks.ModelCheckpoint(path)
+    with pytest.raises(ValueError, match="save_weights_only=True"):
+        distiller.fit(data(), verbose=0, callbacks=[checkpoint])
+    assert path.read_bytes() == before

@@ -164,6 +164,15 @@ def test_bad_input(teacher, tmp_path, gpt):
     (path / "recording.json").write_text(json.dumps({**header, "rows": 11}))
     with pytest.raises(ValueError, match="damaged"):
         Recording(path)
+    (path / "recording.json").write_text(json.dumps(header)[:-9])
+    for read in (lambda: Recording(path), lambda: record(teacher, data(), path, top_k=4)):
+        with pytest.raises(ValueError, match=r"recording\.json cannot be read"):
+            read()
+    (path / "recording.json").write_text(json.dumps(header))
+    Recording(path)
+    (path / "rows.bin").unlink()
+    with pytest.raises(ValueError, match="and has 0 bytes"):
+        Recording(path)
 
 
 def test_training_from_disk_is_training_from_the_teacher(teacher, tmp_path):

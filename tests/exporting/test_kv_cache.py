@@ -5,12 +5,12 @@ from conftest import VOCABULARY, make_gpt
 
 import tfgptopt
 
-TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 200).tolist()
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 300).tolist()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return make_gpt(context=256)
+    return make_gpt(context=400)
 
 
 @pytest.fixture(scope="module", params=["float32", "int8"])
@@ -20,7 +20,7 @@ def lm(request, model, tmp_path_factory):
 
 
 def held(engine, cache, name):
-    heads, size, dtype = engine._caches._shapes[name]
+    heads, size, dtype = engine._caches._parts[name]
     shape = (heads, cache.positions, size)
     return cache.buffers[name].read(int(np.prod(shape)), dtype.type).reshape(shape)
 
@@ -83,9 +83,23 @@ def test_caches_grow_with_their_texts_and_shrink_for_others(lm, expected):
             np.testing.assert_allclose(logits, expected[position], atol=close)
     assert (long.positions, short.positions) == (256, 128)
     engine.read(long, TOKENS[:50])
+    assert long.positions == 256  # It may soon need them again.
+    engine.read(long, TOKENS[:280])
+    assert long.positions == 384
+    engine.read(long, TOKENS[:50])
     assert long.positions == 128 and len(long.tokens) == 50
     logits = engine.decode(long, TOKENS[50])
     np.testing.assert_allclose(logits, expected[50], atol=close)
+
+
+def test_padding_makes_no_cache_grow(lm, expected):
+    engine, close = lm._engine, tolerance(lm, expected)
+    cache = engine.new_cache()
+    engine.read(cache, TOKENS[:100])
+    engine.read(cache, TOKENS[:118])  # A chunk of 32 would end at 132.
+    assert cache.positions == 128 and cache.tokens == TOKENS[:118]
+    logits = engine.decode(cache, TOKENS[118])
+    np.testing.assert_allclose(logits, expected[118], atol=close)
 
 
 def test_growth_appends_zeros_behind_the_same_rows(lm):

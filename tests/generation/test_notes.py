@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tfgptopt.generation import TFLiteCausalLM, container, notes, weight_cache
+from tfgptopt.generation import TFLiteCausalLM, container, notes, runtime, weight_cache
 
 PROMPT = [5, 6, 7]
 
@@ -78,3 +78,29 @@ def test_without_a_folder_files_are_always_read(file, reads, folder):
     for _ in range(2):
         container.read_container(file, folder and Path(folder))
     assert len(reads) == 2
+
+
+def test_notes_are_read_where_they_cannot_be_touched(file, tmp_path, reads, monkeypatch):
+    container.read_container(file, tmp_path / "cache")
+
+    def refused(*arguments, **keywords):
+        raise PermissionError
+
+    monkeypatch.setattr(notes.os, "utime", refused)
+    container.read_container(file, tmp_path / "cache")
+    assert len(reads) == 1
+
+
+def test_a_file_that_is_replaced_while_it_is_loaded_is_refused(file, tmp_path, monkeypatch):
+    other, folder = Path(shutil.copy(file, tmp_path / "other")), tmp_path / "cache"
+    read = container.read_container
+
+    def replaced(path, folder):
+        found = read(path, folder)
+        other.replace(path)
+        return found
+
+    monkeypatch.setattr(runtime, "read_container", replaced)
+    with pytest.raises(ValueError, match="was replaced while it was being loaded"):
+        TFLiteCausalLM(file, weight_cache=folder)
+    assert not list(folder.glob("*.xnnpack"))

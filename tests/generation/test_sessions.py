@@ -163,3 +163,16 @@ def test_a_second_thread_is_told_to_use_its_own_session(precise, monkeypatch):
     thread.join()
     assert len(made) == 1
     assert np.size(session.tokens) == 1 + len(precise.tokenize("import")) + 3
+
+
+def test_a_stream_that_is_left_open_is_part_of_the_text(precise):
+    session = precise.session()
+    pieces = []
+    for piece in session.stream("import", max_new_tokens=12, stop=None):
+        pieces.append(piece)
+        if len(pieces) == 3:
+            break
+    tokens = session.tokens
+    assert session.text.startswith("import" + "".join(pieces))
+    assert session.fork().tokens == tokens  # Which ends the stream.
+    assert session.tokens == tokens

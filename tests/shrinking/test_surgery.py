@@ -154,6 +154,17 @@ def test_a_dressed_model_is_refused_and_a_finalized_one_shrinks():
     assert shape_of(tfgptopt.shrink(model, depth=1, calibration=batch())).depth == 1
 
 
+def test_adapters_are_refused(tmp_path):
+    model = make("GPT2")
+    model.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match="has LoRA adapters"):
+        tfgptopt.shrink(model, depth=1, calibration=batch())
+    model.save_weights(tmp_path / "merged.weights.h5")
+    plain = make("GPT2")
+    plain.load_weights(tmp_path / "merged.weights.h5")
+    assert shape_of(tfgptopt.shrink(plain, depth=1, calibration=batch())).depth == 1
+
+
 PADDING = {"token_ids": np.ones((2, 8), np.int32), "padding_mask": np.zeros((2, 8), np.int32)}
 BAD = {
     "nothing": ({}, "Give what to shrink"),

@@ -91,8 +91,12 @@ def test_sentence_pieces(kind, fallback, text_files, tmp_path):
 
 
 def test_too_few_tokens(model, corpus):
-    with pytest.raises(ValueError, match="at least 257"):
-        tfgptopt.shrink(model, vocabulary=100, calibration=corpus.train.take(1))
+    for size in (100, 257):
+        with pytest.raises(ValueError, match="at least 258"):
+            tfgptopt.shrink(model, vocabulary=size, calibration=corpus.train.take(1))
+    small = tfgptopt.shrink(model, vocabulary=258, calibration=corpus.train.take(1))
+    tokenizer = small.preprocessor.tokenizer
+    assert tokenizer.detokenize(tokenizer.tokenize(HARD)) == HARD
 
 
 def test_positions_shorten_the_preprocessor(model):

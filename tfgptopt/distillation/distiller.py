@@ -22,6 +22,11 @@ from tfgptopt.distillation.views import Lesson, View, look
 from tfgptopt.distillation.wiring import Wiring
 from tfgptopt.pruning import masks
 
+_NOT_SAVED = (
+    "A Distiller is not saved as a whole. Save `distiller.student`; to resume training, use "
+    "`save_weights` or ModelCheckpoint(save_weights_only=True)."
+)
+
 
 def token_weights(inputs: Any, sample_weight: Any, logits: tf.Tensor) -> tf.Tensor:
     """Returns how much each token counts: 0 for padding, else its sample weight.
@@ -174,6 +179,12 @@ class Distiller(keras.Model):
 
     def _loss(self, student: View, lesson: Lesson, labels: Any, weights: tf.Tensor) -> tf.Tensor:
         """Returns this replica's part of the loss, and updates the means that logs show."""
+        if labels is not None:
+            # A label of padding may be anything, such as -100, whose gradient is NaN on some
+            # devices.
+            labels = tf.convert_to_tensor(labels)
+            if labels.shape.rank == weights.shape.rank:
+                labels = tf.where(weights > 0, labels, tf.zeros_like(labels))
         count = tf.reduce_sum(weights)
         everywhere = _over_replicas(count)
         total = share = tf.zeros(())
@@ -213,6 +224,10 @@ class Distiller(keras.Model):
 
     def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as `keras.Model.fit` does. Text is tokenized by the student's preprocessor."""
+        for callback in kwargs.get("callbacks") or ():
+            whole = isinstance(callback, keras.callbacks.ModelCheckpoint)
+            if whole and not callback.save_weights_only:
+                raise ValueError(_NOT_SAVED)
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._read(kwargs["validation_data"], kwargs)
         return super().fit(self._read(x, kwargs, "batch_size"), *args, **kwargs)
@@ -248,12 +263,13 @@ class Distiller(keras.Model):
             super().make_train_function(force=True)
         return super().make_test_function(force=force or stale)
 
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """Raises, before a file is touched: a distiller is saved as its student."""
+        raise NotImplementedError(_NOT_SAVED)
+
     def get_config(self) -> dict[str, Any]:
         """Raises: a distiller is saved as its student, and resumed from `save_weights`."""
-        raise NotImplementedError(
-            "A Distiller is not saved as a whole. Save `distiller.student`; to resume training, "
-            "use `save_weights` or ModelCheckpoint(save_weights_only=True)."
-        )
+        raise NotImplementedError(_NOT_SAVED)
 
 
 class _Untracked:

@@ -22,6 +22,7 @@ from tfgptopt.distillation.recording import (
     ROWS,
     WHOLE,
     Recording,
+    read_json,
     row_type,
     window_keys,
 )
@@ -139,7 +140,7 @@ def _check_same(folder: Path, header: dict[str, Any]) -> bool:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"'{folder}' exists and is no recording. Choose another name.")
         return False
-    there = json.loads((folder / found[0]).read_text("utf-8"))
+    there = read_json(folder / found[0])
     for name, wanted in header.items():
         if there.get(name) != wanted:
             raise ValueError(

@@ -32,6 +32,17 @@ def window_keys(inputs: Any) -> np.ndarray:
     return np.frombuffer(b"".join(digests), "<u8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns what a file of a recording says; raises a `ValueError` if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The recording '{path.parent}' is damaged: {path.name} cannot be read ({error}). "
+            "Remove it and record again."
+        ) from None
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """Returns what a whole recording says of itself.
 
@@ -46,7 +57,7 @@ def read_header(path: Path) -> dict[str, Any]:
                 "`tfgptopt.distillation.record` with the same teacher and data to complete it."
             )
         raise FileNotFoundError(f"There is no recording at '{path}'.")
-    header: dict[str, Any] = json.loads((path / WHOLE).read_text("utf-8"))
+    header = read_json(path / WHOLE)
     if header.get("format") != FORMAT:
         raise ValueError(f"The recording '{path}' was written by another version of tfgptopt.")
     return header
@@ -85,7 +96,8 @@ class Recording:
         self.rows: int = header["rows"]
         self.tokens: int = header["tokens"]
         layout = row_type(self.tokens, self.top_k, self.vocabulary_size)
-        size = (self.path / ROWS).stat().st_size
+        rows = self.path / ROWS
+        size = rows.stat().st_size if rows.is_file() else 0
         if size != self.rows * layout.itemsize:
             raise ValueError(
                 f"The recording '{path}' is damaged: it should have {self.rows} windows of "

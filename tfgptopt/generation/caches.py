@@ -6,20 +6,25 @@ a long cache. Files that cannot be resized have caches of the whole context.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
 
-from tfgptopt.quiet import quiet_native_logs
-
 # Caches get so many positions, and so many more each time, or an eighth: they are copied then.
 _STEP = 128
 
-# The signature that appends positions to the cache of a layer.
+# The signature that appends positions to the cache of a layer, and what its inputs are like.
 _GROW = "grow"
+_LIKE = {
+    "key": "key_0",
+    "value": "value_0",
+    "room": "key_0",
+    "key_scale": "key_scale_0",
+    "value_scale": "value_scale_0",
+    "room_scale": "key_scale_0",
+}
 
 
 class Cache:
@@ -35,7 +40,6 @@ class Cache:
         self.buffers = buffers
         self.positions = positions
         self.tokens: list[int] = []
-        weakref.finalize(self, release, self.__dict__)
 
     def shared_with(self, tokens: Sequence[int]) -> int:
         """Returns how many tokens at the beginning are the same."""
@@ -51,7 +55,7 @@ class Caches:
 
     Args:
         model: The model.
-        name: A signature that reads a cache.
+        name: The signature whose buffers new caches are.
         decoder: What the file says of the decoder.
     """
 
@@ -63,14 +67,14 @@ class Caches:
         self._resizable: bool = decoder["resizable"]
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
-        self._positions = dict.fromkeys(signatures, self._context_length)
+        # Positions that each signature takes.
+        self._sizes = dict.fromkeys(signatures, self._context_length)
         # Heads, numbers for each position, and dtype of each part of a cache.
-        self._shapes: dict[str, tuple[int, int, Any]] = {}
+        self._parts: dict[str, tuple[int, int, Any]] = {}
         for key, tensor in model.get_input_tensor_details(name).items():
             if key not in ("tokens", "position"):
                 heads, _, size = (int(n) for n in tensor["shape"])
-                self._shapes[key] = (heads, size, np.dtype(tensor["dtype"]))
-        weakref.finalize(self, release, self.__dict__)
+                self._parts[key] = (heads, size, np.dtype(tensor["dtype"]))
 
     def room_for(self, tokens: int) -> int:
         """Returns how many positions a cache of so many tokens should have."""
@@ -104,14 +108,14 @@ class Caches:
         Args:
             name: The signature.
             cache: The cache that it is going to read.
-            end: Positions that it needs.
+            end: Positions that it is going to touch.
             expected: Positions that will be needed soon. The cache is at most doubled for them,
                 since the tokens until then are read faster with less.
         """
         if cache.positions < end:
             doubled = min(self.room_for(expected), 2 * cache.positions)
             self._grow(cache, max(self.room_for(end), doubled))
-        if self._positions[name] != cache.positions:
+        if self._sizes[name] != cache.positions:
             self._resize(name, cache.positions)
 
     def _grow(self, cache: Cache, positions: int) -> None:
@@ -119,22 +123,21 @@ class Caches:
         extra = positions - cache.positions
         index = self._model.get_signature_index(_GROW)
         rooms = {}
-        with quiet_native_logs():
-            for i, name in enumerate(self._inputs[_GROW]):
-                heads, size, dtype = self._shapes[f"{name.replace('room', 'key')}_0"]
-                count = extra if name.startswith("room") else cache.positions
-                self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
-                if name.startswith("room"):
-                    rooms[name] = self._model.create_input_buffer_by_name(_GROW, name)
-                    rooms[name].write(np.zeros((heads, extra, size), dtype))
-            try:
-                for layer in range(self._layers):
-                    self._grow_layer(cache, layer, rooms)
-            except BaseException:  # Layers of two sizes are of no use.
-                fresh = self.new()
-                cache.buffers, cache.positions, cache.tokens = fresh.buffers, fresh.positions, []
-                raise
-        cache.positions = positions
+        for i, name in enumerate(self._inputs[_GROW]):
+            heads, size, dtype = self._parts[_LIKE[name]]
+            count = extra if name.startswith("room") else cache.positions
+            self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
+            if name.startswith("room"):
+                rooms[name] = self._model.create_input_buffer_by_name(_GROW, name)
+                rooms[name].write(np.zeros((heads, extra, size), dtype))
+        try:
+            for layer in range(self._layers):
+                self._grow_layer(cache, layer, rooms)
+            cache.positions = positions
+        except BaseException:  # Layers of two sizes are of no use.
+            fresh = self.new()
+            cache.buffers, cache.positions, cache.tokens = fresh.buffers, fresh.positions, []
+            raise
 
     def _grow_layer(self, cache: Cache, layer: int, rooms: dict[str, Any]) -> None:
         names = [name for name in self._inputs[_GROW] if name not in rooms]
@@ -146,39 +149,34 @@ class Caches:
 
     def _resize(self, name: str, positions: int) -> None:
         """Makes a signature take caches of so many positions."""
-        self._positions[name] = 0  # Unknown, if this is interrupted.
+        self._sizes[name] = 0  # Unknown, if this is interrupted.
         index = self._model.get_signature_index(name)
         for i, key in enumerate(self._inputs[name]):
-            if key in self._shapes:
-                heads, size, _ = self._shapes[key]
+            if key in self._parts:
+                heads, size, _ = self._parts[key]
                 self._model.resize_input_tensor(i, (heads, positions, size), index, strict=False)
-        self._positions[name] = positions
+        self._sizes[name] = positions
 
     def _empty(self, positions: int) -> Cache:
         """Returns a cache of zeros: where a mask gives no weight, NaN would still give NaN."""
-        if self._positions[self._name] != positions:
+        if self._sizes[self._name] != positions:
             self._resize(self._name, positions)
         buffers = {}
-        with quiet_native_logs():
-            for key, (heads, size, dtype) in self._shapes.items():
-                buffers[key] = self._model.create_input_buffer_by_name(self._name, key)
-                # Fresh memory is zero, and takes no room until it is written to.
-                held = buffers[key].read(heads * positions * size, dtype.type)
-                if held.view(f"i{dtype.itemsize}").any():
-                    buffers[key].write(np.zeros((heads, positions, size), dtype))
+        for key, (heads, size, dtype) in self._parts.items():
+            buffers[key] = self._model.create_input_buffer_by_name(self._name, key)
+            # Fresh memory is zero, and takes no room until it is written to.
+            held = buffers[key].read(heads * positions * size, dtype.type)
+            if held.view(f"i{dtype.itemsize}").any():
+                buffers[key].write(np.zeros((heads, positions, size), dtype))
         return Cache(buffers, positions)
 
     def _copy_rows(self, cache: Cache, target: Cache) -> None:
         """Copies the rows of a cache's tokens."""
         count = len(cache.tokens)
-        for key, (heads, size, dtype) in self._shapes.items() if count else ():
+        if count == 0:
+            return
+        for key, (heads, size, dtype) in self._parts.items():
             held = cache.buffers[key].read(heads * cache.positions * size, dtype.type)
             rows = np.zeros((heads, target.positions, size), dtype)
             rows[:, :count] = held.reshape(heads, cache.positions, size)[:, :count]
             target.buffers[key].write(rows)
-
-
-def release(native: dict[str, Any]) -> None:
-    """Drops LiteRT's objects, which log their end."""
-    with quiet_native_logs():
-        native.clear()

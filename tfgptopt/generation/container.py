@@ -27,6 +27,7 @@ _SEAL = b"TFGPTOPT"
 _SEAL_BYTES = len(_SEAL) + 8
 _BLOCK = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
+_IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
 _FIELDS = ("decoder", "generation", "signatures", "tokenizer", "weights")
 
 
@@ -37,10 +38,18 @@ class Container:
     Attributes:
         metadata: What the file says of itself; `docs/tflite_format.md` lists the fields.
         content_hash: Differs between files of different content.
+        stat: Of the file when it was read.
     """
 
     metadata: dict[str, Any]
     content_hash: str
+    stat: os.stat_result
+
+    def check_unchanged(self, path: Path) -> None:
+        """Raises a `ValueError` if another file is in the place of the one that was read."""
+        now = path.stat()
+        if any(getattr(now, fact) != getattr(self.stat, fact) for fact in _IDENTITY):
+            raise ValueError(f"'{path}' was replaced while it was being loaded. Load it again.")
 
 
 def seal(data: bytes | memoryview) -> bytes:
@@ -92,7 +101,8 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
     with path.open("rb") as file:
         if file.read(8)[4:] != b"TFL3":
             raise ValueError(f"'{path}' is not a TFLite file: it does not begin with TFL3.")
-        crc = _verify(path, file, folder)
+        stat = os.fstat(file.fileno())
+        crc = _verify(path, file, stat, folder)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 blob = _find(data)
@@ -111,7 +121,7 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
             "Copy or export it again."
         )
     name = f"{hashlib.sha256(blob).hexdigest()[:16]}{crc:08x}"
-    return Container(metadata, name)
+    return Container(metadata, name, stat)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -119,9 +129,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return read_container(path).metadata
 
 
-def _verify(path: Path, file: BinaryIO, folder: Path | None) -> int | None:
+def _verify(path: Path, file: BinaryIO, stat: os.stat_result, folder: Path | None) -> int | None:
     """Returns the checksum of a file, which must be right, or `None` if the file has none."""
-    stat = os.fstat(file.fileno())
     file.seek(max(0, stat.st_size - _SEAL_BYTES))
     end = file.read(_SEAL_BYTES)
     if not end.startswith(_SEAL):

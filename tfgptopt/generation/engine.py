@@ -14,12 +14,14 @@ from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from tfgptopt.generation import weight_cache
-from tfgptopt.generation.caches import Cache, Caches, release
+from tfgptopt.generation.caches import Cache, Caches
 from tfgptopt.generation.container import Container
 from tfgptopt.quiet import quiet_native_logs
 
 # One call costs about as much as reading so many tokens more: the weights come from memory once.
 _TOKENS_PER_CALL = 16
+# A cache is made smaller for a text that leaves so many tokens free.
+_MARGIN = 128
 
 
 class Signature(NamedTuple):
@@ -50,16 +52,18 @@ class Engine:
             for kind in ("decode", "prefill", "score")
         )
         self._lock = threading.Lock()
-        self._buffers: dict[str, Any] = {}
-        weakref.finalize(self, release, self.__dict__)
+        weakref.finalize(self, _release, self.__dict__)
 
         def compiled(weights: str) -> CompiledModel:
             cpu = CpuOptions(num_threads=num_threads, xnnpack_weight_cache_path=weights)
             options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
-            return CompiledModel.from_file(str(path), options=options)
+            model = CompiledModel.from_file(str(path), options=options)
+            container.check_unchanged(path)
+            return model
 
         with quiet_native_logs():
             self._model = weight_cache.load(compiled, container.content_hash, folder)
+            self._inputs, self._outputs = self._new_buffers()
         self._caches = Caches(self._model, self._decode[0].name, decoder)
 
     def new_cache(self) -> Cache:
@@ -75,10 +79,10 @@ class Engine:
     def read(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Brings the tokens of a text into a cache, as far as it does not hold them."""
         del cache.tokens[cache.shared_with(tokens) :]
-        room = self._caches.room_for(len(tokens))
-        if cache.positions > room:  # It had a longer text, which this one need not pay for.
+        # What had a longer text is made smaller, unless this one may soon need as much.
+        if cache.positions > self._caches.room_for(len(tokens) + _MARGIN):
             with self._lock:
-                self._caches.shrink(cache, room)
+                self._caches.shrink(cache, self._caches.room_for(len(tokens)))
         lengths = (1, *(signature.length for signature in self._prefill))
         while (position := len(cache.tokens)) < len(tokens):
             length = _split(len(tokens) - position, lengths)
@@ -100,11 +104,9 @@ class Engine:
         position = 0
         while position < len(tokens):
             length = _split(len(tokens) - position, tuple(s.length for s in self._score))
-            flat, end = self._chunk(self._score, length, cache, tokens, position)
-            rows = flat.reshape(length, -1)
-            start = min(position, self.context_length - length)
-            logits[start:end] = rows[: end - start]
-            position = end
+            flat, start = self._chunk(self._score, length, cache, tokens, position)
+            position = len(cache.tokens)
+            logits[start:position] = flat.reshape(length, -1)[: position - start]
         return logits
 
     def _chunk(
@@ -115,19 +117,21 @@ class Engine:
         tokens: Sequence[int],
         position: int,
     ) -> tuple[np.ndarray, int]:
-        """Reads tokens from a position on; returns logits, if any, and the position behind them.
+        """Reads tokens from a position on; returns logits, if any, and the position of the first.
 
-        Near the end of the context it steps back and reads some tokens again, since a write past
-        the end of the cache would be moved.
+        Where a chunk would not end within the context, or within a cache that the text itself fits
+        into, it steps back and reads some tokens again: a write past the end would be moved.
         """
-        start = min(position, self.context_length - length)
+        end = min(position + length, len(tokens))
+        limit = self.context_length if end > cache.positions else cache.positions
+        start = min(position, limit - length)
         chunk = list(tokens[start : start + length])
         signature = next(s for s in signatures if s.length == length)
         del cache.tokens[start:]
         filled = chunk + [0] * (length - len(chunk))
         logits = self._run(signature, cache, filled, start, len(tokens))
         cache.tokens += chunk
-        return logits, start + len(chunk)
+        return logits, start
 
     def _run(
         self, signature: Signature, cache: Cache, tokens: list[int], position: int, expected: int
@@ -135,10 +139,10 @@ class Engine:
         """Runs a signature; returns its logits, which are empty if it has none."""
         with self._lock:
             self._caches.fit(signature.name, cache, position + signature.length, expected)
-            inputs = {**self._inputs(signature), **cache.buffers}
+            inputs = {**self._inputs[signature.name], **cache.buffers}
             inputs["tokens"].write(np.asarray(tokens, np.int32))
             inputs["position"].write(np.asarray([position], np.int32))
-            outputs = {**self._outputs(signature), **cache.buffers}
+            outputs = {**self._outputs[signature.name], **cache.buffers}
             self._model.run_by_name(signature.name, inputs, outputs)
             if "logits" not in outputs:
                 return np.empty(0, np.float32)
@@ -146,25 +150,25 @@ class Engine:
             logits: np.ndarray = outputs["logits"].read(size, np.float32)
             return logits
 
-    def _inputs(self, signature: Signature) -> dict[str, Any]:
-        """Returns the buffers for tokens and position."""
-        key = f"tokens {signature.name}"
-        if key not in self._buffers:
+    def _new_buffers(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns the buffers of each signature for tokens and position, and for logits."""
+        inputs, outputs = {}, {}
+        for signature in (*self._decode, *self._prefill, *self._score):
+            name = signature.name
             create = self._model.create_input_buffer_by_name
-            with quiet_native_logs():
-                self._buffers[key] = {n: create(signature.name, n) for n in ("tokens", "position")}
-        return dict(self._buffers[key])
-
-    def _outputs(self, signature: Signature) -> dict[str, Any]:
-        """Returns the buffer for logits, if there are any."""
-        if signature in self._prefill:
-            return {}
-        key = f"logits {signature.name}"
-        if key not in self._buffers:
+            inputs[name] = {key: create(name, key) for key in ("tokens", "position")}
             create = self._model.create_output_buffer_by_name
-            with quiet_native_logs():
-                self._buffers[key] = {"logits": create(signature.name, "logits")}
-        return dict(self._buffers[key])
+            keys = () if signature in self._prefill else ("logits",)
+            outputs[name] = {key: create(name, key) for key in keys}
+            # The first write makes LiteRT log once more.
+            inputs[name]["position"].write(np.zeros(1, np.int32))
+        return inputs, outputs
+
+
+def _release(native: dict[str, Any]) -> None:
+    """Drops LiteRT's objects, which log their end."""
+    with quiet_native_logs():
+        native.clear()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,7 +1,8 @@
 """Remembers which files were found whole, so that they are not read again until they change.
 
-A note is an empty file in the folder of packed weights. Its name is a hash of the file's checksum
-and of what changes whenever the file does: device, inode, size and times.
+A note is an empty file in the folder of packed weights. Its name is a hash of the file's checksum,
+and of what changes when the file is written or replaced: device, inode, size and times. Where one
+of these can be wrong, as on network file systems, another is right.
 
 Reference: git tells in the same way which files of a work tree it need not read again,
 https://git-scm.com/docs/racy-git.
@@ -25,11 +26,10 @@ def is_noted(stat: os.stat_result, crc: int, folder: Path | None) -> bool:
     """Returns whether a file was found to have this checksum, and has not changed since."""
     if folder is None:
         return False
-    try:
-        os.utime(_note(stat, crc, folder))  # It was used: the oldest go first.
-    except OSError:
-        return False
-    return True
+    note = _note(stat, crc, folder)
+    with contextlib.suppress(OSError):
+        os.utime(note)  # It was used: the oldest go first.
+    return note.exists()
 
 
 def add_note(stat: os.stat_result, crc: int, folder: Path | None) -> None:
@@ -40,7 +40,7 @@ def add_note(stat: os.stat_result, crc: int, folder: Path | None) -> None:
         crc: Its checksum.
         folder: Where notes are; if there is none, or it cannot be written, nothing is noted.
     """
-    if folder is None or time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED_SECONDS:
+    if folder is None or time.time() - stat.st_ctime < _SETTLED_SECONDS:
         return
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

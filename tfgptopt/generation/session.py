@@ -18,9 +18,6 @@ class Session:
     Only what is new is read at each turn. Sessions of one model share its weights, and each has a
     KV cache of its own.
 
-    Attributes:
-        tokens: list of int. The text so far, as token ids: prompts and continuations.
-
     Example:
 
     ```python
@@ -31,12 +28,23 @@ class Session:
     """
 
     def __init__(self, engine: Engine, codec: Codec, cache: Cache, tokens: Sequence[int]) -> None:
-        self.tokens = list(tokens)
+        self._tokens = list(tokens)
         self._engine = engine
         self._codec = codec
         self._cache = cache
         self._lock = threading.Lock()
         self._turn: Iterator[str] | None = None
+        self._continuation: Continuation | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """The text so far as token ids: prompts and continuations, also of an open stream."""
+        tokens, turn = list(self._tokens), self._continuation
+        if turn is not None:
+            tokens += turn.tokens
+            if turn.tail:
+                tokens += self._codec.tokenizer.encode(turn.tail, add_special_tokens=False).ids
+        return tokens
 
     @property
     def text(self) -> str:
@@ -99,14 +107,16 @@ class Session:
             tokens = self.tokens + self._encode(text)
             length = self._length(len(tokens), max_new_tokens)
             new = sampled_tokens(self._engine, self._cache, tokens, length, chosen, seed)
-            self._turn = self._run(Continuation(new, self._codec, tokens, ends), tokens)
+            self._tokens = tokens
+            self._continuation = Continuation(new, self._codec, tokens, ends)
+            self._turn = self._continuation.pieces()
             return self._turn
 
     def reset(self) -> None:
         """Forgets the text. The cache stays, for what begins with the same tokens."""
         with self._lock:
             self._end_turn()
-            self.tokens = []
+            self._tokens, self._continuation = [], None
 
     def fork(self) -> Session:
         """Returns a session with the same text so far, which then goes its own way."""
@@ -149,12 +159,3 @@ class Session:
                 f"It has {len(self.tokens)} now: call `reset()`, and give a shorter text."
             )
         return context if max_new_tokens is None else min(context, size + max_new_tokens)
-
-    def _run(self, turn: Continuation, tokens: list[int]) -> Iterator[str]:
-        self.tokens = tokens
-        try:
-            yield from turn.pieces()
-        finally:
-            self.tokens = [*tokens, *turn.tokens]
-            if turn.tail:
-                self.tokens += self._codec.tokenizer.encode(turn.tail, add_special_tokens=False).ids

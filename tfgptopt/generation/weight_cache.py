@@ -92,8 +92,11 @@ def _machine() -> str:
 
 def _valid_entry(folder: Path, name: str) -> Path | None:
     """Returns the entry of a name if it is whole; a damaged one is removed."""
+    paths: list[Path] = []
     with contextlib.suppress(OSError):
-        for path in sorted(folder.glob(f"{name}-*{_SUFFIX}")):
+        paths = sorted(folder.glob(f"{name}-*{_SUFFIX}"))
+    for path in paths:
+        with contextlib.suppress(OSError):
             with path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 if notes.is_noted(stat, _crc(path), folder):

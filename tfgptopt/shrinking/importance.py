@@ -251,6 +251,12 @@ def _loss_when_skipped(model: Any, blocks: list[Any], batches: list[Any]) -> np.
     return np.array(losses)
 
 
+def check_depth_score(depth_score: Any) -> None:
+    """Raises a `ValueError` unless this is a way to score layers."""
+    if depth_score not in ("influence", "loss"):
+        raise ValueError(f"`depth_score` must be 'influence' or 'loss'. Received: {depth_score!r}")
+
+
 def importance(model: Any, data: Any, depth_score: str = "influence") -> Importance:
     """Measures how much each part of a model does on given data.
 
@@ -283,8 +289,7 @@ def importance(model: Any, data: Any, depth_score: str = "influence") -> Importa
     (https://arxiv.org/abs/2403.03853), for the influence of layers.
     """
     family = family_of(model)
-    if depth_score not in ("influence", "loss"):
-        raise ValueError(f"`depth_score` must be 'influence' or 'loss'. Received: {depth_score!r}")
+    check_depth_score(depth_score)
     batches = read_data(model, data)
     backbone = getattr(model, "backbone", model)
     watcher = _Watcher(family, backbone)

@@ -175,7 +175,7 @@ def _with_heads(family: Family, old: Shape, new: Shape, wanted: Any, name: str) 
         if family.kv_heads is None:
             kv_heads = heads
         elif kv_heads is None:
-            # Whole groups go where they can, so that the size of a group stays.
+            # Equally many of each group go; whole groups, if that cannot be.
             fits = heads % old.kv_heads == 0
             kv_heads = old.kv_heads if fits or heads % group else heads // group
     width, heads = width or old.width, heads or old.heads

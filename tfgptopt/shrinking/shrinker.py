@@ -31,6 +31,12 @@ def _check_model(model: Any) -> None:
             f"'{model.name}' is pruned or quantize-aware. Shrink first, then prune and quantize; "
             "or call `tfgptopt.finalize(model)` before."
         )
+    adapted = [x.path for x in model._flatten_layers() if getattr(x, "lora_enabled", False)]
+    if adapted:
+        raise ValueError(
+            f"'{model.name}' has LoRA adapters, such as those of {adapted[0]}. Merge them first: "
+            "save the model's weights and load them into one without adapters."
+        )
 
 
 def check_request(**settings: Any) -> tuple[str, float] | None:
@@ -76,14 +82,15 @@ def shrink(
     best with the old one as its teacher: see `tfgptopt.Distiller`.
 
     In GPT-2, OPT, Llama and Qwen2 the size of a head is `hidden_dim // heads`, and has to stay:
-    heads follow `width` there. Where heads share keys and values, whole groups go.
+    heads follow `width` there. Where heads share keys and values, `kv_heads` takes whole groups,
+    and `heads` equally many of each group.
 
     Args:
         model: A causal LM of KerasHub, or a backbone: GPT-2, OPT, Llama, Mistral, Qwen 2 and 3,
             Gemma 1 and 2.
         depth: Decoder layers to keep, by `depth_score`.
         heads: Query heads of each layer to keep, by what they add to the stream.
-        kv_heads: Heads of keys and values to keep.
+        kv_heads: Heads of keys and values to keep, with the query heads that share them.
         feedforward: Neurons of each layer's feed-forward network to keep, likewise.
         width: Features of the residual stream to keep.
         vocabulary: Tokens to keep, by how often they occur in `calibration`. Single bytes and

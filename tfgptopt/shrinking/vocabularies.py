@@ -100,10 +100,12 @@ def choose_tokens(tokenizer: Any, counts: np.ndarray, size: int) -> np.ndarray:
     pairs = isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer)
     kept, split = _of_byte_pairs(tokenizer) if pairs else _of_pieces(tokenizer)
     kept = set(kept)
-    if len(kept) > size:
+    # KerasHub's byte-pair tokenizers need a merge.
+    smallest = len(kept) + pairs
+    if size < smallest:
         raise ValueError(
-            f"`vocabulary` must be at least {len(kept)}: so many are single bytes and special "
-            f"tokens, which any text needs. Received: {size}"
+            f"`vocabulary` must be at least {smallest}: so many are single bytes and special "
+            f"tokens, which any text needs{', and one merge' if pairs else ''}. Received: {size}"
         )
     order = np.argsort(-counts[:known], kind="stable")
     growing = True

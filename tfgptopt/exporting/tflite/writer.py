@@ -185,7 +185,7 @@ def _converted_causal_lm(model: Any, context_length: int | None) -> memoryview:
     _store_integers(file, matrices)
     decoder = {
         "num_layers": count,
-        "num_heads": shape[0],
+        "num_heads": getattr(model.backbone, "num_query_heads", shape[0]),
         "num_key_value_heads": shape[0],
         "head_dim": shape[2],
         "cache_dtype": "float32",
