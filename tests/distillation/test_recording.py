@@ -3,6 +3,7 @@
 import json
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -206,3 +207,15 @@ def test_padding_is_left_out_of_a_recorded_loss(tmp_path):
     values = (np.exp(logs) * (logs - q)).sum(-1) + np.exp(rest[0]) * (rest[0] - rest[1])
     counts = weights * inputs["padding_mask"]
     assert found == pytest.approx((values * counts).sum() / counts.sum(), rel=1e-2)
+
+
+def test_text_is_recorded_as_the_student_reads_it(corpus, tmp_path):
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=16)
+    gpt = make_gpt(corpus.tokenizer.vocabulary_size(), preprocessor)
+    texts = ["import os", "def f(x):", "x = 1", "class A:"]
+    recording = record(gpt, texts, tmp_path / "said", top_k=4)
+    assert (recording.rows, recording.tokens) == (4, 16)
+    distiller = Distiller(make_gpt(corpus.tokenizer.vocabulary_size(), preprocessor), recording)
+    distiller.compile()
+    dataset = tf.data.Dataset.from_tensor_slices(texts[::-1]).batch(2)
+    assert np.isfinite(distiller.fit(dataset, verbose=0).history["loss"][0])

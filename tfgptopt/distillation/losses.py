@@ -44,7 +44,9 @@ def check_weight(weight: Any) -> None:
         ValueError: If it is something else.
     """
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if (number and weight >= 0) or (callable(weight) and not isinstance(weight, type)):
+    if number and 0.0 <= weight < float("inf"):
+        return
+    if callable(weight) and not isinstance(weight, type):
         return
     raise ValueError(
         "`weight` must be a number >= 0, a keras LearningRateSchedule or a callable from the step "

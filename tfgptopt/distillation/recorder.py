@@ -27,6 +27,7 @@ from tfgptopt.distillation.recording import (
     window_keys,
 )
 from tfgptopt.distillation.teachers import check_built, tokenizer_hash, tokenizer_of
+from tfgptopt.distillation.text import as_tokens, is_text
 
 
 def weights_hash(model: keras.Model) -> str:
@@ -56,7 +57,7 @@ def _batches(data: Any) -> Iterator[Any]:
 
 def record(
     teacher: keras.Model,
-    data: tf.data.Dataset,
+    data: Any,
     path: str | Path,
     top_k: int = 64,
     temperature: float = 1.0,
@@ -73,7 +74,8 @@ def record(
     Args:
         teacher: A built causal LM.
         data: Finite dataset of batches of `({"token_ids", "padding_mask"}, ...)`, all windows of
-            one length, in the same order each time it is read.
+            one length, in the same order each time it is read. Or text, which the teacher's
+            preprocessor tokenizes: a list, or a dataset of batches.
         path: The folder to write.
         top_k: int. Tokens to keep for each position. Defaults to `64`.
         temperature: float above 0. Divides the logits; losses have to use the same. Defaults to
@@ -95,6 +97,8 @@ def record(
     """
     check_built(teacher, "teacher")
     check_temperature(temperature)
+    if is_text(data):
+        data = as_tokens(data, getattr(teacher, "preprocessor", None), None)
     batches = _batches(data)
     first = next(batches, None)
     if first is None or 0 in first["token_ids"].shape:

@@ -35,7 +35,7 @@ def as_tokens(data: Any, preprocessor: Any, batch_size: int | None) -> tf.data.D
     """
     if preprocessor is None:
         raise ValueError(
-            "Received text, but the student has no preprocessor to make tokens of it. Give data "
+            "Received text, but the model has no preprocessor to make tokens of it. Give data "
             "of ({'token_ids', 'padding_mask'}, labels, sample_weight)."
         )
     if isinstance(data, tf.data.Dataset):

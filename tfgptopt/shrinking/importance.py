@@ -200,8 +200,9 @@ def read_data(model: Any, data: Any) -> list[dict[str, Any]]:
     """Returns calibration data as batches of `token_ids` and `padding_mask`.
 
     Raises:
-        ValueError: If there is none, or it has no token ids.
+        ValueError: If there is none, it has no token ids, or the model cannot read them.
     """
+    backbone = getattr(model, "backbone", model)
     if data is None:
         raise ValueError("`calibration` is needed to see which parts matter. Give some batches.")
     if is_text(data):
@@ -213,12 +214,34 @@ def read_data(model: Any, data: Any) -> list[dict[str, Any]]:
         if "token_ids" not in inputs:
             raise ValueError(f"The calibration data has no 'token_ids'. Received: {list(inputs)}")
         tokens = tf.convert_to_tensor(inputs["token_ids"])
+        _check_tokens(backbone, tokens)
         mask = inputs.get("padding_mask")
         mask = tf.ones_like(tokens) if mask is None else tf.cast(mask, tf.int32)
         found.append({"token_ids": tokens, "padding_mask": mask})
     if not any(tf.reduce_any(batch["padding_mask"] != 0) for batch in found):
         raise ValueError("The calibration data is empty: it has nothing but padding.")
     return found
+
+
+def _check_tokens(backbone: Any, tokens: tf.Tensor) -> None:
+    if not tokens.dtype.is_integer or tokens.shape.rank != 2:
+        raise ValueError(
+            "Calibration data needs token ids as ints of shape (batch, tokens). Received: "
+            f"{tokens.dtype.name} of shape {tuple(tokens.shape)}"
+        )
+    size = backbone.vocabulary_size
+    if tf.size(tokens) and not (tf.reduce_min(tokens) >= 0 and tf.reduce_max(tokens) < size):
+        raise ValueError(
+            f"Calibration data has token ids from {int(tf.reduce_min(tokens))} to "
+            f"{int(tf.reduce_max(tokens))}, and the model has {size} tokens. Is it of another "
+            "tokenizer?"
+        )
+    positions = getattr(backbone, "max_sequence_length", None)
+    if positions is not None and tokens.shape[1] > positions:
+        raise ValueError(
+            f"Calibration data has windows of {tokens.shape[1]} tokens, and the model reads "
+            f"{positions} at most."
+        )
 
 
 def next_token_loss(model: Any, batches: list[Any]) -> float:
