@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ai_edge_litert
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
+from ai_edge_litert.environment import Environment, EnvironmentOptions
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from tfgptopt.generation import weight_cache
@@ -52,12 +54,11 @@ class Engine:
             for kind in ("decode", "prefill", "score")
         )
         self._lock = threading.Lock()
-        weakref.finalize(self, _release, self.__dict__)
 
         def compiled(weights: str) -> CompiledModel:
             cpu = CpuOptions(num_threads=num_threads, xnnpack_weight_cache_path=weights)
             options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
-            model = CompiledModel.from_file(str(path), options=options)
+            model = CompiledModel.from_file(str(path), options=options, environment=_environment())
             container.check_unchanged(path)
             return model
 
@@ -165,10 +166,13 @@ class Engine:
         return inputs, outputs
 
 
-def _release(native: dict[str, Any]) -> None:
-    """Drops LiteRT's objects, which log their end."""
-    with quiet_native_logs():
-        native.clear()
+@functools.cache
+def _environment() -> Environment:
+    """Returns LiteRT's environment, one for all models: it logs its beginning and its end."""
+    folder = str(Path(ai_edge_litert.__file__).parent)
+    environment = Environment.create(options=EnvironmentOptions(runtime_path=folder))
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))  # It has no end, and logs none.
+    return environment
 
 
 @functools.lru_cache(maxsize=4096)
