@@ -233,6 +233,8 @@ def test_text_is_read_as_a_causal_lm_reads_it(corpus):
         # Keras divides by all tokens, the distiller by the real ones.
         assert loss(distiller, given) * total == pytest.approx(wanted, rel=1e-4)
     assert student.preprocessor is preprocessor
+    logits = distiller.predict(texts, verbose=0)
+    np.testing.assert_allclose(logits, student(preprocessor(texts)[0]), atol=1e-5)
     distiller.fit(texts, batch_size=2, verbose=0, validation_data=texts)
     with pytest.raises(ValueError, match="no preprocessor"):
         compiled(make_gpt(), make_gpt()).fit(texts, verbose=0)

@@ -236,6 +236,13 @@ class Distiller(keras.Model):
         """Evaluates as `keras.Model.evaluate` does. Text is tokenized, as in `fit`."""
         return super().evaluate(self._read(x, kwargs, "batch_size"), *args, **kwargs)
 
+    def predict(self, x: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
+        """Returns the student's logits, as `keras.Model.predict` does. Text is tokenized."""
+        if is_text(x):
+            x = as_tokens(x, getattr(self.student, "preprocessor", None), batch_size)
+            batch_size = None
+        return super().predict(x, batch_size=batch_size, **kwargs)
+
     def _read(self, data: Any, settings: dict[str, Any], consumed: str = "") -> Any:
         if is_text(data):
             size = settings.pop(consumed, None) or settings.get("validation_batch_size")

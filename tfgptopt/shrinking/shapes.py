@@ -191,10 +191,13 @@ def _with_heads(family: Family, old: Shape, new: Shape, wanted: Any, name: str) 
             f"{heads} over {kv_heads} would need {heads // kv_heads} for each."
         )
     if tied and width != heads * old.head_dim:
+        names = ("width", "heads", "kv_heads")
+        given = ", ".join(f"{k}={wanted[k]!r}" for k in names if wanted.get(k) is not None)
         raise ValueError(
             f"The head size of {name} is hidden_dim // {family.heads}, {old.head_dim} here, and "
-            f"must stay: {heads} heads need width={heads * old.head_dim}. Received: width={width}, "
-            f"heads={heads}. Give `width` alone, and heads follow."
+            f"must stay: {heads} heads need width={heads * old.head_dim}, and it would be {width}. "
+            f"Received: {given}. Give `width={heads * old.head_dim}` too, or `width` alone, and "
+            "heads follow."
         )
     return replace(new, width=width, heads=heads, kv_heads=kv_heads)
 
