@@ -7,7 +7,7 @@ import pytest
 from conftest import make_gpt
 
 from tfgptopt.distillation import HiddenStates
-from tfgptopt.optimizing import check_fit, optimize
+from tfgptopt.optimizing import check_fit, check_recipe, optimize
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import QuantizeAware, Recipe
 from tfgptopt.stages import Distill, Shrink
@@ -88,6 +88,22 @@ def test_shrinking_alone_is_a_job_too(corpus, tmp_path):
     names = [result.name for result in outcome.results]
     assert names[2:] == ["shrunk TFLite", "optimized Keras", "optimized TFLite"]
     assert list(outcome.curves) == ["distilled"]
+
+
+def test_recipes_of_one_stage_and_of_budgets_are_fine(corpus):
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=32)
+    model = make_gpt(corpus.tokenizer.vocabulary_size(), preprocessor)
+    for techniques in (
+        (Distill(9),),
+        (Distill(9), QuantizeAware(Int8())),
+        (Shrink(parameters=0.6), Distill(9)),
+        (Shrink(context=8), QuantizeAware(Int8())),
+    ):
+        if techniques[0] == Shrink(context=8):  # The windows are longer.
+            with pytest.raises(ValueError, match="only 8"):
+                check_recipe(model, corpus, Recipe(techniques))
+        else:
+            check_recipe(model, corpus, Recipe(techniques))
 
 
 def test_bad_jobs_touch_nothing(corpus, tmp_path):

@@ -96,6 +96,8 @@ def check_fit(model: Any, corpus: Corpus) -> None:
 def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> None:
     """Raises early if a recipe cannot be applied, before anything is trained.
 
+    What comes behind a budget is checked on the model as it is: its shape is found on data.
+
     Raises:
         ValueError: If it is empty, or a stage does not fit the model that the stages before make.
     """
@@ -108,7 +110,7 @@ def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> None:
             student = stage.preview(student)
             check_fit(student, corpus)
         if isinstance(stage, Distill):
-            Distiller(student, model, stage.losses)
+            Distiller(student, "self" if student is model else model, stage.losses)
     for callback in from_recipe(recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)):
         callback.set_model(student)  # Raises if its targets are not in the model.
 

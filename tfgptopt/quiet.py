@@ -21,10 +21,11 @@ def quiet_native_logs() -> Iterator[None]:
     other threads write meanwhile is held back too, so keep the block short. Threads take turns.
     """
     with _turn, contextlib.ExitStack() as stack:
-        try:
+        log = saved = None
+        with contextlib.suppress(OSError):  # No folder for temporary files, or no standard error.
             log = stack.enter_context(tempfile.TemporaryFile())
             saved = os.dup(2)
-        except OSError:  # No folder for temporary files, or no standard error.
+        if log is None or saved is None:
             yield
             return
         try:
@@ -34,7 +35,8 @@ def quiet_native_logs() -> Iterator[None]:
             yield
         except BaseException:
             log.seek(0)
-            os.write(saved, log.read())
+            with contextlib.suppress(OSError):
+                os.write(saved, log.read())
             raise
         finally:
             os.dup2(saved, 2)

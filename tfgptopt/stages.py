@@ -60,7 +60,8 @@ class Shrink:
     def preview(self, model: Any) -> Any:
         """Returns a model of the shape that `apply` gives, with random weights.
 
-        For a budget, whose shape is searched on data, this is the model itself.
+        It is made in full, to be checked and thrown away. For a budget, whose shape is searched
+        on data, this is the model itself.
 
         Raises:
             ValueError: If the family cannot have the shape.
@@ -68,7 +69,8 @@ class Shrink:
         if check_request(**self._cuts()):
             return model
         shape = resolve(model, **self._cuts())
-        preprocessor = shrink_preprocessor(model.preprocessor, None, shape.context)
+        preprocessor = getattr(model, "preprocessor", None)
+        preprocessor = shrink_preprocessor(preprocessor, None, shape.context)
         return with_backbone(model, build(model, shape), preprocessor)
 
     def apply(self, model: Any, calibration: Any) -> Any:

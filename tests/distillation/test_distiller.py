@@ -312,6 +312,8 @@ def test_a_file_is_not_touched_by_saving_as_a_whole(tmp_path):
     with pytest.raises(NotImplementedError, match=r"Save `distiller\.student`"):
         distiller.save(path)
     checkpoint = keras.callbacks.ModelCheckpoint(path)
-    with pytest.raises(ValueError, match="save_weights_only=True"):
-        distiller.fit(data(), verbose=0, callbacks=[checkpoint])
+    for given in (checkpoint, [checkpoint], keras.callbacks.CallbackList([checkpoint])):
+        with pytest.raises(ValueError, match="save_weights_only=True"):
+            distiller.fit(data(), verbose=0, callbacks=given)
+    distiller.fit(data(), verbose=0, callbacks=keras.callbacks.TerminateOnNaN())
     assert path.read_bytes() == before

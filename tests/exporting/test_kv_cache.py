@@ -4,6 +4,7 @@ import pytest
 from conftest import VOCABULARY, make_gpt
 
 import tfgptopt
+from tfgptopt.generation import caches
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 300).tolist()
 
@@ -92,6 +93,64 @@ def test_caches_grow_with_their_texts_and_shrink_for_others(lm, expected):
     np.testing.assert_allclose(logits, expected[50], atol=close)
 
 
+def test_a_long_prompt_doubles_its_cache(lm, monkeypatch):
+    engine, grown = lm._engine, []
+    grow = engine._caches._grow
+
+    def counted(cache, positions):
+        grown.append(positions)
+        grow(cache, positions)
+
+    monkeypatch.setattr(engine._caches, "_grow", counted)
+    engine.read(engine.new_cache(), TOKENS)
+    assert grown == [256, 384]  # Twice as many, and then all that 300 tokens need.
+    grown.clear()
+    monkeypatch.setattr(caches, "_STEP", 16)  # Less than a chunk.
+    cache = engine.new_cache()
+    engine.read(cache, TOKENS)
+    assert cache.positions == 320 and len(grown) <= 6  # In eighths from 256 on.
+
+
+def test_scoring_a_short_text_after_a_long_one_needs_no_long_cache(lm, expected):
+    engine, close = lm._engine, tolerance(lm, expected)
+    cache = engine.new_cache()
+    engine.score(cache, TOKENS)
+    assert cache.positions == 384
+    np.testing.assert_allclose(engine.score(cache, TOKENS[:9]), expected[:9], atol=close)
+    assert cache.positions == 128
+
+
+def test_a_resize_that_is_interrupted_is_made_again(lm, expected):
+    class Interrupted:
+        def __init__(self, model):
+            self.model, self.calls = model, 0
+
+        def __getattr__(self, name):
+            return getattr(self.model, name)
+
+        def resize_input_tensor(self, *arguments, **settings):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            self.model.resize_input_tensor(*arguments, **settings)
+
+    engine, close = lm._engine, tolerance(lm, expected)
+    cache = engine.new_cache()
+    engine.read(cache, TOKENS[:100])
+    engine.decode(cache, TOKENS[100])
+    long = engine.new_cache()
+    engine.read(long, TOKENS[:200])
+    model = engine._caches._model
+    engine._caches._model = Interrupted(model)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            engine.decode(long, TOKENS[200])
+    finally:
+        engine._caches._model = model
+    logits = engine.decode(cache, TOKENS[101])  # Of the size before the interruption.
+    np.testing.assert_allclose(logits, expected[101], atol=close)
+
+
 def test_padding_makes_no_cache_grow(lm, expected):
     engine, close = lm._engine, tolerance(lm, expected)
     cache = engine.new_cache()
@@ -128,7 +187,7 @@ def test_growth_that_is_interrupted_leaves_an_empty_cache(lm, expected, monkeypa
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine._caches, "_grow_layer", interrupted)
         engine.decode(cache, TOKENS[128])
-    assert cache.tokens == []
+    assert cache.tokens == [] and cache.buffers == {}
     engine.read(cache, TOKENS[:128])
     logits = engine.decode(cache, TOKENS[128])
     np.testing.assert_allclose(logits, expected[128], atol=close)

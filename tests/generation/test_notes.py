@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -78,6 +79,16 @@ def test_without_a_folder_files_are_always_read(file, reads, folder):
     for _ in range(2):
         container.read_container(file, folder and Path(folder))
     assert len(reads) == 2
+
+
+@pytest.mark.parametrize("fact", ["st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"])
+def test_a_note_is_of_all_that_tells_files_apart(file, tmp_path, fact):
+    names = ("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+    facts = {name: getattr(file.stat(), name) for name in names}
+    other = SimpleNamespace(**{**facts, fact: facts[fact] + 1})
+    first = notes._note(SimpleNamespace(**facts), 7, tmp_path)
+    assert notes._note(SimpleNamespace(**facts), 7, tmp_path) == first
+    assert first != notes._note(other, 7, tmp_path) != notes._note(other, 8, tmp_path)
 
 
 def test_notes_are_read_where_they_cannot_be_touched(file, tmp_path, reads, monkeypatch):

@@ -177,3 +177,12 @@ def test_needs_neither_tensorflow_nor_keras(path):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("import")
+
+
+def test_loading_and_dropping_models_writes_nothing_to_standard_error(path, capfd):
+    for _ in range(2):
+        lm = TFLiteCausalLM(path)
+        lm.generate([1, 2, 3], stop=None)
+        session = lm.session()
+        del lm, session
+    assert capfd.readouterr().err == ""

@@ -159,9 +159,14 @@ def test_adapters_are_refused(tmp_path):
     model.backbone.enable_lora(2)
     with pytest.raises(ValueError, match="has LoRA adapters"):
         tfgptopt.shrink(model, depth=1, calibration=batch())
+    adapters = [weight for weight in model.weights if "lora" in weight.path]
+    for weight in adapters:
+        weight.assign(np.random.default_rng(0).normal(0, 1, weight.shape))
     model.save_weights(tmp_path / "merged.weights.h5")
     plain = make("GPT2")
     plain.load_weights(tmp_path / "merged.weights.h5")
+    assert adapters
+    np.testing.assert_allclose(plain(batch()), model(batch()), atol=1e-5)
     assert shape_of(tfgptopt.shrink(plain, depth=1, calibration=batch())).depth == 1
 
 

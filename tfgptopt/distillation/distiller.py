@@ -223,8 +223,13 @@ class Distiller(keras.Model):
         return self.compute_metrics(x, y, student.logits, sample_weight=weights)
 
     def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as `keras.Model.fit` does. Text is tokenized by the student's preprocessor."""
-        for callback in kwargs.get("callbacks") or ():
+        """Trains as `keras.Model.fit` does. Text is tokenized by the student's preprocessor.
+
+        Raises:
+            ValueError: If a callback saves the whole model, or data was not recorded.
+        """
+        given = kwargs.get("callbacks")
+        for callback in keras.tree.flatten(getattr(given, "callbacks", given)):
             whole = isinstance(callback, keras.callbacks.ModelCheckpoint)
             if whole and not callback.save_weights_only:
                 raise ValueError(_NOT_SAVED)
@@ -271,7 +276,7 @@ class Distiller(keras.Model):
         return super().make_test_function(force=force or stale)
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Raises, before a file is touched: a distiller is saved as its student."""
+        """Raises before it touches a file: a distiller is saved as its student."""
         raise NotImplementedError(_NOT_SAVED)
 
     def get_config(self) -> dict[str, Any]:

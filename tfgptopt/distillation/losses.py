@@ -38,7 +38,7 @@ class Loss(Protocol):
 
 
 def check_weight(weight: Any) -> None:
-    """Raises unless `weight` is a number >= 0, a schedule, or a callable.
+    """Raises unless `weight` is a finite number >= 0, a schedule, or a callable.
 
     Raises:
         ValueError: If it is something else.
@@ -49,8 +49,8 @@ def check_weight(weight: Any) -> None:
     if callable(weight) and not isinstance(weight, type):
         return
     raise ValueError(
-        "`weight` must be a number >= 0, a keras LearningRateSchedule or a callable from the step "
-        f"to a number. Received: {weight!r}"
+        "`weight` must be a finite number >= 0, a keras LearningRateSchedule or a callable from "
+        f"the step to a number. Received: {weight!r}"
     )
 
 

@@ -75,7 +75,7 @@ def record(
         teacher: A built causal LM.
         data: Finite dataset of batches of `({"token_ids", "padding_mask"}, ...)`, all windows of
             one length, in the same order each time it is read. Or text, which the teacher's
-            preprocessor tokenizes: a list, or a dataset of batches.
+            preprocessor tokenizes: a list (in batches of 32), or a dataset of batches.
         path: The folder to write.
         top_k: int. Tokens to keep for each position. Defaults to `64`.
         temperature: float above 0. Divides the logits; losses have to use the same. Defaults to

@@ -33,7 +33,11 @@ def window_keys(inputs: Any) -> np.ndarray:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns what a file of a recording says; raises a `ValueError` if it is damaged."""
+    """Returns what a file of a recording says.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Lets a distiller read text, as a causal LM of KerasHub does."""
+"""Lets distillation and shrinking read text, as a causal LM of KerasHub does."""
 
 from __future__ import annotations
 

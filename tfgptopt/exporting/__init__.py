@@ -42,9 +42,9 @@ def export(
     Args:
         model: A built Keras 3 model.
         path: Where to write.
-        context_length: int. For TFLite files of causal LMs, how many positions the KV cache holds,
-            in tokens. Defaults to `None`: all that the model has; of a model that has any number,
-            the `sequence_length` of its preprocessor, or else 1024.
+        context_length: int. For TFLite files of causal LMs, the most tokens that a text can have:
+            the KV cache grows up to it. Defaults to `None`: all positions that the model has; of a
+            model that has any number, the `sequence_length` of its preprocessor, or else 1024.
         overwrite: bool. Replace an existing file or folder. Defaults to `False`.
         sparse: bool. For TFLite, leave out the empty blocks of float32 weights that were pruned
             with `Block(4, 1)`: a smaller file, and one that decodes faster from about 60 % of

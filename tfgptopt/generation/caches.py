@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
 
-# Caches get so many positions, and so many more each time, or an eighth: they are copied then.
+# Positions of a new cache, and the least that it grows by; from 2,048 on, an eighth.
 _STEP = 128
 
-# The signature that appends positions to the cache of a layer, and what its inputs are like.
+# The signature that appends positions to the cache of a layer, and which parts of a cache its
+# inputs are shaped as: layers are alike.
 _GROW = "grow"
-_LIKE = {
+_SHAPED_AS = {
     "key": "key_0",
     "value": "value_0",
     "room": "key_0",
@@ -42,7 +43,7 @@ class Cache:
         self.tokens: list[int] = []
 
     def shared_with(self, tokens: Sequence[int]) -> int:
-        """Returns how many tokens at the beginning are the same."""
+        """Returns how many of the first tokens are those that are held."""
         pairs = zip(self.tokens, tokens, strict=False)
         return next(
             (i for i, (held, wanted) in enumerate(pairs) if held != wanted),
@@ -112,6 +113,9 @@ class Caches:
             expected: Positions that will be needed soon. The cache is at most doubled for them,
                 since the tokens until then are read faster with less.
         """
+        if cache.positions == 0:  # It lost everything when its growth was interrupted.
+            fresh = self._empty(self.room_for(end))
+            cache.buffers, cache.positions = fresh.buffers, fresh.positions
         if cache.positions < end:
             doubled = min(self.room_for(expected), 2 * cache.positions)
             self._grow(cache, max(self.room_for(end), doubled))
@@ -124,7 +128,7 @@ class Caches:
         index = self._model.get_signature_index(_GROW)
         rooms = {}
         for i, name in enumerate(self._inputs[_GROW]):
-            heads, size, dtype = self._parts[_LIKE[name]]
+            heads, size, dtype = self._parts[_SHAPED_AS[name]]
             count = extra if name.startswith("room") else cache.positions
             self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
             if name.startswith("room"):
@@ -135,8 +139,7 @@ class Caches:
                 self._grow_layer(cache, layer, rooms)
             cache.positions = positions
         except BaseException:  # Layers of two sizes are of no use.
-            fresh = self.new()
-            cache.buffers, cache.positions, cache.tokens = fresh.buffers, fresh.positions, []
+            cache.buffers, cache.positions, cache.tokens = {}, 0, []
             raise
 
     def _grow_layer(self, cache: Cache, layer: int, rooms: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ _SEAL = b"TFGPTOPT"
 _SEAL_BYTES = len(_SEAL) + 8
 _BLOCK = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
+# Not `st_ctime`: a link made meanwhile would change it, and the content would be the same.
 _IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
 _FIELDS = ("decoder", "generation", "signatures", "tokenizer", "weights")
 
@@ -93,7 +94,7 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is no TFLite file, is damaged or was cut off, was not written by
-            tfgptopt, or by a newer version of it.
+            tfgptopt, or has another version of the format.
     """
     path = Path(path)
     if not path.is_file():

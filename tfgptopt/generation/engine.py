@@ -41,6 +41,9 @@ class Engine:
         container: What it says of itself.
         num_threads: Threads for the kernels.
         folder: Where packed weights are kept, or `None`.
+
+    Raises:
+        ValueError: If another file took the place of the one that was checked.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class Engine:
         decoder, signatures = container.metadata["decoder"], container.metadata["signatures"]
         self.context_length: int = decoder["context_length"]
         self.vocabulary_size: int = decoder["vocabulary_size"]
-        self._decode, self._prefill, self._score = (
+        (self._decode,), self._prefill, self._score = (
             sorted(Signature(length, name) for name, length in signatures[kind].items())
             for kind in ("decode", "prefill", "score")
         )
@@ -65,7 +68,7 @@ class Engine:
         with quiet_native_logs():
             self._model = weight_cache.load(compiled, container.content_hash, folder)
             self._inputs, self._outputs = self._new_buffers()
-        self._caches = Caches(self._model, self._decode[0].name, decoder)
+        self._caches = Caches(self._model, self._decode.name, decoder)
 
     def new_cache(self) -> Cache:
         """Returns an empty cache."""
@@ -80,10 +83,7 @@ class Engine:
     def read(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Brings the tokens of a text into a cache, as far as it does not hold them."""
         del cache.tokens[cache.shared_with(tokens) :]
-        # What had a longer text is made smaller, unless this one may soon need as much.
-        if cache.positions > self._caches.room_for(len(tokens) + _MARGIN):
-            with self._lock:
-                self._caches.shrink(cache, self._caches.room_for(len(tokens)))
+        self._shrink(cache, len(tokens))
         lengths = (1, *(signature.length for signature in self._prefill))
         while (position := len(cache.tokens)) < len(tokens):
             length = _split(len(tokens) - position, lengths)
@@ -95,13 +95,15 @@ class Engine:
     def decode(self, cache: Cache, token: int) -> np.ndarray:
         """Reads one token more; returns the logits behind it, float32 `(vocabulary,)`."""
         position = len(cache.tokens)
-        logits = self._run(self._decode[0], cache, [token], position, position + 1)
+        logits = self._run(self._decode, cache, [token], position, position + 1)
         cache.tokens.append(token)
         return logits
 
     def score(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
         """Reads a text from its beginning; returns all logits, float32 `(tokens, vocabulary)`."""
         logits = np.empty((len(tokens), self.vocabulary_size), np.float32)
+        cache.tokens.clear()
+        self._shrink(cache, len(tokens))
         position = 0
         while position < len(tokens):
             length = _split(len(tokens) - position, tuple(s.length for s in self._score))
@@ -109,6 +111,12 @@ class Engine:
             position = len(cache.tokens)
             logits[start:position] = flat.reshape(length, -1)[: position - start]
         return logits
+
+    def _shrink(self, cache: Cache, tokens: int) -> None:
+        """Makes a cache that had a longer text smaller, unless so many tokens may soon be more."""
+        if cache.positions > self._caches.room_for(tokens + _MARGIN):
+            with self._lock:
+                self._caches.shrink(cache, self._caches.room_for(tokens))
 
     def _chunk(
         self,
@@ -120,11 +128,11 @@ class Engine:
     ) -> tuple[np.ndarray, int]:
         """Reads tokens from a position on; returns logits, if any, and the position of the first.
 
-        Where a chunk would not end within the context, or within a cache that the text itself fits
-        into, it steps back and reads some tokens again: a write past the end would be moved.
+        Where a chunk would not end within the cache that the text needs, it steps back and reads
+        some tokens again: a write past the end would be moved, and padding needs no room.
         """
         end = min(position + length, len(tokens))
-        limit = self.context_length if end > cache.positions else cache.positions
+        limit = max(cache.positions, self._caches.room_for(end), length)
         start = min(position, limit - length)
         chunk = list(tokens[start : start + length])
         signature = next(s for s in signatures if s.length == length)
@@ -154,7 +162,7 @@ class Engine:
     def _new_buffers(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns the buffers of each signature for tokens and position, and for logits."""
         inputs, outputs = {}, {}
-        for signature in (*self._decode, *self._prefill, *self._score):
+        for signature in (self._decode, *self._prefill, *self._score):
             name = signature.name
             create = self._model.create_input_buffer_by_name
             inputs[name] = {key: create(name, key) for key in ("tokens", "position")}
@@ -171,7 +179,8 @@ def _environment() -> Environment:
     """Returns LiteRT's environment, one for all models: it logs its beginning and its end."""
     folder = str(Path(ai_edge_litert.__file__).parent)
     environment = Environment.create(options=EnvironmentOptions(runtime_path=folder))
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))  # It has no end, and logs none.
+    # Never freed: its end would be written to standard error.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
     return environment
 
 

@@ -1,8 +1,8 @@
 """Remembers which files were found whole, so that they are not read again until they change.
 
 A note is an empty file in the folder of packed weights. Its name is a hash of the file's checksum,
-and of what changes when the file is written or replaced: device, inode, size and times. Where one
-of these can be wrong, as on network file systems, another is right.
+and of what changes when the file is written or replaced: device, inode, size and times. Several are
+compared, since file systems differ in which they keep.
 
 Reference: git tells in the same way which files of a work tree it need not read again,
 https://git-scm.com/docs/racy-git.

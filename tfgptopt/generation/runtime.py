@@ -39,8 +39,8 @@ class TFLiteCausalLM:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no TFLite file, is damaged or was cut off, or was not written by
-            tfgptopt.
+        ValueError: If the file is no TFLite file, is damaged or was cut off, was not written by
+            tfgptopt, has another version of the format, or was replaced while it was being loaded.
 
     Example:
 

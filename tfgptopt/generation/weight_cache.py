@@ -1,8 +1,9 @@
 """Keeps the weights as XNNPACK packs them in a per-user folder, so that a file loads at once.
 
 An entry is one file, whose name says what it was made from and what its checksum is. It is built
-where no one sees it and renamed, so that processes that start together do no harm, and it is used
-only if its checksum is right: LiteRT neither notices a changed model nor survives a damaged entry.
+where no one sees it and renamed, so that processes that start together do no harm. It is used only
+if it was found whole and has not changed since: LiteRT neither notices a changed model nor survives
+a damaged entry.
 """
 
 from __future__ import annotations

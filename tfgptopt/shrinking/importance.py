@@ -240,7 +240,7 @@ def _check_tokens(backbone: Any, tokens: tf.Tensor) -> None:
     if positions is not None and tokens.shape[1] > positions:
         raise ValueError(
             f"Calibration data has windows of {tokens.shape[1]} tokens, and the model reads "
-            f"{positions} at most."
+            f"{positions} at most. Cut them to that."
         )
 
 

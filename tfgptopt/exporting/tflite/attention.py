@@ -1,7 +1,7 @@
 """Attention of a decoder layer on its KV cache.
 
 Keys and values are held by head, `(key-value heads, positions, head_dim)`, with as many positions
-as the runtime chooses: to copy the first of many would take a sixth of the time behind long texts.
+as the runtime chooses: to copy the first of many takes time behind long texts.
 Query heads that share a key-value head are neighbours, as in KerasHub: nothing is repeated.
 """
 

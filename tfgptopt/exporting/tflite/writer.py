@@ -42,7 +42,7 @@ def plan_signatures(context_length: int, short: bool = True) -> dict[str, list[S
 
     Args:
         context_length: Positions of the cache.
-        short: Whether there is one for short prompts.
+        short: Whether there is one for short prompts. Defaults to `True`.
     """
     chunk = min(context_length, _CHUNK)
     lengths = [_SHORT_CHUNK, chunk] if short and chunk > _SHORT_CHUNK else [chunk]
