@@ -60,6 +60,13 @@ def tolerance(lm, expected):
     return 1e-4 if exact else 0.02 * expected.std()
 
 
+def check_next(lm, cache, expected):
+    """Decodes the next token of the text, and compares the logits."""
+    position = len(cache.tokens)
+    logits = lm._engine.decode(cache, TOKENS[position])
+    np.testing.assert_allclose(logits, expected[position], atol=tolerance(lm, expected))
+
+
 def test_logits_are_those_of_keras(lm, expected):
     engine, close = lm._engine, tolerance(lm, expected)
     chunks = engine.score(engine.new_cache(), TOKENS)
@@ -73,15 +80,14 @@ def test_logits_are_those_of_keras(lm, expected):
 
 
 def test_caches_grow_with_their_texts_and_shrink_for_others(lm, expected):
-    engine, close = lm._engine, tolerance(lm, expected)
+    engine = lm._engine
     long, short = engine.new_cache(), engine.new_cache()
     assert long.positions == short.positions == 128
     engine.read(long, TOKENS[:127])
     engine.read(short, TOKENS[:20])
-    for i in range(8):  # By turns, while one of them grows.
-        for cache, position in ((long, 127 + i), (short, 20 + i)):
-            logits = engine.decode(cache, TOKENS[position])
-            np.testing.assert_allclose(logits, expected[position], atol=close)
+    for _ in range(8):  # By turns, while one of them grows.
+        check_next(lm, long, expected)
+        check_next(lm, short, expected)
     assert (long.positions, short.positions) == (256, 128)
     engine.read(long, TOKENS[:50])
     assert long.positions == 256  # It may soon need them again.
@@ -89,8 +95,7 @@ def test_caches_grow_with_their_texts_and_shrink_for_others(lm, expected):
     assert long.positions == 384
     engine.read(long, TOKENS[:50])
     assert long.positions == 128 and len(long.tokens) == 50
-    logits = engine.decode(long, TOKENS[50])
-    np.testing.assert_allclose(logits, expected[50], atol=close)
+    check_next(lm, long, expected)
 
 
 def test_a_long_prompt_doubles_its_cache(lm, monkeypatch):
@@ -134,7 +139,7 @@ def test_a_resize_that_is_interrupted_is_made_again(lm, expected):
                 raise KeyboardInterrupt
             self.model.resize_input_tensor(*arguments, **settings)
 
-    engine, close = lm._engine, tolerance(lm, expected)
+    engine = lm._engine
     cache = engine.new_cache()
     engine.read(cache, TOKENS[:100])
     engine.decode(cache, TOKENS[100])
@@ -147,18 +152,16 @@ def test_a_resize_that_is_interrupted_is_made_again(lm, expected):
             engine.decode(long, TOKENS[200])
     finally:
         engine._caches._model = model
-    logits = engine.decode(cache, TOKENS[101])  # Of the size before the interruption.
-    np.testing.assert_allclose(logits, expected[101], atol=close)
+    check_next(lm, cache, expected)  # Of the size before the interruption.
 
 
 def test_padding_makes_no_cache_grow(lm, expected):
-    engine, close = lm._engine, tolerance(lm, expected)
+    engine = lm._engine
     cache = engine.new_cache()
     engine.read(cache, TOKENS[:100])
     engine.read(cache, TOKENS[:118])  # A chunk of 32 would end at 132.
     assert cache.positions == 128 and cache.tokens == TOKENS[:118]
-    logits = engine.decode(cache, TOKENS[118])
-    np.testing.assert_allclose(logits, expected[118], atol=close)
+    check_next(lm, cache, expected)
 
 
 def test_growth_appends_zeros_behind_the_same_rows(lm):
@@ -174,7 +177,7 @@ def test_growth_appends_zeros_behind_the_same_rows(lm):
 
 
 def test_growth_that_is_interrupted_leaves_an_empty_cache(lm, expected, monkeypatch):
-    engine, close = lm._engine, tolerance(lm, expected)
+    engine = lm._engine
     cache = engine.new_cache()
     engine.read(cache, TOKENS[:128])
     grow_layer = engine._caches._grow_layer
@@ -189,8 +192,7 @@ def test_growth_that_is_interrupted_leaves_an_empty_cache(lm, expected, monkeypa
         engine.decode(cache, TOKENS[128])
     assert cache.tokens == [] and cache.buffers == {}
     engine.read(cache, TOKENS[:128])
-    logits = engine.decode(cache, TOKENS[128])
-    np.testing.assert_allclose(logits, expected[128], atol=close)
+    check_next(lm, cache, expected)
 
 
 def test_a_cache_begins_with_zeros_where_memory_is_used_again(lm):

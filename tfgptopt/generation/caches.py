@@ -97,11 +97,10 @@ class Caches:
         copy.tokens = list(cache.tokens)
         return copy
 
-    def shrink(self, cache: Cache, positions: int) -> None:
-        """Gives a cache fewer positions, which its tokens fit into."""
-        smaller = self._empty(positions)
-        self._copy_rows(cache, smaller)
-        cache.buffers, cache.positions = smaller.buffers, positions
+    def shrink(self, cache: Cache, tokens: int) -> None:
+        """Makes a cache of a longer text smaller, for one that leaves a whole step of it free."""
+        if cache.positions > self.room_for(tokens + _STEP):
+            self._renew(cache, self.room_for(tokens))
 
     def fit(self, name: str, cache: Cache, end: int, expected: int) -> None:
         """Makes a cache large enough, and a signature fit it.
@@ -114,8 +113,7 @@ class Caches:
                 since the tokens until then are read faster with less.
         """
         if cache.positions == 0:  # It lost everything when its growth was interrupted.
-            fresh = self._empty(self.room_for(end))
-            cache.buffers, cache.positions = fresh.buffers, fresh.positions
+            self._renew(cache, self.room_for(end))
         if cache.positions < end:
             doubled = min(self.room_for(expected), 2 * cache.positions)
             self._grow(cache, max(self.room_for(end), doubled))
@@ -172,6 +170,12 @@ class Caches:
             if held.view(f"i{dtype.itemsize}").any():
                 buffers[key].write(np.zeros((heads, positions, size), dtype))
         return Cache(buffers, positions)
+
+    def _renew(self, cache: Cache, positions: int) -> None:
+        """Gives a cache other buffers, with positions for its tokens at least."""
+        fresh = self._empty(positions)
+        self._copy_rows(cache, fresh)
+        cache.buffers, cache.positions = fresh.buffers, positions
 
     def _copy_rows(self, cache: Cache, target: Cache) -> None:
         """Copies the rows of a cache's tokens."""

@@ -22,8 +22,6 @@ from tfgptopt.quiet import quiet_native_logs
 
 # One call costs about as much as reading so many tokens more: the weights come from memory once.
 _TOKENS_PER_CALL = 16
-# A cache is made smaller for a text that leaves so many tokens free.
-_MARGIN = 128
 
 
 class Signature(NamedTuple):
@@ -83,7 +81,8 @@ class Engine:
     def read(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Brings the tokens of a text into a cache, as far as it does not hold them."""
         del cache.tokens[cache.shared_with(tokens) :]
-        self._shrink(cache, len(tokens))
+        with self._lock:
+            self._caches.shrink(cache, len(tokens))
         lengths = (1, *(signature.length for signature in self._prefill))
         while (position := len(cache.tokens)) < len(tokens):
             length = _split(len(tokens) - position, lengths)
@@ -103,7 +102,8 @@ class Engine:
         """Reads a text from its beginning; returns all logits, float32 `(tokens, vocabulary)`."""
         logits = np.empty((len(tokens), self.vocabulary_size), np.float32)
         cache.tokens.clear()
-        self._shrink(cache, len(tokens))
+        with self._lock:
+            self._caches.shrink(cache, len(tokens))
         position = 0
         while position < len(tokens):
             length = _split(len(tokens) - position, tuple(s.length for s in self._score))
@@ -111,12 +111,6 @@ class Engine:
             position = len(cache.tokens)
             logits[start:position] = flat.reshape(length, -1)[: position - start]
         return logits
-
-    def _shrink(self, cache: Cache, tokens: int) -> None:
-        """Makes a cache that had a longer text smaller, unless so many tokens may soon be more."""
-        if cache.positions > self._caches.room_for(tokens + _MARGIN):
-            with self._lock:
-                self._caches.shrink(cache, self._caches.room_for(tokens))
 
     def _chunk(
         self,
