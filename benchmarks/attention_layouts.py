@@ -25,7 +25,7 @@ from rich.table import Table
 
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
-from tfgptopt.quiet import quiet_native_logs
+from tfgptopt.terminal.quiet import quiet_native_logs
 
 CONTEXT, SIZE, ROUNDS = 1024, 64, 15
 COPY = "copy out of a longer cache"

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tfgptopt.quiet import quiet_native_logs
+from tfgptopt.terminal.quiet import quiet_native_logs
 
 HERE = Path(__file__).parent
 # Ours and llama.cpp's of the same bits; "kv8" holds keys and values as int8.

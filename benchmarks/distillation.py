@@ -26,7 +26,7 @@ import tfgptopt
 from tfgptopt.data import Corpus, load_corpus, tokens_as_input
 from tfgptopt.distillation import HardLabels, LogitsKL
 from tfgptopt.evaluation.loss import keras_loss, perplexity
-from tfgptopt.optimizing import small_gpt
+from tfgptopt.job.optimizing import small_gpt
 from tfgptopt.shrinking import shape_of
 from tfgptopt.shrinking.surgery import build
 

@@ -26,7 +26,7 @@ from tfgptopt.callbacks import Pruning
 import tfgptopt
 from tfgptopt.data import load_corpus, tokens_as_input
 from tfgptopt.evaluation.loss import keras_loss, perplexity
-from tfgptopt.optimizing import small_gpt
+from tfgptopt.job.optimizing import small_gpt
 from tfgptopt.pruning import (
     NM,
     Block,

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 import tfgptopt
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.pruning.pruner import Pruner
 from tfgptopt.quantization import Int4, Int8
-from tfgptopt.targets import select
 
 
 def make_model(layers: int, width: int, vocabulary: int, jit_compile: bool) -> keras.Model:

@@ -7,13 +7,13 @@ from typing import Any
 
 import keras
 
-from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.model.targets import Selector
 from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import Pattern, Unstructured, check_pattern
 from tfgptopt.pruning.pruner import Pruner, check_settings
 from tfgptopt.pruning.schedules import PruningSchedule, Timeline, last_step
 from tfgptopt.pruning.scores import Magnitude, Score
-from tfgptopt.targets import Selector
+from tfgptopt.pruning.sparsity_allocation import Allocation
 
 
 def last_mask_step(model: keras.Model, first: int, params: dict[str, Any]) -> int | None:

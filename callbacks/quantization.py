@@ -8,18 +8,18 @@ from typing import Any
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
-from tfgptopt.quantization import layers, rounders
-from tfgptopt.quantization.allocation import BitAllocation
-from tfgptopt.quantization.learned import ScaleUpdates
-from tfgptopt.quantization.specs import Spec
-from tfgptopt.quantization.training import (
+from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.model.targets import Selector, Target
+from tfgptopt.quantization import layers, quantizers
+from tfgptopt.quantization.aware import (
     check_setting,
     chosen_specs,
     hold_scales,
     quantize_aware,
 )
-from tfgptopt.retracing import retrace, strategy_scope
-from tfgptopt.targets import Selector, Target
+from tfgptopt.quantization.bit_allocation import BitAllocation
+from tfgptopt.quantization.learned import ScaleUpdates
+from tfgptopt.quantization.specs import Spec
 
 
 class QuantizationAwareTraining(keras.callbacks.Callback):
@@ -103,7 +103,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._frozen = False
         for target, spec in self._chosen:
             # Whatever loads a checkpoint later, kept scales find their place.
-            rounders.attach(target, spec)
+            quantizers.attach(target, spec)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         last = last_mask_step(self.model, self._iterations(), self.params)
@@ -128,10 +128,10 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
 
     def _learn_scales(self) -> None:
         learned = [
-            rounder
+            quantizer
             for target, spec in self._chosen
-            for rounder in rounders.rounders_of(target.layer)
-            if spec.scale == "learned" and rounder.kept is not None
+            for quantizer in quantizers.quantizers_of(target.layer)
+            if spec.scale == "learned" and quantizer.kept is not None
         ]
         if learned and not (self._waiting or self._frozen or self._updates):
             self._updates = ScaleUpdates(self.model.optimizer, learned)

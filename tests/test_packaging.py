@@ -88,7 +88,7 @@ def test_a_wheel_holds_everything_and_passes_twine(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "tfgptopt/callbacks/pruning.py",
-        "tfgptopt/report.html.jinja",
+        "tfgptopt/job/report.html.jinja",
         "tfgptopt/py.typed",
     ):
         assert name in names

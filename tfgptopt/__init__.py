@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from tfgptopt.distillation import Distiller as Distiller
     from tfgptopt.evaluation import evaluate as evaluate
     from tfgptopt.exporting import export as export
-    from tfgptopt.finalizing import finalize as finalize
     from tfgptopt.generation import TFLiteCausalLM as TFLiteCausalLM
     from tfgptopt.pruning.one_shot import prune as prune
+    from tfgptopt.quantization.aware import quantize_aware as quantize_aware
     from tfgptopt.quantization.post_training import quantize as quantize
-    from tfgptopt.quantization.training import quantize_aware as quantize_aware
     from tfgptopt.recipe import Recipe as Recipe
+    from tfgptopt.recipe.finalizing import finalize as finalize
+    from tfgptopt.recipe.summarizing import summary as summary
     from tfgptopt.shrinking import shrink as shrink
-    from tfgptopt.summarizing import summary as summary
 
 __version__ = "0.1.0"
 
@@ -33,12 +33,12 @@ _PUBLIC = {
     "TFLiteCausalLM": "tfgptopt.generation",
     "evaluate": "tfgptopt.evaluation",
     "export": "tfgptopt.exporting",
-    "finalize": "tfgptopt.finalizing",
+    "finalize": "tfgptopt.recipe.finalizing",
     "prune": "tfgptopt.pruning.one_shot",
     "quantize": "tfgptopt.quantization.post_training",
-    "quantize_aware": "tfgptopt.quantization.training",
+    "quantize_aware": "tfgptopt.quantization.aware",
     "shrink": "tfgptopt.shrinking",
-    "summary": "tfgptopt.summarizing",
+    "summary": "tfgptopt.recipe.summarizing",
 }
 
 __all__ = ["__version__", *_PUBLIC]

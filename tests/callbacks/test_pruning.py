@@ -7,9 +7,9 @@ from conftest import make_gpt, random_batch
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity, PolynomialDecay
 from tfgptopt.quantization import Int8
-from tfgptopt.targets import select
 
 
 class ZerosAfterEveryBatch(keras.callbacks.Callback):

@@ -5,8 +5,8 @@ import tensorflow as tf
 from tfgptopt.callbacks import Pruning
 
 import tfgptopt
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import Movement, PolynomialDecay, PruningSchedule, report
-from tfgptopt.targets import select
 
 SCHEDULE = PolynomialDecay(0.0, 0.6, 2, 30, frequency=4)
 

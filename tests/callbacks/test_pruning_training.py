@@ -8,6 +8,7 @@ from conftest import make_gpt, random_batch
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import (
     NM,
     ConstantSparsity,
@@ -18,7 +19,6 @@ from tfgptopt.pruning import (
     Wanda,
 )
 from tfgptopt.quantization import Int8
-from tfgptopt.targets import select
 
 
 class MasksHold(keras.callbacks.Callback):

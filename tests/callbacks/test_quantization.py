@@ -5,10 +5,10 @@ from conftest import make_gpt, random_batch
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.quantization.layers import is_dressed
-from tfgptopt.targets import select
 
 
 def fit(model, callbacks, **kwargs):

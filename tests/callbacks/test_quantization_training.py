@@ -8,10 +8,10 @@ from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.quantization import Int4, Int8, QuantizeAware
-from tfgptopt.quantization.rounders import rounders_of
-from tfgptopt.targets import select
+from tfgptopt.quantization.quantizers import quantizers_of
 
 LEARNED = Int4(scale="learned")
 
@@ -30,7 +30,7 @@ def fit(model, callbacks, steps=4, **kwargs):
 
 def scales(model):
     targets = select(model, roles=("kernel", "embedding"))
-    return {t.path: rounders_of(t.layer)[0].kept.numpy() for t in targets}
+    return {t.path: quantizers_of(t.layer)[0].kept.numpy() for t in targets}
 
 
 def test_a_learned_scale_takes_the_step_of_plain_gradient_descent():
@@ -40,7 +40,7 @@ def test_a_learned_scale_takes_the_step_of_plain_gradient_descent():
     x = np.random.default_rng(0).normal(0, 1, (4, 8)).astype(np.float32)
     y = np.random.default_rng(1).normal(0, 1, (4, 3)).astype(np.float32)
     tfgptopt.quantize_aware(model, Int8(scale="learned", activations=None))
-    before = rounders_of(layer)[0].kept.numpy()
+    before = quantizers_of(layer)[0].kept.numpy()
     weights = layer.kernel.numpy()
     spec = Int8(scale="learned", activations=None)
     model.fit(x, y, verbose=0, callbacks=[QuantizationAwareTraining(spec)])
@@ -51,7 +51,7 @@ def test_a_learned_scale_takes_the_step_of_plain_gradient_descent():
     slope = np.where(clipped, 127 * np.sign(ratio), np.round(ratio) - ratio)
     gradient = (slope * upstream).sum(0, keepdims=True) / np.sqrt(8 * 127)
     expected = before - 1e-2 * gradient
-    found = rounders_of(layer)[0].kept.numpy()
+    found = quantizers_of(layer)[0].kept.numpy()
     np.testing.assert_allclose(found - before, expected - before, rtol=2e-2, atol=1e-9)
     assert (found != before).all()
 

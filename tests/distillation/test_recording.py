@@ -62,10 +62,10 @@ def test_windows_are_found_in_any_order(teacher, tmp_path):
 
 
 def test_an_interrupted_recording_resumes_to_the_same_bytes(teacher, tmp_path, monkeypatch):
-    from tfgptopt.distillation import recorder
+    from tfgptopt.distillation import teacher_to_disk
 
     whole = record(teacher, data(), tmp_path / "whole", top_k=4)
-    keys, calls = recorder.window_keys, []
+    keys, calls = teacher_to_disk.window_keys, []
 
     def killing(inputs):
         calls.append(1)
@@ -73,10 +73,10 @@ def test_an_interrupted_recording_resumes_to_the_same_bytes(teacher, tmp_path, m
             raise KeyboardInterrupt
         return keys(inputs)
 
-    monkeypatch.setattr(recorder, "window_keys", killing)
+    monkeypatch.setattr(teacher_to_disk, "window_keys", killing)
     with pytest.raises(KeyboardInterrupt):
         record(teacher, data(), tmp_path / "said", top_k=4)
-    monkeypatch.setattr(recorder, "window_keys", keys)
+    monkeypatch.setattr(teacher_to_disk, "window_keys", keys)
     with pytest.raises(ValueError, match="not whole"):
         Recording(tmp_path / "said")
     rows = tmp_path / "said" / "rows.bin"

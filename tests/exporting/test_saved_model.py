@@ -8,8 +8,8 @@ import tensorflow as tf
 from conftest import make_gpt
 
 import tfgptopt
+from tfgptopt.model.targets import select
 from tfgptopt.quantization import Int4, Int8
-from tfgptopt.targets import select
 
 # Loads and calls a SavedModel in a process where Keras cannot be imported.
 SCRIPT = """

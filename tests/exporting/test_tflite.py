@@ -6,8 +6,8 @@ from ai_edge_litert.interpreter import Interpreter
 from conftest import CONTEXT, make_gpt
 
 import tfgptopt
+from tfgptopt.model.targets import select, target_of
 from tfgptopt.quantization import Int4, Int8, rounding
-from tfgptopt.targets import select, target_of
 
 
 def all_logits(model, tokens):

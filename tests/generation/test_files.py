@@ -8,8 +8,8 @@ import tokenizers
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.exporting.tflite.builder import Model
+from tfgptopt.file.container import read_container, seal
 from tfgptopt.generation import TFLiteCausalLM, container
-from tfgptopt.generation.container import read_container, seal
 
 
 def rewritten(data: bytes, change) -> bytes:

@@ -4,6 +4,7 @@ import pytest
 from conftest import make_gpt, random_batch
 
 import tfgptopt
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import (
     NM,
     Allocation,
@@ -18,7 +19,6 @@ from tfgptopt.pruning import (
     sensitivity,
 )
 from tfgptopt.pruning.sensitivities import Sensitivity
-from tfgptopt.targets import select
 
 
 def dense_model(inputs=16, outputs=6):

@@ -6,9 +6,9 @@ from conftest import make_gpt, random_batch
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import NM, SparseGPT
 from tfgptopt.quantization import BitAllocation, Int4, Int8, allocate, report
-from tfgptopt.targets import select
 
 
 def calibration(rows=16, length=16):

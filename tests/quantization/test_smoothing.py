@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from conftest import make_gpt, random_batch
 
+from tfgptopt.model.targets import select
 from tfgptopt.quantization import Int8
 from tfgptopt.quantization.balancing import balance
 from tfgptopt.quantization.smoothing import find_pairs
-from tfgptopt.targets import select
 
 SHAPE = {
     "vocabulary_size": 300,

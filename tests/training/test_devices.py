@@ -5,9 +5,9 @@ import tensorflow as tf
 from conftest import make_gpt, random_batch
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
+from tfgptopt.model.targets import select
 from tfgptopt.pruning import PolynomialDecay
 from tfgptopt.quantization import Int8
-from tfgptopt.targets import select
 from tfgptopt.training import describe, strategy
 
 

@@ -11,9 +11,9 @@ import keras
 import numpy as np
 
 from tfgptopt.decoder.spec import Activation, Matrix, Norm, Rotary
-from tfgptopt.pruning import masks
-from tfgptopt.quantization import layers, rounders, rounding
-from tfgptopt.targets import Target, target_of
+from tfgptopt.model import masks
+from tfgptopt.model.targets import Target, target_of
+from tfgptopt.quantization import layers, quantizers, rounding
 
 
 def as_floats(variable: Any) -> np.ndarray:
@@ -105,10 +105,10 @@ def read_integers(layer: Any) -> list[Integers]:
     """
     target = layers.rounded_target(layer)
     found = []
-    for i, (variable, grid) in enumerate(rounders.grids_of(target, layer.quantization_spec)):
+    for i, (variable, grid) in enumerate(quantizers.grids_of(target, layer.quantization_spec)):
         values = _current_values(target) if i == 0 else as_floats(variable)
         if layers.is_dressed(layer):
-            scale = rounders.rounders_of(layer)[i].compute_scale(values)
+            scale = quantizers.quantizers_of(layer)[i].compute_scale(values)
         else:
             scale = rounding.found_scale(values, grid)
             if scale is None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import keras
 import tensorflow as tf
 
+from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.distillation.features import AttentionMaps, HiddenStates
 from tfgptopt.distillation.losses import LogitsKL, Loss, weight_at
 from tfgptopt.distillation.recording import Recording, split_inputs
@@ -17,10 +18,9 @@ from tfgptopt.distillation.teachers import (
     check_recording,
     live_teacher,
 )
-from tfgptopt.distillation.text import as_tokens, is_text
 from tfgptopt.distillation.views import Lesson, View, look
 from tfgptopt.distillation.wiring import Wiring
-from tfgptopt.pruning import masks
+from tfgptopt.model import masks
 
 _NOT_SAVED = (
     "A Distiller is not saved as a whole. Save `distiller.student`; to resume training, use "

@@ -11,11 +11,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfgptopt.cloning import clone
 from tfgptopt.distillation.features import AttentionMaps, HiddenStates
 from tfgptopt.distillation.recording import Recording
 from tfgptopt.distillation.views import View, look
-from tfgptopt.pruning import masks
+from tfgptopt.model import masks
+from tfgptopt.model.cloning import clone
 from tfgptopt.quantization.layers import is_dressed
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from tfgptopt.generation.container import read_metadata
+from tfgptopt.file.container import read_metadata
 
 
 @dataclass(frozen=True)

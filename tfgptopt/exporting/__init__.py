@@ -9,7 +9,7 @@ import keras
 from tfgptopt.exporting import saved_model
 from tfgptopt.exporting.tflite.kv_cache import CacheDtype
 from tfgptopt.exporting.tflite.writer import write_tflite
-from tfgptopt.exporting.writing import check_target
+from tfgptopt.file.replacing import check_target
 
 __all__ = ["export"]
 

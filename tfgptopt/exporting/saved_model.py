@@ -14,11 +14,11 @@ import tensorflow as tf
 
 from tfgptopt.decoder.reading import Integers, read_integers
 from tfgptopt.exporting.tflite.packing import pack_int4
-from tfgptopt.exporting.tokenizer import end_token_ids
-from tfgptopt.exporting.writing import replacing
+from tfgptopt.exporting.tokenizers import end_token_ids
+from tfgptopt.file.replacing import replacing
+from tfgptopt.model.changing import retrace
 from tfgptopt.quantization import layers, rounding
-from tfgptopt.quantization.rounders import rounders_of
-from tfgptopt.retracing import retrace
+from tfgptopt.quantization.quantizers import quantizers_of
 
 
 class _StoredWeight(tf.Module):
@@ -70,9 +70,9 @@ class _Weights(tf.Module):
                 if not layers.is_dressed(layer):
                     mapping += list(zip(variables, values, strict=True))
                     continue
-                for rounder, value in zip(rounders_of(layer), values, strict=True):
-                    object.__setattr__(rounder, "given", value)
-                    stack.callback(object.__setattr__, rounder, "given", None)
+                for quantizer, value in zip(quantizers_of(layer), values, strict=True):
+                    object.__setattr__(quantizer, "given", value)
+                    stack.callback(object.__setattr__, quantizer, "given", None)
             if mapping:
                 stack.enter_context(keras.StatelessScope(state_mapping=mapping))
             yield

@@ -15,10 +15,10 @@ from ai_edge_litert.compiled_model import CompiledModel, CpuOptions, Options
 from ai_edge_litert.environment import Environment, EnvironmentOptions
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
+from tfgptopt.file.container import Container
 from tfgptopt.generation import weight_cache
 from tfgptopt.generation.caches import Cache, Caches
-from tfgptopt.generation.container import Container
-from tfgptopt.quiet import quiet_native_logs
+from tfgptopt.terminal.quiet import quiet_native_logs
 
 # One call costs about as much as reading so many tokens more: the weights come from memory once.
 _TOKENS_PER_CALL = 16

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfgptopt.generation.container import read_container
+from tfgptopt.file.container import read_container
 from tfgptopt.generation.runtime import TFLiteCausalLM
 
 _RUNS = 5

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from tfgptopt.file.container import read_container
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Codec, Prompt, StopLike
-from tfgptopt.generation.container import read_container
 from tfgptopt.generation.continuing import Continuation, sampled_tokens
 from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.session import Session

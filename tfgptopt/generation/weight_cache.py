@@ -22,8 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TypeVar
 
-from tfgptopt.generation import notes
-from tfgptopt.generation.container import checksum
+from tfgptopt.file import notes
+from tfgptopt.file.container import checksum
 
 Model = TypeVar("Model")
 

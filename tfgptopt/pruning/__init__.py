@@ -1,13 +1,13 @@
 """Pruning: which weights go (patterns, scores), when (schedules), and how they are held (masks)."""
 
-from tfgptopt.pruning.allocation import Allocation, owl
 from tfgptopt.pruning.patterns import NM, Block, Columns, Rows, Unstructured
 from tfgptopt.pruning.pruner import Pruner
-from tfgptopt.pruning.reporting import report
 from tfgptopt.pruning.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
 from tfgptopt.pruning.scores import Magnitude, Movement, Wanda
 from tfgptopt.pruning.sensitivities import sensitivity
 from tfgptopt.pruning.sparsegpt import SparseGPT
+from tfgptopt.pruning.sparsity_allocation import Allocation, owl
+from tfgptopt.pruning.sparsity_report import report
 
 __all__ = [
     "NM",

@@ -13,9 +13,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfgptopt.pruning import masks
-from tfgptopt.retracing import strategy_scope
-from tfgptopt.targets import Target, candidates
+from tfgptopt.model import masks
+from tfgptopt.model.changing import strategy_scope
+from tfgptopt.model.targets import Target, candidates
 
 # Keras loads what hangs on a model in the order of its names: masks behind all weights.
 _ATTRIBUTE = "_zz_tfgptopt_masks"

@@ -8,16 +8,17 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfgptopt.pruning import masks
-from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.model import masks
+from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.model.targets import Selector, Target, select
 from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import NM, Pattern, Unstructured
 from tfgptopt.pruning.pruner import Pruner, check_settings
 from tfgptopt.pruning.schedules import ConstantSparsity
 from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.pruning.sparsegpt import SparseGPT
-from tfgptopt.retracing import retrace, strategy_scope
-from tfgptopt.targets import Selector, Target, select
+from tfgptopt.pruning.sparsity_allocation import Allocation
+from tfgptopt.pruning.technique import Settings
 
 
 def prune(
@@ -108,7 +109,7 @@ def _prune_by_sparsegpt(
             for target in targets:
                 target.variable.assign(before[id(target.variable)])
             raise
-        masks.attach(model, targets, masks.Settings(schedule, pattern, score, allocation))
+        masks.attach(model, targets, Settings(schedule, pattern, score, allocation))
         for target, kept in found:
             target.variable.constraint.mask.assign(kept)
         masks.apply(targets)

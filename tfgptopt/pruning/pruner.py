@@ -8,15 +8,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfgptopt.pruning import masks
-from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.model import masks
+from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.model.targets import Selector, Target, select
 from tfgptopt.pruning.checkpointing import mask_state, overlap
-from tfgptopt.pruning.masks import Settings
 from tfgptopt.pruning.patterns import NM, Pattern, Unstructured, check_pattern, check_reaches
 from tfgptopt.pruning.schedules import PruningSchedule, Timeline, final_sparsity
 from tfgptopt.pruning.scores import Magnitude, Score, Wanda, wanda_batches
-from tfgptopt.retracing import retrace, strategy_scope
-from tfgptopt.targets import Selector, Target, select
+from tfgptopt.pruning.sparsity_allocation import Allocation
+from tfgptopt.pruning.technique import Settings
 
 
 def check_settings(

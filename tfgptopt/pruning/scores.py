@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-from tfgptopt.calibration import batches_of, observe_all
-from tfgptopt.statistics import SquaredSums
-from tfgptopt.targets import Target
+from tfgptopt.calibration.statistics import SquaredSums
+from tfgptopt.calibration.watching import batches_of, observe_all
+from tfgptopt.model.targets import Target
 
 
 class Meter(Protocol):

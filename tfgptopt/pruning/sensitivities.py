@@ -13,14 +13,14 @@ import tensorflow as tf
 from rich.progress import Progress
 from rich.table import Table
 
-from tfgptopt.pruning.allocation import Allocation
+from tfgptopt.model.changing import strategy_scope
+from tfgptopt.model.targets import Selector, Target
 from tfgptopt.pruning.patterns import Pattern, Unstructured
 from tfgptopt.pruning.pruner import check_settings
 from tfgptopt.pruning.schedules import ConstantSparsity
 from tfgptopt.pruning.scores import Magnitude, Movement, Score
-from tfgptopt.retracing import strategy_scope
-from tfgptopt.tables import as_text
-from tfgptopt.targets import Selector, Target
+from tfgptopt.pruning.sparsity_allocation import Allocation
+from tfgptopt.terminal.tables import as_text
 
 
 @dataclass(frozen=True, eq=False)

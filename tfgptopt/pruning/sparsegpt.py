@@ -10,10 +10,10 @@ import keras
 import numpy as np
 from rich.progress import track
 
-from tfgptopt.calibration import block_by_block, blocks_of
+from tfgptopt.calibration.statistics import Grams, inverse_factor
+from tfgptopt.calibration.watching import block_by_block, blocks_of
+from tfgptopt.model.targets import Target
 from tfgptopt.pruning.patterns import NM, Unstructured
-from tfgptopt.statistics import Grams, inverse_factor
-from tfgptopt.targets import Target
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Quantization: specs, the one rounding function, training with it, methods without training."""
 
-from tfgptopt.quantization.allocation import BitAllocation, allocate
+from tfgptopt.quantization.bit_allocation import BitAllocation, allocate
 from tfgptopt.quantization.layers import QuantizeAware
-from tfgptopt.quantization.reporting import QuantizationReport, report
+from tfgptopt.quantization.rounding_report import QuantizationReport, report
 from tfgptopt.quantization.specs import Int4, Int8
 
 __all__ = [

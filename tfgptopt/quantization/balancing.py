@@ -10,13 +10,13 @@ import numpy as np
 import tensorflow as tf
 from rich.progress import track
 
-from tfgptopt.calibration import batches_of, observe_all
+from tfgptopt.calibration.watching import batches_of, observe_all
+from tfgptopt.model.targets import Target
 from tfgptopt.quantization import rounding
-from tfgptopt.quantization.rounders import grids_of
+from tfgptopt.quantization.quantizers import grids_of
 from tfgptopt.quantization.rounding import Grid
 from tfgptopt.quantization.smoothing import Pair, find_pairs
 from tfgptopt.quantization.specs import Spec
-from tfgptopt.targets import Target
 
 Balance = Literal["awq", "smoothquant"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.calibration.statistics import inverse_factor
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.rounding import Grid
-from tfgptopt.statistics import inverse_factor
 
 # How many inputs are rounded between two updates of the rest.
 _STRIDE = 128

@@ -14,11 +14,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tfgptopt.quantization import rounders, rounding
-from tfgptopt.quantization.rounders import Rounder, full_precision
+from tfgptopt.model.targets import Target, target_of
+from tfgptopt.quantization import quantizers, rounding
+from tfgptopt.quantization.quantizers import Quantizer, full_precision
 from tfgptopt.quantization.rounding import Grid
 from tfgptopt.quantization.specs import Spec, deserialize_spec, serialize_spec
-from tfgptopt.targets import Target, target_of
 
 _SPEC = "quantization_spec"
 _IS_HEAD = "quantized_as_head"
@@ -46,10 +46,10 @@ def _without_adapters(layer: Any) -> Iterator[None]:
             object.__setattr__(layer, "lora_enabled", True)
 
 
-def weights_of(layer: Any, rounder: Rounder) -> tf.Tensor:
-    """Returns what a rounder of a layer rounds: float32 weights, adapters merged."""
-    weights = full_precision(rounder.variable)
-    main = rounder is rounders.rounders_of(layer)[0]
+def weights_of(layer: Any, quantizer: Quantizer) -> tf.Tensor:
+    """Returns what a quantizer of a layer rounds: float32 weights, adapters merged."""
+    weights = full_precision(quantizer.variable)
+    main = quantizer is quantizers.quantizers_of(layer)[0]
     added = adapters(layer) if main else None
     return weights if added is None else weights + added
 
@@ -65,26 +65,26 @@ class QuantizeAwareMixin:
         super().build(input_shape)  # type: ignore[misc]
         _resolve(self)
 
-    def rounded(self, rounder: Rounder | None = None) -> tf.Tensor:
+    def rounded(self, quantizer: Quantizer | None = None) -> tf.Tensor:
         """Returns rounded weights, with a straight-through gradient to the variables."""
-        rounder = rounder or rounders.rounders_of(self)[0]  # type: ignore[arg-type]
-        if rounder.given is not None:
-            return rounder.given
-        return rounder.fake_quantize(weights_of(self, rounder))
+        quantizer = quantizer or quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
+        if quantizer.given is not None:
+            return quantizer.given
+        return quantizer.fake_quantize(weights_of(self, quantizer))
 
     def _round_rows(self, inputs: Any) -> Any:
         if self.quantization_spec.activations is None:
             return inputs
         return rounding.fake_quantize_rows(inputs, self._row_axes)
 
-    def _call_rounded(self, rounder: Rounder, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mapping = [(rounder.variable, self.rounded(rounder))]
+    def _call_rounded(self, quantizer: Quantizer, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        mapping = [(quantizer.variable, self.rounded(quantizer))]
         with _without_adapters(self), keras.StatelessScope(state_mapping=mapping):
             return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        rounder = rounders.rounders_of(self)[0]  # type: ignore[arg-type]
-        return self._call_rounded(rounder, self._round_rows(inputs), *args, **kwargs)
+        quantizer = quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
+        return self._call_rounded(quantizer, self._round_rows(inputs), *args, **kwargs)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()  # type: ignore[misc]
@@ -106,7 +106,7 @@ class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         reverse = bool(args[0]) if args else bool(kwargs.get("reverse", False))
-        found = rounders.rounders_of(self)  # type: ignore[arg-type]
+        found = quantizers.quantizers_of(self)  # type: ignore[arg-type]
         if reverse:
             # The head of an untied embedding is another variable, the last.
             return self._call_rounded(found[-1], self._round_rows(inputs), *args, **kwargs)
@@ -118,17 +118,17 @@ class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
         return self._call_rounded(found[0], inputs, *args, **kwargs)
 
 
-def _round_looked_up(rounder: Rounder, rows: tf.Tensor, ids: Any) -> tf.Tensor:
+def _round_looked_up(quantizer: Quantizer, rows: tf.Tensor, ids: Any) -> tf.Tensor:
     """Rounds rows of a table as the table itself is rounded."""
-    grid = replace(rounder.grid, axes=(-1,))
+    grid = replace(quantizer.grid, axes=(-1,))
     scale_of: Any = None
-    if rounder.kept is not None:
-        kept = rounder.grid.representable(tf.convert_to_tensor(rounder.kept.value))
+    if quantizer.kept is not None:
+        kept = quantizer.grid.representable(tf.convert_to_tensor(quantizer.kept.value))
         looked_up = tf.gather(kept, tf.cast(ids, tf.int32))
         scale_of = lambda _: looked_up  # noqa: E731
-    elif rounder.method != "absmax":
+    elif quantizer.method != "absmax":
         scale_of = lambda values: rounding.mse_scale(values, grid)  # noqa: E731
-    return rounding.fake_quantize(rows, grid, scale_of, rounder.method == "learned")
+    return rounding.fake_quantize(rows, grid, scale_of, quantizer.method == "learned")
 
 
 def _keep_mask(source: Any, result: Any) -> Any:
@@ -177,7 +177,7 @@ def _resolve(layer: Any) -> None:
     """Finds the axes of a dressed layer that was built."""
     target = rounded_target(layer)
     layer._row_axes = target.row_axes
-    rounders.attach(target, layer.quantization_spec)
+    quantizers.attach(target, layer.quantization_spec)
 
 
 def QuantizeAware(layer: keras.Layer, spec: Spec) -> keras.Layer:
@@ -206,7 +206,7 @@ def QuantizeAware(layer: keras.Layer, spec: Spec) -> keras.Layer:
     ])
     ```
     """
-    from tfgptopt.quantization.training import check_fits, check_spec
+    from tfgptopt.quantization.aware import check_fits, check_spec
 
     check_spec(spec)
     known = keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding
@@ -244,9 +244,9 @@ def undress(layer: Any) -> None:
 
     LoRA adapters are merged. The spec stays on the layer, for exporters.
     """
-    for rounder in rounders.rounders_of(layer):
-        rounder.variable.assign(layer.rounded(rounder))
-    rounders.detach(layer)
+    for quantizer in quantizers.quantizers_of(layer):
+        quantizer.variable.assign(layer.rounded(quantizer))
+    quantizers.detach(layer)
     layer.__class__ = _plain_class(type(layer))
     if getattr(layer, "lora_enabled", False):
         _drop_adapters(layer)
@@ -257,28 +257,28 @@ def forget(layer: Any) -> None:
     for name in (_SPEC, _IS_HEAD):
         if hasattr(layer, name):
             delattr(layer, name)
-    rounders.detach(layer)
+    quantizers.detach(layer)
 
 
 @contextmanager
 def finalized_for_a_while(dressed: list[Any]) -> Iterator[None]:
     """Makes dressed layers plain ones with rounded weights, and dresses them again at the end."""
-    found = [rounder for layer in dressed for rounder in rounders.rounders_of(layer)]
-    values = [full_precision(rounder.variable) for rounder in found]
+    found = [quantizer for layer in dressed for quantizer in quantizers.quantizers_of(layer)]
+    values = [full_precision(quantizer.variable) for quantizer in found]
     classes = [type(layer) for layer in dressed]
     with ExitStack() as stack:
         try:
             for layer in dressed:
-                for rounder in rounders.rounders_of(layer):
-                    rounder.variable.assign(layer.rounded(rounder))
+                for quantizer in quantizers.quantizers_of(layer):
+                    quantizer.variable.assign(layer.rounded(quantizer))
                 stack.enter_context(_without_adapters(layer))
                 layer.__class__ = _plain_class(type(layer))
             yield
         finally:
             for layer, own in zip(dressed, classes, strict=True):
                 layer.__class__ = own
-            for rounder, value in zip(found, values, strict=True):
-                rounder.variable.assign(value)
+            for quantizer, value in zip(found, values, strict=True):
+                quantizer.variable.assign(value)
 
 
 def _drop_adapters(layer: Any) -> None:
@@ -304,4 +304,4 @@ def grid_of(layer: keras.Layer) -> Grid | None:
     if spec is None:
         return None
     target = rounded_target(layer)
-    return rounders.grids_of(target, spec)[0][1]
+    return quantizers.grids_of(target, spec)[0][1]

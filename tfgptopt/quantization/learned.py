@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfgptopt.quantization.rounders import Rounder
+from tfgptopt.quantization.quantizers import Quantizer
 from tfgptopt.quantization.rounding import inside, scale_gradient
 
 # A scale moves by at most this share of itself in one step.
@@ -30,7 +30,7 @@ class ScaleUpdates:
     (https://arxiv.org/abs/1902.08153).
     """
 
-    def __init__(self, optimizer: Any, found: list[Rounder]) -> None:
+    def __init__(self, optimizer: Any, found: list[Quantizer]) -> None:
         # Inside mixed float16 training, the inner optimizer gets the true gradients.
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         self._optimizer, update = optimizer, optimizer.update_step
@@ -40,20 +40,20 @@ class ScaleUpdates:
             earlier.close()
             update = optimizer.update_step
         key = optimizer._var_key
-        by_key = {key(rounder.variable): rounder for rounder in found}
+        by_key = {key(quantizer.variable): quantizer for quantizer in found}
 
         def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
-            rounder = by_key.get(key(variable))
-            if rounder is None or not self._active:
+            quantizer = by_key.get(key(variable))
+            if quantizer is None or not self._active:
                 update(gradient, variable, learning_rate)
                 return
             gradient = tf.cast(tf.convert_to_tensor(gradient), tf.float32)
             weights = tf.identity(tf.cast(tf.convert_to_tensor(variable), tf.float32))
-            scale = rounder.compute_scale(weights)
-            kept = tf.where(inside(weights, scale, rounder.grid), gradient, 0.0)
+            scale = quantizer.compute_scale(weights)
+            kept = tf.where(inside(weights, scale, quantizer.grid), gradient, 0.0)
             update(tf.cast(kept, variable.dtype), variable, learning_rate)
             moved = tf.cast(tf.convert_to_tensor(variable), tf.float32) - weights
-            optimizer.assign(rounder.kept, _next_scale(rounder, weights, gradient, moved))
+            optimizer.assign(quantizer.kept, _next_scale(quantizer, weights, gradient, moved))
 
         self._update_step = update_step
         object.__setattr__(optimizer, "update_step", update_step)
@@ -67,11 +67,11 @@ class ScaleUpdates:
 
 
 def _next_scale(
-    rounder: Rounder, weights: tf.Tensor, gradient: tf.Tensor, moved: tf.Tensor
+    quantizer: Quantizer, weights: tf.Tensor, gradient: tf.Tensor, moved: tf.Tensor
 ) -> tf.Tensor:
     """Returns the scale after a step in which the weights were moved."""
-    grid = rounder.grid
-    kept = tf.convert_to_tensor(rounder.kept.value)
+    grid = quantizer.grid
+    kept = tf.convert_to_tensor(quantizer.kept.value)
 
     def norm(x: tf.Tensor) -> tf.Tensor:
         squares = tf.square(grid.group(x))

@@ -10,17 +10,17 @@ import keras
 import numpy as np
 from rich.progress import track
 
-from tfgptopt.calibration import batches_of, block_by_block, blocks_of, observe_all
-from tfgptopt.pruning import masks
-from tfgptopt.quantization import layers, rounders, rounding
-from tfgptopt.quantization.allocation import BitAllocation
+from tfgptopt.calibration.statistics import Grams
+from tfgptopt.calibration.watching import batches_of, block_by_block, blocks_of, observe_all
+from tfgptopt.model import masks
+from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.model.targets import Selector, Target
+from tfgptopt.quantization import layers, quantizers, rounding
+from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
 from tfgptopt.quantization.balancing import balance
+from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.gptq import gptq
 from tfgptopt.quantization.specs import Spec
-from tfgptopt.quantization.training import check_plain, check_setting, chosen_specs
-from tfgptopt.retracing import retrace, strategy_scope
-from tfgptopt.statistics import Grams
-from tfgptopt.targets import Selector, Target
 
 Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant"]
 
@@ -153,12 +153,12 @@ def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, da
         if layers.is_dressed(target.layer):
             continue
         layers.dress(target, spec)
-        for rounder in rounders.rounders_of(target.layer):
-            weights = layers.weights_of(target.layer, rounder)
+        for quantizer in quantizers.quantizers_of(target.layer):
+            weights = layers.weights_of(target.layer, quantizer)
             if final != "rtn":
-                rounder.hold(weights, rounding.mse_scale(weights, rounder.grid))
+                quantizer.hold(weights, rounding.mse_scale(weights, quantizer.grid))
             elif spec.scale == "learned":
-                rounder.hold(weights)
+                quantizer.hold(weights)
 
 
 def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any) -> None:
@@ -182,8 +182,8 @@ def _round_kernel(target: Target, spec: Spec, gram: np.ndarray) -> None:
             f"{target.path} has LoRA adapters, which GPTQ cannot move. Merge them first, or use "
             'the method "mse".'
         )
-    grid = rounders.grids_of(target, spec)[0][1]
-    matrix = target.to_matrix(rounders.full_precision(target.variable)).numpy()
+    grid = quantizers.grids_of(target, spec)[0][1]
+    matrix = target.to_matrix(quantizers.full_precision(target.variable)).numpy()
     kept = None
     if masks.masked(target.variable):
         kept = target.to_matrix(target.variable.constraint.mask.value).numpy().astype(bool)
@@ -193,5 +193,5 @@ def _round_kernel(target: Target, spec: Spec, gram: np.ndarray) -> None:
     if grid.block_size is None:
         scale = scale.reshape(grid.scale_shape(target.variable.shape))
     layers.dress(target, spec)
-    rounder = rounders.rounders_of(target.layer)[0]
-    rounder.hold(rounders.full_precision(target.variable), scale)
+    quantizer = quantizers.quantizers_of(target.layer)[0]
+    quantizer.hold(quantizers.full_precision(target.variable), scale)

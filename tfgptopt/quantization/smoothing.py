@@ -16,8 +16,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration import blocks_of, recorded_calls
-from tfgptopt.targets import Target, candidates
+from tfgptopt.calibration.watching import blocks_of, recorded_calls
+from tfgptopt.model.targets import Target, candidates
 
 # How far what a product gives may move when only the roundings of floats change.
 _TOLERANCE = 2e-3

@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration import batches_of, replaced_calls
+from tfgptopt.calibration.watching import batches_of, replaced_calls
 from tfgptopt.data.corpus import tokens_as_input
-from tfgptopt.distillation.text import as_tokens, is_text
+from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.shrinking.families import Family, Part, family_of
 
 

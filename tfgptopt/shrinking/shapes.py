@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tfgptopt.cloning import backbone_config
+from tfgptopt.model.cloning import backbone_config
 from tfgptopt.shrinking.families import Family, family_of, positions_of
 
 

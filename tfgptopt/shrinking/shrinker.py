@@ -6,10 +6,10 @@ from typing import Any
 
 import keras
 
-from tfgptopt.cloning import with_backbone
-from tfgptopt.pruning import masks
+from tfgptopt.model import masks
+from tfgptopt.model.changing import strategy_scope
+from tfgptopt.model.cloning import with_backbone
 from tfgptopt.quantization.layers import is_dressed
-from tfgptopt.retracing import strategy_scope
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.importance import Importance, importance
 from tfgptopt.shrinking.search import search

@@ -23,9 +23,9 @@ from tfgptopt.exporting.tflite.decoder_graph import Step, add_signatures
 from tfgptopt.exporting.tflite.kv_cache import CACHE_DTYPES, CacheDtype
 from tfgptopt.exporting.tflite.packing import pack
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
-from tfgptopt.exporting.tokenizer import end_token_ids, tokenizer_json
-from tfgptopt.exporting.writing import replacing
-from tfgptopt.generation.container import FORMAT_VERSION, METADATA_NAME, seal
+from tfgptopt.exporting.tokenizers import end_token_ids, tokenizer_json
+from tfgptopt.file.container import FORMAT_VERSION, METADATA_NAME, seal
+from tfgptopt.file.replacing import replacing
 from tfgptopt.recipe import recipe_of
 
 # Of models that have any number of positions: KerasHub's own default length of a text.

@@ -1,0 +1,159 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfgptopt
+from tfgptopt.generation import MinP, Random, RepetitionPenalty, TopK, TopP
+
+MAIN = [sys.executable, "-m", "tfgptopt.cli.main"]
+
+
+def run(*arguments) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True)
+
+
+def assert_refused(result, message: str) -> None:
+    """One sentence, a non-zero exit, no traceback."""
+    assert result.returncode == 1, result.stdout
+    assert message in " ".join(result.stderr.split()), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def preset(trained, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("preset") / "gpt"
+    trained.save_to_preset(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(trained, tmp_path_factory) -> Path:
+    return tfgptopt.export(trained, tmp_path_factory.mktemp("export") / "gpt.tflite")
+
+
+def test_help_names_every_command():
+    result = run("--help")
+    assert result.returncode == 0
+    for command in ("demo", "optimize", "export", "generate", "bench"):
+        assert command in result.stdout
+
+
+@pytest.mark.slow
+def test_optimize_does_the_whole_job_on_a_users_own_text(preset, text_files, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "techniques:\n"
+        "- name: prune\n"
+        "  schedule: {name: constant_sparsity, target_sparsity: 0.6, begin_step: 2, frequency: 2}\n"
+        "- name: quantize_aware\n"
+        "  spec: {name: int4}\n",
+        "utf-8",
+    )
+    out = tmp_path / "out"
+    command = ["optimize", text_files / "decoder.py", "--preset", preset, "--recipe", recipe]
+    command += [
+        "--dense-run",
+        "--out",
+        out,
+        "--steps",
+        12,
+        "--sequence-length",
+        16,
+        "--batch-size",
+        4,
+    ]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    expected = {"model.tflite", "dense.tflite", "saved_model", "model", "recipe.yaml"}
+    assert {path.name for path in out.iterdir()} == expected | {"report.html", "results.json"}
+    found = json.loads((out / "results.json").read_text("utf-8"))
+    assert [row["name"] for row in found["results"]] == [
+        "dense Keras",
+        "dense TFLite",
+        "optimized Keras",
+        "optimized TFLite",
+    ]
+    assert all(share >= 0.59 for share in found["sparsity"].values())
+    page = (out / "report.html").read_text("utf-8")
+    assert page.count("data:image/png;base64") == 3 and "http" not in page.split("</style>")[1]
+    assert_refused(run(*command), "exists already")
+    made = run("generate", out / "model.tflite", "import", "--max-length", 12)
+    assert made.returncode == 0 and made.stdout.startswith("import")
+    again = tmp_path / "again.tflite"
+    result = run("export", out / "model", again, "--recipe", out / "recipe.yaml")
+    assert result.returncode == 0, result.stderr
+    first = tfgptopt.TFLiteCausalLM(out / "model.tflite").metadata["weights"]
+    assert tfgptopt.TFLiteCausalLM(again).metadata["weights"] == first
+
+
+@pytest.mark.slow
+def test_demo_runs(tmp_path):
+    out = tmp_path / "demo"
+    result = run("demo", "--quick", "--bits", 4, "--out", out, "--strategy", "default")
+    assert result.returncode == 0, result.stderr
+    assert "Devices: default strategy, 1 replica" in result.stdout
+    assert "bigram" in result.stdout and (out / "report.html").is_file()
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_generate_streams_and_repeats_with_a_seed(file):
+    command = ["generate", file, "def ", "--sampler", "top_k", "--seed", 3, "--max-length", 20]
+    first, second = run(*command), run(*command)
+    assert first.returncode == 0 and first.stdout == second.stdout
+    assert first.stdout.startswith("def ") and first.stderr == ""
+
+
+def test_bench_compares_with_keras(file, preset):
+    result = run("bench", file, "--preset", preset, "--runs", 1, "--new-tokens", 8)
+    assert result.returncode == 0, result.stderr
+    assert "tok/s" in result.stdout and "peak RSS" in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_generate_combines_sampler_options_and_stops(file):
+    command = ["generate", file, "def ", "--max-length", 20, "--seed", 3]
+    options = ["--temperature", 0.7, "--top-k", 9, "--top-p", 0.9, "--min-p", 0.01]
+    first = run(*command, *options, "--repetition-penalty", 1.3)
+    assert first.returncode == 0 and first.stdout.startswith("def ")
+    lm = tfgptopt.TFLiteCausalLM(file)
+    chain = [RepetitionPenalty(1.3), Random(0.7), TopK(9), TopP(0.9), MinP(0.01)]
+    assert first.stdout == lm.generate("def ", 20, chain, seed=3) + "\n"
+    whole = lm.generate("def ", 20)
+    stopped = run(*command, "--stop", whole[8:10])
+    assert stopped.stdout == whole[:4] + whole[4:].split(whole[8:10])[0] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "{tmp}/none.tflite", "x"], "There is no file"),
+        (["generate", "{file}", ""], "prompt is empty"),
+        (["generate", "{file}", "x", "--max-length", "999"], "`max_length` counts the prompt"),
+        (["generate", "{file}", "x", "--sampler", "beam"], "must be one of greedy, random, top_k"),
+        (["export", "{tmp}/no/preset", "{tmp}/x.tflite"], "There is no preset folder"),
+        (["export", "{tmp}", "{tmp}/x.tflite"], "has no config.json"),
+        (["export", "{preset}", "{file}"], "exists already"),
+        (
+            ["export", "{preset}", "{tmp}/x.tflite", "--context-length", "999"],
+            "an int from 2 to 32",
+        ),
+        (["optimize", "{tmp}/none.txt", "--preset", "{preset}"], "is no text file"),
+        (["optimize", "{file}", "--preset", "{preset}"], "is not text"),
+        (["demo", "--strategy", "gpu", "--out", "{tmp}/d"], "must be one of auto"),
+        (["demo", "--bits", "3", "--out", "{tmp}/d"], "--bits must be 4 or 8"),
+        (["demo", "--sparsity", "1.0", "--out", "{tmp}/d"], "range [0,1)"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else value[:24],
+)
+def test_mistakes_are_one_sentence(arguments, message, file, preset, tmp_path):
+    filled = [a.format(tmp=tmp_path, file=file, preset=preset) for a in arguments]
+    assert_refused(run(*filled), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preset_without_weights(preset, tmp_path):
+    (tmp_path / "config.json").write_bytes((preset / "config.json").read_bytes())
+    assert_refused(run("export", tmp_path, tmp_path / "x.tflite"), "has no weights")

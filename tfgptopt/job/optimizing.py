@@ -1,0 +1,371 @@
+"""The whole job: train or load, optimize in `fit`, export, measure, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import keras_hub
+import tensorflow as tf
+from rich.console import Console
+
+from tfgptopt.callbacks import TrainingProgress, from_recipe
+from tfgptopt.data.corpus import Corpus, tokens_as_input
+from tfgptopt.decoder import check_readable
+from tfgptopt.distillation import Distiller
+from tfgptopt.evaluation import Result, evaluate
+from tfgptopt.evaluation.bigram import bigram_loss
+from tfgptopt.exporting import export
+from tfgptopt.file.replacing import check_target, replacing
+from tfgptopt.job.reporting import write_report
+from tfgptopt.model.changing import strategy_scope
+from tfgptopt.model.cloning import clone
+from tfgptopt.model.targets import select
+from tfgptopt.pruning.pruner import zero_share
+from tfgptopt.recipe import Recipe
+from tfgptopt.recipe.finalizing import finalize
+from tfgptopt.recipe.stages import Distill, Shrink
+from tfgptopt.training.planning import Training, compile_model, optimizer_for
+
+# Of training windows, for scores that read data.
+_CALIBRATION_BATCHES = 16
+
+Curve = list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a job made.
+
+    Attributes:
+        results: Measurements, dense and optimized, Keras and TFLite; between them the stages.
+        curves: Names of runs to lists of `(step, loss, sparsity)`.
+        sparsity: Path of each pruned weight to its share of zeros.
+        bigram_loss: Held-out loss of a bigram model, in nats per token.
+        recipe: What was applied.
+        strategy: The strategy that was used, in words.
+        corpus: The text.
+        sample: Continuation of a prompt by the exported file.
+    """
+
+    results: list[Result]
+    curves: dict[str, Curve]
+    sparsity: dict[str, float]
+    bigram_loss: float
+    recipe: Recipe
+    strategy: str
+    corpus: Corpus
+    sample: str
+
+
+def check_causal_lm(model: Any) -> None:
+    """Raises early if a model cannot be exported with a KV cache.
+
+    Raises:
+        ValueError: If it has no reader and is no causal LM, which the converter could take.
+    """
+    if not isinstance(model, keras_hub.models.CausalLM):
+        check_readable(model)
+
+
+def check_fit(model: Any, corpus: Corpus) -> None:
+    """Raises early if a model cannot be trained on a corpus and exported.
+
+    Raises:
+        ValueError: If the family cannot be exported, or the vocabulary or the number of positions
+            is too small.
+    """
+    check_causal_lm(model)
+    tokens, known = corpus.tokenizer.vocabulary_size(), model.backbone.vocabulary_size
+    if tokens > known:
+        raise ValueError(
+            f"The tokenizer has {tokens} tokens, and the model's vocabulary only {known}."
+        )
+    positions = getattr(model.backbone, "max_sequence_length", None)
+    if positions is not None and corpus.sequence_length > positions:
+        raise ValueError(
+            f"A window has {corpus.sequence_length} tokens, and the model only {positions} "
+            "positions. Choose shorter windows."
+        )
+
+
+def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> None:
+    """Raises early if a recipe cannot be applied, before anything is trained.
+
+    What comes behind a budget is checked on the model as it is: its shape is found on data.
+
+    Raises:
+        ValueError: If it is empty, or a stage does not fit the model that the stages before make.
+    """
+    check_fit(model, corpus)
+    if not recipe.techniques:
+        raise ValueError("The recipe has no technique, so there is nothing to optimize.")
+    student = model
+    for stage in recipe.techniques:
+        if isinstance(stage, Shrink):
+            student = stage.preview(student)
+            check_fit(student, corpus)
+        if isinstance(stage, Distill):
+            Distiller(student, "self" if student is model else model, stage.losses)
+    for callback in from_recipe(recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)):
+        callback.set_model(student)  # Raises if its targets are not in the model.
+
+
+def _variables(model: keras.Model) -> list[Any]:
+    return [*model.variables, *model.optimizer.variables]
+
+
+def _snapshot(model: keras.Model) -> list[Any]:
+    with strategy_scope(model):
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+    return [keras.ops.convert_to_numpy(variable) for variable in _variables(model)]
+
+
+def _restore(model: keras.Model, snapshot: Sequence[Any]) -> None:
+    for variable, value in zip(_variables(model), snapshot, strict=True):
+        variable.assign(value)
+
+
+def _train(
+    model: keras.Model,
+    data: tf.data.Dataset,
+    steps: int,
+    name: str,
+    console: Console,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> Curve:
+    """Trains for a number of steps, over the data as often as it takes."""
+    progress = TrainingProgress(name, console)
+    with tokens_as_input(model):
+        try:
+            model.fit(
+                data.repeat(),
+                steps_per_epoch=steps,
+                shuffle=False,
+                verbose=0,
+                callbacks=[*callbacks, progress],
+            )
+        finally:
+            progress.on_train_end()
+    return progress.history
+
+
+def _clone_with(model: Any, weights: Sequence[Any]) -> Any:
+    """Returns a plain copy of a causal LM with other weights."""
+    copy = clone(model)
+    copy.set_weights(weights)
+    copy.compile(sampler="greedy")
+    return copy
+
+
+@dataclass(eq=False)
+class _Job:
+    """What a job works on, and what it has so far.
+
+    Attributes:
+        model: The model as it is now: a stage may put another one in its place.
+        corpus, training, console: What the job was given.
+        curves: See `Outcome`.
+        stages: Names to copies of the model after each stage before the last, with float weights.
+    """
+
+    model: Any
+    corpus: Corpus
+    training: Training
+    console: Console
+    curves: dict[str, Curve] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
+
+    def train(self, name: str, model: Any, steps: int, callbacks: Sequence[Any] = ()) -> None:
+        """Trains a model, and keeps the curve."""
+        curve = _train(model, self.corpus.train, steps, name, self.console, callbacks)
+        self.curves[name] = curve
+
+    def keep(self, name: str) -> None:
+        """Keeps a copy of the model, to be measured as a stage."""
+        self.stages[name] = _clone_with(self.model, self.model.get_weights())
+
+    def shrink(self, stage: Shrink) -> None:
+        """Puts a smaller model in the place of the model."""
+        with self.console.status("Shrinking"):
+            calibration = self.corpus.train.take(_CALIBRATION_BATCHES)
+            self.model = stage.apply(self.model, calibration)
+            check_fit(self.model, self.corpus)
+            self.keep("shrunk")
+
+    def distiller(self, teacher: Any, stage: Distill, steps: int) -> Distiller:
+        """Returns a distiller of the model, compiled for so many steps."""
+        with strategy_scope(self.model):
+            distiller = Distiller(self.model, teacher, stage.losses)
+            training = Training(0, steps, self.training.learning_rate)
+            distiller.compile(optimizer=optimizer_for(training), weighted_metrics=[])
+        return distiller
+
+    def run_stages(self, recipe: Recipe, teacher: Any) -> Any:
+        """Shrinks and distills, and returns what is trained from then on."""
+        trained, steps = None, self.training.steps
+        for stage in recipe.techniques:
+            if isinstance(stage, Shrink):
+                self.shrink(stage)
+                with strategy_scope(self.model):
+                    compile_model(self.model, Training(0, steps, self.training.learning_rate))
+            if isinstance(stage, Distill):
+                name = "distilled"
+                self.train(name, self.distiller(teacher, stage, stage.steps), stage.steps)
+                self.keep(name)
+                trained = self.distiller(teacher, stage, steps)
+        return trained or self.model
+
+
+def optimize(
+    model: Any,
+    corpus: Corpus,
+    recipe: Recipe,
+    training: Training,
+    out: str | Path,
+    strategy: str = "default strategy",
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Optimizes a causal LM in `fit`, exports it, measures it and writes a report.
+
+    A recipe may shrink the model and distill into it first: the dense model is then the teacher,
+    in the stage `distill` and while the student is pruned and rounded. Steps of the recipe count
+    from the beginning of its last stage there.
+
+    The folder gets: `model.tflite` (optimized), `dense.tflite` (float32, for comparison), one
+    `.tflite` for each stage before (`shrunk`, `distilled`; float32), `saved_model`, `model` (a
+    KerasHub preset, finalized), `recipe.yaml`, `results.json` and `report.html`. It appears when
+    all is done.
+
+    Args:
+        model: A `keras_hub.models.GPT2CausalLM` with a preprocessor, compiled.
+        corpus: Text to train on and to measure with.
+        recipe: The techniques, their schedules in steps of the optimizer.
+        training: How long to train.
+        out: The folder to write.
+        strategy: The strategy in use, in words.
+        overwrite: bool. Replace an existing folder. Defaults to `False`.
+        console: Where to show progress. Defaults to `None`: standard output.
+
+    Returns:
+        `Outcome`.
+
+    Raises:
+        FileExistsError: If `out` exists and `overwrite` is false.
+        ValueError: If model, corpus and recipe do not fit together.
+    """
+    console = console or Console()
+    target = check_target(out, overwrite)
+    in_fit, calibration = recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)
+    check_recipe(model, corpus, recipe)
+    job = _Job(model, corpus, training, console)
+    if training.shared_steps:
+        job.train("dense, shared part", model, training.shared_steps)
+    shared = _snapshot(model)
+    if training.dense_run:
+        job.train("dense", model, training.steps)
+    dense = _clone_with(model, model.get_weights())
+    _restore(model, shared)
+    trained = job.run_stages(recipe, dense)
+    if in_fit.techniques:
+        callbacks = from_recipe(in_fit, calibration)
+        job.train("optimized", trained, training.steps, callbacks)
+    measuring = console.status("Measuring every stage, Keras and TFLite, side by side")
+    with measuring, replacing(target) as folder:
+        folder.mkdir()
+        return _measure_and_write(job, dense, recipe, strategy, folder)
+
+
+def _measure_and_write(
+    job: _Job, dense: Any, recipe: Recipe, strategy: str, folder: Path
+) -> Outcome:
+    model, corpus = job.model, job.corpus
+    kernels = {target.path: zero_share(target) for target in select(model)}
+    small, large = export(model, folder / "model.tflite"), export(dense, folder / "dense.tflite")
+    if recipe.in_fit.techniques:
+        finalize(model)
+    rows: dict[str, Any] = {"dense Keras": dense, "dense TFLite": large}
+    # The last stage is the optimized model where nothing is pruned or rounded behind it.
+    before = list(job.stages)[: None if recipe.in_fit.techniques else -1]
+    for name in before:
+        rows[f"{name} TFLite"] = export(job.stages[name], folder / f"{name}.tflite")
+    rows |= {"optimized Keras": model, "optimized TFLite": small}
+    positions = getattr(model.backbone, "max_sequence_length", 1024)
+    results = evaluate(rows, corpus.validation, new_tokens=min(96, positions - 16))
+    export(model, folder / "saved_model")
+    model.save_to_preset(str(folder / "model"))
+    recipe.save(folder / "recipe.yaml")
+    outcome = Outcome(
+        results=results,
+        curves=job.curves,
+        sparsity=kernels,
+        bigram_loss=bigram_loss(corpus.train, corpus.validation, model.backbone.vocabulary_size),
+        recipe=recipe,
+        strategy=strategy,
+        corpus=corpus,
+        sample=_sample(small, corpus),
+    )
+    write_results(outcome, folder / "results.json")
+    write_report(outcome, folder / "report.html")
+    return outcome
+
+
+def _sample(path: Path, corpus: Corpus) -> str:
+    """Returns a continuation of the first held-out words by the exported file."""
+    from tfgptopt.generation import TFLiteCausalLM
+
+    lm = TFLiteCausalLM(path)
+    inputs, _, _ = next(corpus.validation.as_numpy_iterator())
+    text: str = lm.detokenize(inputs["token_ids"][0, :12])
+    continued: str = lm.generate(text or "\n", sampler="top_k", seed=0)
+    return continued
+
+
+def write_results(outcome: Outcome, path: Path) -> None:
+    """Writes the numbers of a job as JSON."""
+    rows = [
+        {
+            "name": result.name,
+            "parameters": result.size.parameters,
+            "nonzero_share": result.size.nonzero_share,
+            "file_bytes": result.size.file_bytes,
+            "gzip_bytes": result.size.gzip_bytes,
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "first_token_ms": result.speed.first_token_ms,
+            "tokens_per_second": result.speed.tokens_per_second,
+        }
+        for result in outcome.results
+    ]
+    data = {
+        "results": rows,
+        "bigram_loss": outcome.bigram_loss,
+        "sparsity": outcome.sparsity,
+        "recipe": outcome.recipe.to_config(),
+        "strategy": outcome.strategy,
+        "curves": outcome.curves,
+    }
+    path.write_text(json.dumps(data, indent=1), "utf-8")
+
+
+def small_gpt(corpus: Corpus, **shape: int) -> keras_hub.models.GPT2CausalLM:
+    """Returns a small GPT-2 for a corpus, with random weights.
+
+    Args:
+        corpus: Gives the tokenizer and the length of the windows.
+        **shape: `num_layers`, `num_heads`, `hidden_dim`, `intermediate_dim`, and
+            `max_sequence_length`.
+    """
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=corpus.tokenizer.vocabulary_size(), dropout=0.0, **shape
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+        corpus.tokenizer, sequence_length=shape["max_sequence_length"]
+    )
+    return keras_hub.models.GPT2CausalLM(backbone, preprocessor=preprocessor)

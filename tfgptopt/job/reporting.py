@@ -1,0 +1,215 @@
+"""Shows the outcome of a job: a table in the terminal, and one HTML file with plots."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import yaml
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+
+import tfgptopt
+from tfgptopt.evaluation import Result, perplexity
+from tfgptopt.pruning.schedules import Timeline
+from tfgptopt.recipe import Prune
+
+if TYPE_CHECKING:
+    from tfgptopt.job.optimizing import Outcome
+
+_COLORS = ("#8a8f98", "#3566c9", "#d9762b", "#2b9b6c")
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        result.name,
+        f"{result.size.parameters / 1e6:.2f} M",
+        f"{result.size.nonzero_share:.0%}",
+        f"{result.size.file_bytes / 1e6:.2f}",
+        f"{result.size.gzip_bytes / 1e6:.2f}",
+        f"{result.perplexity:.2f}",
+        f"{result.speed.first_token_ms:.1f}",
+        f"{result.speed.tokens_per_second:,.0f}",
+    ]
+
+
+HEADINGS = (
+    "",
+    "weights",
+    "non-zero",
+    "MB",
+    "MB gzip",
+    "perplexity",
+    "first token ms",
+    "tokens/s",
+)
+
+
+def results_table(results: Sequence[Result]) -> Table:
+    """Returns measurements as a table for a terminal of 80 columns."""
+    table = Table(box=box.HORIZONTALS, padding=(0, 1))
+    narrow = ("", "weights", "non-\nzero", "MB", "MB\ngzip", "perp-\nlexity", "1st\nms")
+    for i, heading in enumerate((*narrow, "tokens\nper s")):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for result in results:
+        table.add_row(*_cells(result))
+    return table
+
+
+def summary_lines(outcome: Outcome) -> list[str]:
+    """Returns what the measurements say, in a few sentences."""
+    dense, dense_file, *stages, small, small_file = outcome.results
+    change = small_file.perplexity / dense.perplexity - 1
+    return [
+        f"The optimized file is {small_file.size.file_bytes / dense_file.size.file_bytes:.2f} of "
+        f"the float32 file ({small_file.size.gzip_bytes / dense_file.size.gzip_bytes:.2f} under "
+        f"gzip), at {change:+.1%} perplexity.",
+        f"It generates {small_file.speed.tokens_per_second / dense.speed.tokens_per_second:.1f} "
+        "times the tokens per second of Keras' compiled generate with the dense model "
+        f"({small_file.speed.tokens_per_second / small.speed.tokens_per_second:.1f} times with "
+        "the optimized one).",
+        *(_stage_line(stage, dense_file) for stage in stages),
+        f"A bigram model has perplexity {perplexity(outcome.bigram_loss):.2f} "
+        f"(loss {outcome.bigram_loss:.3f}); the dense GPT {dense.perplexity:.2f} "
+        f"(loss {dense.loss:.3f}).",
+    ]
+
+
+def _stage_line(stage: Result, dense: Result) -> str:
+    """Returns what one stage on the way changed."""
+    size = stage.size.parameters / dense.size.parameters
+    speed = stage.speed.tokens_per_second / dense.speed.tokens_per_second
+    change = stage.perplexity / dense.perplexity - 1
+    return (
+        f"{stage.name}: {size:.2f} of the weights, {speed:.2f} times the tokens per second, "
+        f"{change:+.1%} perplexity, against the dense file."
+    )
+
+
+def _inline(figure: Figure) -> str:
+    """Returns a figure as an image inside a page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _tidy(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _loss_figure(outcome: Outcome) -> Figure:
+    """Draws loss over steps, with the pruning schedule under it."""
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    prunes = [t for t in outcome.recipe.techniques if isinstance(t, Prune)]
+    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1)) if prunes else None
+    top = figure.add_subplot(grid[0] if grid else 111)
+    last = 0
+    for (name, curve), color in zip(outcome.curves.items(), _COLORS, strict=False):
+        top.plot([c[0] for c in curve], [c[1] for c in curve], label=name, color=color)
+        last = max(last, curve[-1][0])
+    top.axhline(outcome.bigram_loss, color="#555", ls=":", lw=1, label="bigram (held-out)")
+    top.set_ylabel("training loss")
+    top.legend(frameon=False)
+    _tidy(top)
+    if grid:
+        bottom = figure.add_subplot(grid[1], sharex=top)
+        timeline = Timeline(prunes[0].schedule)
+        steps, values, held = range(last + 1), [], 0.0
+        for step in steps:
+            fires, sparsity = timeline.at(step)
+            held = sparsity if fires else held
+            values.append(held)
+        bottom.fill_between(steps, values, step="post", color=_COLORS[2], alpha=0.35)
+        bottom.set_ylabel("sparsity")
+        bottom.set_ylim(0, 1)
+        bottom.set_xlabel("step")
+        _tidy(bottom)
+    else:
+        top.set_xlabel("step")
+    return figure
+
+
+def _sparsity_figure(outcome: Outcome) -> Figure:
+    """Draws the share of zeros of each kernel."""
+    names = [path.removesuffix("/kernel") for path in outcome.sparsity]
+    shared = _common_prefix(names)
+    figure = Figure(figsize=(8, 0.9 + 0.22 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh([n[shared:] for n in names], list(outcome.sparsity.values()), color=_COLORS[2])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of exact zeros")
+    axes.tick_params(axis="y", labelsize=8)
+    _tidy(axes)
+    return figure
+
+
+def _common_prefix(names: Sequence[str]) -> int:
+    """Returns the length of the folders that all names begin with."""
+    folders = [name.split("/")[:-1] for name in names]
+    same = 0
+    while all(len(f) > same and f[same] == folders[0][same] for f in folders):
+        same += 1
+    return len("/".join(folders[0][:same])) + bool(same) if folders else 0
+
+
+def _bars_figure(outcome: Outcome) -> Figure:
+    """Draws size, speed and quality before and after."""
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    panels = (
+        ("MB on disk", [r.size.file_bytes / 1e6 for r in outcome.results], "{:.1f}"),
+        ("tokens per second", [r.speed.tokens_per_second for r in outcome.results], "{:,.0f}"),
+        ("perplexity", [r.perplexity for r in outcome.results], "{:.1f}"),
+    )
+    names = [result.name.replace(" ", "\n") for result in outcome.results]
+    for i, (title, values, form) in enumerate(panels):
+        axes = figure.add_subplot(1, 3, i + 1)
+        bars = axes.bar(names, values, color=_COLORS)
+        axes.bar_label(bars, [form.format(value) for value in values], fontsize=8)
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.margins(y=0.15)
+        _tidy(axes)
+    return figure
+
+
+def write_report(outcome: Outcome, path: Path) -> None:
+    """Writes one self-contained page with tables and plots.
+
+    Args:
+        outcome: The outcome of a job.
+        path: The file to write.
+    """
+    template = resources.files("tfgptopt.job").joinpath("report.html.jinja").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    figures = {
+        "Size, speed and quality": _bars_figure(outcome),
+        "Loss over steps, and the pruning schedule": _loss_figure(outcome),
+        "Sparsity of each kernel": _sparsity_figure(outcome),
+    }
+    corpus = outcome.corpus
+    page = environment.from_string(template).render(
+        headings=HEADINGS,
+        rows=[_cells(result) for result in outcome.results],
+        lines=summary_lines(outcome),
+        figures={title: _inline(figure) for title, figure in figures.items()},
+        recipe=yaml.safe_dump(outcome.recipe.to_config(), sort_keys=False),
+        sample=outcome.sample,
+        facts={
+            "Training text": f"{len(corpus.training_files)} files, "
+            f"{corpus.training_bytes:,} bytes, {corpus.training_tokens:,} tokens",
+            "Held-out text": f"{len(corpus.validation_files)} files, "
+            f"{corpus.validation_tokens:,} tokens",
+            "Bytes that were no UTF-8": f"{corpus.bad_bytes:,}",
+            "Devices": outcome.strategy,
+            "tfgptopt": tfgptopt.__version__,
+        },
+    )
+    path.write_text(page, "utf-8")

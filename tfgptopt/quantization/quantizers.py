@@ -1,0 +1,138 @@
+"""How each weight of a dressed layer is rounded, and the scales that are kept for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tfgptopt.model.targets import Target
+from tfgptopt.quantization import rounding
+from tfgptopt.quantization.rounding import Grid
+from tfgptopt.quantization.specs import Spec
+
+_ATTRIBUTE = "_tfgptopt_rounders"
+
+
+def full_precision(variable: Any) -> tf.Tensor:
+    """Returns a variable's value without the cast of mixed precision."""
+    value = variable.value
+    if value.dtype != tf.as_dtype(variable._dtype):
+        value = variable._value
+    return tf.cast(tf.convert_to_tensor(value), tf.float32)
+
+
+class Quantizer(keras.layers.Layer):
+    """Rounds one weight: computes its scale, or keeps one.
+
+    It hangs on the layer that has the weight, outside of Keras' tracking, so that the layer has
+    the variables of a plain one; Keras saves a kept scale beside them, where a plain layer ignores
+    it.
+
+    Args:
+        variable: The weight.
+        grid: What it is rounded to.
+        method: How its scale is found: `"absmax"`, `"mse"` or `"learned"`.
+    """
+
+    def __init__(self, variable: Any, grid: Grid, method: str) -> None:
+        super().__init__(name="quantizer")
+        self.built = True
+        # Not through Keras' own __setattr__: the variables are the layer's, or nobody's.
+        object.__setattr__(self, "variable", variable)
+        object.__setattr__(self, "kept", None)
+        # Set while a SavedModel is traced: the rounded weights, made from stored integers.
+        object.__setattr__(self, "given", None)
+        self.grid = grid
+        self.method = method
+        self._loaded: Any = None
+
+    def compute_scale(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the scale of float32 weights: the one kept, or else found by the method."""
+        if self.kept is not None:
+            return self.grid.representable(tf.convert_to_tensor(self.kept.value))
+        if self.method == "absmax":
+            return rounding.absmax_scale(weights, self.grid)
+        return rounding.mse_scale(weights, self.grid)
+
+    def hold(self, weights: tf.Tensor, scale: tf.Tensor | None = None) -> None:
+        """Keeps a scale from now on: one loaded from a checkpoint, that given, or that of now.
+
+        Call it in the scope of the model's strategy.
+        """
+        if scale is None:
+            scale = self.compute_scale(weights)
+        if self.kept is None:
+            kept = keras.Variable(scale, trainable=False, dtype="float32", name="scale")
+            object.__setattr__(self, "kept", kept)
+        else:
+            self.kept.assign(scale)
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._loaded is None or self.kept is None:
+            return
+        if self._loaded.shape == tuple(self.kept.shape):
+            self.kept.assign(self._loaded)
+        self._loaded = None
+
+    def fake_quantize(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns rounded weights with a straight-through gradient."""
+        needs_clipping = self.kept is not None or self.method != "absmax"
+        return rounding.fake_quantize(
+            weights,
+            self.grid,
+            self.compute_scale if needs_clipping else None,
+            # The gradient of a learned scale is made of the gradients of all its weights.
+            pass_clipped=self.method == "learned",
+        )
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the kept scale."""
+        if self.kept is not None:
+            store["scale"] = keras.ops.convert_to_numpy(self.kept.value)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads a kept scale; a checkpoint of a plain layer has none."""
+        if "scale" in store.keys():  # noqa: SIM118
+            self._loaded = np.asarray(store["scale"])
+            self._restore()
+
+
+def quantizers_of(layer: keras.Layer) -> list[Quantizer]:
+    """Returns how the weights of a layer are rounded: none for a plain layer."""
+    return list(getattr(layer, _ATTRIBUTE, {}).values())
+
+
+def grids_of(target: Target, spec: Spec) -> list[tuple[Any, Grid]]:
+    """Returns the variables of a target's layer that are rounded, with what they are rounded to."""
+    axes = target.input_axes
+    if target.role == "kernel":
+        return [(target.variable, Grid(spec.bits, axes, spec.block_size))]
+    found = [(target.variable, Grid(spec.embedding_bits, axes))]
+    own_head = getattr(target.layer, "reverse_embeddings", None)
+    if target.role == "embedding" and own_head is not None:
+        found.append((own_head, Grid(spec.embedding_bits, (0,))))
+    return found
+
+
+def attach(target: Target, spec: Spec) -> None:
+    """Hangs quantizers on the layer of a target, which keep those that are there."""
+    layer = target.layer
+    present: dict[str, Quantizer] = getattr(layer, _ATTRIBUTE, {})
+    made: dict[str, Quantizer] = {}
+    for name, (variable, grid) in zip(("main", "head"), grids_of(target, spec), strict=False):
+        old = present.get(name)
+        if old is None or (old.grid, old.method) != (grid, spec.scale):
+            old = Quantizer(variable, grid, spec.scale)
+        made[name] = old
+    # Keras looks for what to save among the attributes of a layer, dictionaries included.
+    object.__setattr__(layer, _ATTRIBUTE, made)
+
+
+def detach(layer: keras.Layer) -> None:
+    """Takes the quantizers off a layer."""
+    if hasattr(layer, _ATTRIBUTE):
+        object.__delattr__(layer, _ATTRIBUTE)

@@ -1,0 +1,163 @@
+"""What rounding does to each weight of a model, and to what its products give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.table import Table
+
+from tfgptopt.calibration.watching import observe_all
+from tfgptopt.model.targets import Skipped, Target, candidates
+from tfgptopt.quantization import layers, rounding
+from tfgptopt.quantization.quantizers import Quantizer, quantizers_of
+from tfgptopt.quantization.specs import Spec
+from tfgptopt.terminal.tables import as_text
+
+
+@dataclass(frozen=True)
+class Row:
+    """One rounded weight.
+
+    Attributes:
+        path: Path of the weight.
+        spec: What it is rounded to.
+        bits: 4 or 8.
+        smallest_scale, largest_scale: Range of its scales.
+        clipped: Share of weights beyond the largest integer.
+        weight_sqnr: Ratio of signal to quantization noise of the weights, in dB; infinite for
+            weights that lie on their grid already, as GPTQ leaves them.
+        output_sqnr: The same of what the product gives, inputs rounded too; `None` if it was not
+            measured.
+    """
+
+    path: str
+    spec: Spec
+    bits: int
+    smallest_scale: float
+    largest_scale: float
+    clipped: float
+    weight_sqnr: float
+    output_sqnr: float | None = None
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """The rounded weights of a model; print it to see a table.
+
+    Attributes:
+        rows: One for each rounded weight.
+        skipped: Path and reason for each weight that stays as it is.
+    """
+
+    rows: tuple[Row, ...]
+    skipped: tuple[tuple[str, str], ...]
+
+    def __rich__(self) -> Table:
+        title = f"{len(self.rows)} rounded weights; signal to noise in dB"
+        table = Table(padding=(0, 1), title=title)
+        table.add_column("weight", overflow="fold")
+        table.add_column("bits", justify="right", no_wrap=True)
+        for name in ("scales", "clipped", "weights", "outputs"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows:
+            scales = f"{row.smallest_scale:.0e}-{row.largest_scale:.0e}"
+            weights = "exact" if np.isinf(row.weight_sqnr) else f"{row.weight_sqnr:.1f}"
+            outputs = "" if row.output_sqnr is None else f"{row.output_sqnr:.1f}"
+            table.add_row(row.path, str(row.bits), scales, f"{row.clipped:.1%}", weights, outputs)
+        for path, reason in self.skipped:
+            table.add_row(f"{path}: {reason}")
+        return table
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def report(model: keras.Layer, data: Any = None) -> QuantizationReport:
+    """Reports what rounding does to each weight of a model.
+
+    Args:
+        model: A model that is quantize-aware or was quantized, not finalized yet.
+        data: Data that the model reads, to measure what products give. Defaults to `None`: only
+            weights are measured.
+
+    Returns:
+        `QuantizationReport`; print it to see a table.
+
+    Raises:
+        ValueError: If nothing of the model is rounded, or it cannot read the data.
+
+    Example:
+
+    ```python
+    tfgptopt.quantize_aware(gpt, Int4())
+    print(tfgptopt.quantization.report(gpt, validation.take(1)))
+    ```
+    """
+    found = list(candidates(model))
+    targets = [item for item in found if isinstance(item, Target)]
+    dressed = [target for target in targets if layers.is_dressed(target.layer)]
+    if not dressed:
+        raise ValueError(
+            f"The model '{model.name}' has no rounded weights, or was finalized: see "
+            "`tfgptopt.summary(model)`."
+        )
+    outputs: dict[int, _Noise] = {}
+    if data is not None:
+        kernels = [target for target in dressed if target.role != "embedding"]
+        outputs = {id(target.variable): _Noise(target) for target in kernels}
+        observe_all(model, kernels, data, lambda t, rows: outputs[id(t.variable)].add(rows))
+    rows = []
+    for target in dressed:
+        noise = outputs.get(id(target.variable))
+        for quantizer in quantizers_of(target.layer):
+            rows.append(_row(target, quantizer, noise))
+    skipped = [(item.path, item.reason) for item in found if isinstance(item, Skipped)]
+    skipped += [(t.path, "left as floats") for t in targets if t not in dressed]
+    return QuantizationReport(tuple(rows), tuple(skipped))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    return float("inf") if noise == 0 else float(10 * np.log10(max(signal, 1e-300) / noise))
+
+
+def _row(target: Target, quantizer: Quantizer, noise: _Noise | None) -> Row:
+    weights = layers.weights_of(target.layer, quantizer)
+    scale = quantizer.compute_scale(weights)
+    integers, scale = rounding.quantize(weights, quantizer.grid, scale)
+    error = rounding.dequantize(integers, scale, quantizer.grid) - weights
+    inside = rounding.inside(weights, scale, quantizer.grid)
+    return Row(
+        path=quantizer.variable.path,
+        spec=target.layer.quantization_spec,
+        bits=quantizer.grid.bits,
+        smallest_scale=float(tf.reduce_min(scale)),
+        largest_scale=float(tf.reduce_max(scale)),
+        clipped=1.0 - float(tf.reduce_mean(tf.cast(inside, tf.float32))),
+        weight_sqnr=_decibels(
+            float(tf.reduce_sum(tf.square(weights))), float(tf.reduce_sum(tf.square(error)))
+        ),
+        output_sqnr=None if noise is None else _decibels(noise.signal, noise.noise),
+    )
+
+
+class _Noise:
+    """Sums signal and noise of what the product of a target gives."""
+
+    def __init__(self, target: Target) -> None:
+        quantizer = quantizers_of(target.layer)[0]
+        weights = layers.weights_of(target.layer, quantizer)
+        self._exact = target.to_matrix(weights)
+        self._rounded = target.to_matrix(quantizer.fake_quantize(weights))
+        self._rounds_inputs = target.layer.quantization_spec.activations is not None
+        self.signal = self.noise = 0.0
+
+    def add(self, rows: tf.Tensor) -> None:
+        """Adds what the product gives for some rows."""
+        exact = rows @ self._exact
+        inputs = rounding.fake_quantize_rows(rows, (-1,)) if self._rounds_inputs else rows
+        self.signal += float(tf.reduce_sum(tf.square(exact)))
+        self.noise += float(tf.reduce_sum(tf.square(inputs @ self._rounded - exact)))

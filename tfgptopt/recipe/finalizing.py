@@ -1,0 +1,52 @@
+"""Takes the training-time dress off a model and makes its effects permanent."""
+
+from __future__ import annotations
+
+import keras
+
+from tfgptopt.model import masks
+from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.pruning import checkpointing
+from tfgptopt.quantization import layers
+from tfgptopt.recipe.recipe import FINALIZED_RECIPE, recipe_of
+
+
+def finalize(model: keras.Layer) -> keras.Layer:
+    """Turns a dressed model back into plain layers that hold what was trained.
+
+    Pruned weights are exactly zero, quantized weights lie exactly on their grid, every layer has
+    its own class again. `tfgptopt.export` still knows how the weights were rounded.
+
+    Args:
+        model: A model that was pruned or made quantize-aware, by a callback or a function.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If nothing of the model is dressed.
+
+    Example:
+
+    ```python
+    gpt.fit(data, callbacks=[Pruning(...), QuantizationAwareTraining(Int8())])
+    tfgptopt.finalize(gpt)
+    gpt.save_to_preset("small_gpt")
+    ```
+    """
+    dressed = [layer for layer in model._flatten_layers() if layers.is_dressed(layer)]
+    held = [variable for variable in model.variables if masks.masked(variable)]
+    if not dressed and not held:
+        raise ValueError(
+            f"The model '{model.name}' was neither pruned nor made quantize-aware, or it was "
+            "finalized already. There is nothing to finalize."
+        )
+    setattr(model, FINALIZED_RECIPE, recipe_of(model))
+    with strategy_scope(model):
+        for variable in held:
+            masks.detach(variable)
+        for layer in dressed:
+            layers.undress(layer)
+    checkpointing.forget(model)
+    retrace(model)
+    return model
