@@ -25,6 +25,7 @@ from tfgptopt.pruning import (
     Block,
     Columns,
     ConstantSparsity,
+    Prune,
     Pruner,
     Rows,
     SparseGPT,
@@ -59,7 +60,7 @@ def measure_masks(console: Console) -> None:
     table = Table("pattern", "seconds")
     for pattern in PATTERNS:
         model = make_model()
-        pruner = Pruner(model, ConstantSparsity(0.5, 0, frequency=1), pattern)
+        pruner = Pruner(model, Prune(ConstantSparsity(0.5, 0, frequency=1), pattern))
         times = []
         for step in range(4):
             start = time.perf_counter()

@@ -27,6 +27,7 @@ import tfgptopt
 from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.pruning.pruner import Pruner
+from tfgptopt.pruning.technique import Prune
 from tfgptopt.quantization import Int4, Int8
 
 
@@ -42,7 +43,7 @@ def make_model(layers: int, width: int, vocabulary: int, jit_compile: bool) -> k
 
 def prune(model: keras.Model) -> None:
     """Prunes to one half and holds it."""
-    Pruner(model, ConstantSparsity(0.5, 0)).advance(0)
+    Pruner(model, Prune(ConstantSparsity(0.5, 0))).advance(0)
 
 
 def rounding_to(spec: Any) -> Callable[[keras.Model], Any]:
@@ -133,7 +134,7 @@ def compare_with_tfmot(console: Console, arguments: argparse.Namespace) -> None:
         if isinstance(layer, pruning_wrapper.PruneLowMagnitude):
             tf_keras.backend.set_value(layer.pruning_step, 0)
     pruned = dense_stack(keras, width)
-    Pruner(pruned, schedule).advance(0)
+    Pruner(pruned, Prune(schedule)).advance(0)
     rounded = tfgptopt.quantize_aware(dense_stack(keras, width), Int8())
     annotated = quantize.quantize_model(dense_stack(tf_keras, width))
     annotated.compile(optimizer="adam", loss="mse")

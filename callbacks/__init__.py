@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,10 +10,35 @@ from tfgptopt.callbacks.progress import TrainingProgress
 from tfgptopt.callbacks.pruning import Pruning
 from tfgptopt.callbacks.quantization import QuantizationAwareTraining
 
-from tfgptopt.pruning.scores import Wanda
-from tfgptopt.recipe import QuantizeAware, Recipe
+from tfgptopt.pruning.technique import Prune
+from tfgptopt.quantization.technique import QuantizeAware
+from tfgptopt.recipe import Recipe
 
-__all__ = ["Pruning", "QuantizationAwareTraining", "TrainingProgress", "from_recipe"]
+__all__ = [
+    "Pruning",
+    "QuantizationAwareTraining",
+    "TrainingProgress",
+    "from_recipe",
+    "register_callback",
+]
+
+# Makes the callback that carries out a technique, with the calibration data of the job.
+Maker = Callable[[Any, Any], keras.callbacks.Callback]
+
+_MAKERS: dict[type[Any], Maker] = {
+    Prune: Pruning.of,
+    QuantizeAware: QuantizationAwareTraining.of,
+}
+
+
+def register_callback(technique_class: type[Any], make: Maker) -> None:
+    """Lets `from_recipe` carry out a technique of your own.
+
+    Args:
+        technique_class: A technique; see `tfgptopt.recipe.register_technique`.
+        make: Called with a technique and calibration data (or `None`), returns the callback.
+    """
+    _MAKERS[technique_class] = make
 
 
 def from_recipe(recipe: Recipe, calibration: Any = None) -> list[keras.callbacks.Callback]:
@@ -27,7 +53,8 @@ def from_recipe(recipe: Recipe, calibration: Any = None) -> list[keras.callbacks
         List of callbacks, in the order of the recipe.
 
     Raises:
-        ValueError: If the recipe shrinks or distills, which is not done by callbacks.
+        ValueError: If the recipe shrinks or distills, which is not done by callbacks, or holds a
+            technique that no callback was registered for.
     """
     if recipe.in_fit != recipe:
         raise ValueError(
@@ -35,17 +62,10 @@ def from_recipe(recipe: Recipe, calibration: Any = None) -> list[keras.callbacks
             "recipe, or `tfgptopt.shrink` and `tfgptopt.Distiller` with "
             "`from_recipe(recipe.in_fit)`."
         )
-    return [_callback(technique, calibration) for technique in recipe.techniques]
-
-
-def _callback(technique: Any, calibration: Any) -> keras.callbacks.Callback:
-    if isinstance(technique, QuantizeAware):
-        return QuantizationAwareTraining(
-            technique.spec, technique.targets, technique.start_step, technique.freeze_step
-        )
-    score = technique.score
-    if isinstance(score, Wanda) and score.data is None:
-        score = Wanda(calibration)
-    return Pruning(
-        technique.schedule, technique.pattern, score, technique.targets, technique.allocation
-    )
+    for technique in recipe.techniques:
+        if type(technique) not in _MAKERS:
+            raise ValueError(
+                f"No callback carries out {technique!r}. Call "
+                "`tfgptopt.callbacks.register_callback` first."
+            )
+    return [_MAKERS[type(technique)](technique, calibration) for technique in recipe.techniques]

@@ -9,11 +9,12 @@ import keras
 
 from tfgptopt.model.targets import Selector
 from tfgptopt.pruning.checkpointing import mask_state
-from tfgptopt.pruning.patterns import Pattern, Unstructured, check_pattern
-from tfgptopt.pruning.pruner import Pruner, check_settings
-from tfgptopt.pruning.schedules import PruningSchedule, Timeline, last_step
-from tfgptopt.pruning.scores import Magnitude, Score
+from tfgptopt.pruning.patterns import Pattern, Unstructured
+from tfgptopt.pruning.pruner import Pruner
+from tfgptopt.pruning.schedules import Schedule, last_step
+from tfgptopt.pruning.scores import Magnitude, Score, Wanda
 from tfgptopt.pruning.sparsity_allocation import Allocation
+from tfgptopt.pruning.technique import Prune
 
 
 def last_mask_step(model: keras.Model, first: int, params: dict[str, Any]) -> int | None:
@@ -75,22 +76,31 @@ class Pruning(keras.callbacks.Callback):
 
     def __init__(
         self,
-        schedule: PruningSchedule,
+        schedule: Schedule,
         pattern: Pattern = Unstructured(),
         score: Score = Magnitude(),
         targets: Selector | None = None,
         allocation: Allocation | None = None,
     ) -> None:
         super().__init__()
-        Timeline(schedule)
-        check_pattern(pattern)
-        self.schedule = schedule
-        self.pattern = pattern
-        self.score = score
-        self.selector = targets
-        self.allocation = allocation
+        self.technique = Prune(schedule, pattern, score, targets, allocation)
         self._pruner: Pruner | None = None
         self._epoch_start = 0
+
+    @classmethod
+    def of(cls, technique: Prune, calibration: Any = None) -> Pruning:
+        """Returns the callback that carries out a technique.
+
+        Args:
+            technique: The technique.
+            calibration: Data for a score that needs some and has none. Defaults to `None`.
+        """
+        score = technique.score
+        if isinstance(score, Wanda) and score.data is None:
+            score = Wanda(calibration)
+        return cls(
+            technique.schedule, technique.pattern, score, technique.targets, technique.allocation
+        )
 
     @property
     def sparsity(self) -> float:
@@ -108,19 +118,16 @@ class Pruning(keras.callbacks.Callback):
         # Another callback may load a checkpoint, whose masks are kept there.
         mask_state(model).new_claims()
 
-    def _settings(self) -> tuple[Any, ...]:
-        return self.schedule, self.pattern, self.score, self.selector, self.allocation
-
     def _check(self, model: keras.Model) -> None:
         if self._pruner is not None and self._pruner.can_continue(model, self._pruner.seen):
             self._pruner.check_model()
         else:
-            check_settings(model, *self._settings())
+            self.technique.check(model)
 
     def _ready(self) -> Pruner:
         """Returns the pruner of the model, made anew if the old one cannot go on."""
         if self._pruner is None or not self._pruner.can_continue(self.model, self._iterations()):
-            self._pruner = Pruner(self.model, *self._settings())
+            self._pruner = Pruner(self.model, self.technique)
         return self._pruner
 
     def step(self) -> None:
@@ -154,8 +161,8 @@ class Pruning(keras.callbacks.Callback):
         self._warn_if_cut_off(first, last)
 
     def _warn_if_cut_off(self, first: int, last: int | None) -> None:
-        end = last_step(self.schedule)
-        begin = getattr(self.schedule, "begin_step", 0)
+        end = last_step(self.technique.schedule)
+        begin = getattr(self.technique.schedule, "begin_step", 0)
         if last is not None and last < (begin if end is None else end):
             what = f"begins at step {begin}" if last < begin else f"ends at step {end}"
             warnings.warn(

@@ -8,18 +8,14 @@ from typing import Any
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
-from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.model.changing import changing, retrace
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.quantization import layers, quantizers
-from tfgptopt.quantization.aware import (
-    check_setting,
-    chosen_specs,
-    hold_scales,
-    quantize_aware,
-)
+from tfgptopt.quantization.aware import hold_scales, quantize_aware
 from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.learned import ScaleUpdates
 from tfgptopt.quantization.specs import Spec
+from tfgptopt.quantization.technique import QuantizeAware
 
 
 class QuantizationAwareTraining(keras.callbacks.Callback):
@@ -65,23 +61,16 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         freeze_step: int | None = None,
     ) -> None:
         super().__init__()
-        check_setting(spec)
-        if not isinstance(start_step, int) or start_step < 0:
-            raise ValueError(f"`start_step` must be an int >= 0. Received: {start_step!r}")
-        if freeze_step is not None and (
-            not isinstance(freeze_step, int) or freeze_step < start_step
-        ):
-            raise ValueError(
-                f"`freeze_step` must be None or an int >= `start_step`. Received: {freeze_step!r}"
-            )
-        self.spec = spec
-        self.selector = targets
-        self.start_step = start_step
-        self.freeze_step = freeze_step
+        self.technique = QuantizeAware(spec, targets, start_step, freeze_step)
         self._chosen: list[tuple[Target, Spec]] = []
         self._waiting = True
         self._updates: ScaleUpdates | None = None
         self._frozen = False
+
+    @classmethod
+    def of(cls, technique: QuantizeAware, calibration: Any = None) -> QuantizationAwareTraining:
+        """Returns the callback that carries out a technique, which needs no calibration data."""
+        return cls(technique.spec, technique.targets, technique.start_step, technique.freeze_step)
 
     def _iterations(self) -> int:
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
@@ -89,7 +78,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
-        self._chosen = chosen_specs(model, self.spec, self.selector)
+        self._chosen = self.technique.check(model)
         held = [layers.spec_of(t.layer) if layers.is_dressed(t.layer) else None
                 for t, _ in self._chosen]  # fmt: skip
         # A second `fit` with the same settings, such as a notebook cell run again, continues.
@@ -97,7 +86,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         if self._waiting and any(held):
             raise ValueError(
                 f"Layers of '{model.name}' are quantize-aware already, with "
-                f"{next(filter(None, held))}. Received: {self.spec}. "
+                f"{next(filter(None, held))}. Received: {self.technique.spec}. "
                 "Call `tfgptopt.finalize(model)` first to change it."
             )
         self._frozen = False
@@ -107,10 +96,10 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         last = last_mask_step(self.model, self._iterations(), self.params)
-        if last is not None and last < self.start_step:
+        if last is not None and last < self.technique.start_step:
             warnings.warn(
-                f"Rounding begins at step {self.start_step}, but the last step of this training is "
-                f"{last}: nothing will be quantized.",
+                f"Rounding begins at step {self.technique.start_step}, but the last step of this "
+                f"training is {last}: nothing will be quantized.",
                 stacklevel=2,
             )
 
@@ -121,8 +110,8 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._freeze_if_due()
 
     def _dress_if_due(self) -> None:
-        if self._waiting and self._iterations() >= self.start_step:
-            quantize_aware(self.model, self.spec, self.selector)
+        if self._waiting and self._iterations() >= self.technique.start_step:
+            quantize_aware(self.model, self.technique.spec, self.technique.targets)
             self._waiting = False
             self._learn_scales()
 
@@ -138,13 +127,15 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             retrace(self.model)
 
     def _freeze_if_due(self) -> None:
-        due = self.freeze_step is not None and self._iterations() >= self.freeze_step
+        due = (
+            self.technique.freeze_step is not None
+            and self._iterations() >= self.technique.freeze_step
+        )
         if due and not self._waiting and not self._frozen:
             self._stop_learning()
-            with strategy_scope(self.model):
+            with changing(self.model):
                 hold_scales([target.layer for target, _ in self._chosen])
             self._frozen = True
-            retrace(self.model)
 
     def _stop_learning(self) -> None:
         if self._updates is not None:
@@ -154,7 +145,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._waiting:
             self._dress_if_due()
-        if self.freeze_step is not None and not self._frozen:
+        if self.technique.freeze_step is not None and not self._frozen:
             self._freeze_if_due()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

@@ -114,9 +114,8 @@ def test_movement_is_the_sum_of_weight_times_gradient():
     model.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
     generator = np.random.default_rng(0)
     x, y = generator.normal(0, 1, (6, 8, 4)), generator.normal(0, 1, (6, 8, 3))
-    pruner = tfgptopt.pruning.Pruner(
-        model, PolynomialDecay(0.0, 0.5, 6, 7, frequency=1), score=Movement()
-    )
+    schedule = PolynomialDecay(0.0, 0.5, 6, 7, frequency=1)
+    pruner = tfgptopt.pruning.Pruner(model, tfgptopt.pruning.Prune(schedule, score=Movement()))
     weights, expected = layer.kernel.numpy().astype(np.float64), 0.0
     for batch, labels in zip(x, y, strict=True):
         pruner.step()

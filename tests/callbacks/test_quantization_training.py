@@ -10,7 +10,7 @@ import tfgptopt
 from tfgptopt.decoder import read_decoder
 from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity
-from tfgptopt.quantization import Int4, Int8, QuantizeAware
+from tfgptopt.quantization import Int4, Int8, quantize_aware_layer
 from tfgptopt.quantization.quantizers import quantizers_of
 
 LEARNED = Int4(scale="learned")
@@ -185,8 +185,8 @@ def test_frozen_layers_and_pruned_ones_are_rounded_too():
 def test_a_layer_wrapped_by_hand_trains_saves_and_comes_back(tmp_path):
     model = keras.Sequential([
         keras.Input((32,)),
-        QuantizeAware(keras.layers.Dense(16, activation="relu"), Int4(block_size=32)),
-        QuantizeAware(keras.layers.Dense(4), Int8(scale="learned")),
+        quantize_aware_layer(keras.layers.Dense(16, activation="relu"), Int4(block_size=32)),
+        quantize_aware_layer(keras.layers.Dense(4), Int8(scale="learned")),
     ])  # fmt: skip
     assert isinstance(model.layers[0], keras.layers.Dense)
     model.compile(optimizer="adam", loss="mse")
@@ -197,9 +197,9 @@ def test_a_layer_wrapped_by_hand_trains_saves_and_comes_back(tmp_path):
     np.testing.assert_array_equal(model(x), again(x))
     assert again.layers[0].quantization_spec == Int4(block_size=32)
     with pytest.raises(ValueError, match="quantize-aware already"):
-        QuantizeAware(model.layers[0], Int8())
+        quantize_aware_layer(model.layers[0], Int8())
     with pytest.raises(ValueError, match=r"call `tfgptopt\.quantize_aware`"):
-        QuantizeAware(keras.layers.LayerNormalization(), Int8())
+        quantize_aware_layer(keras.layers.LayerNormalization(), Int8())
 
 
 def test_an_untied_head_is_rounded_for_itself():

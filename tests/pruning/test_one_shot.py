@@ -67,6 +67,32 @@ def test_sparsegpt_is_optimal_brain_surgery(block_size):
     np.testing.assert_array_equal(layer.kernel.constraint.mask.numpy(), kept)
 
 
+def obs_along_outputs(weights, gram, n, m):
+    """The same, the best `n` of each `m` outputs kept when their input's turn has come."""
+    weights, kept = weights.copy(), np.ones(weights.shape, bool)
+    for i in range(len(weights)):
+        inverse = np.linalg.inv(gram[i:, i:])
+        for begin in range(0, weights.shape[1], m):
+            group = weights[i, begin : begin + m] ** 2
+            kept[i, begin : begin + m] = np.argsort(np.argsort(-group)) < n
+        error = np.where(kept[i], 0, weights[i]) / inverse[0, 0]
+        weights[i:] -= np.outer(inverse[:, 0], error)
+    return np.where(kept, weights, 0), kept
+
+
+@pytest.mark.parametrize("block_size", [3, 128])
+def test_sparsegpt_prunes_groups_of_outputs(block_size):
+    model, layer, x = dense_model(outputs=8)
+    gram = x.T.astype(np.float64) @ x
+    gram += 0.01 * np.diag(gram).mean() * np.eye(16)
+    expected, kept = obs_along_outputs(layer.kernel.numpy().astype(np.float64), gram, 2, 4)
+    pattern = NM(2, 4, axis="output")
+    tfgptopt.prune(model, pattern=pattern, score=SparseGPT(x, block_size=block_size))
+    np.testing.assert_array_equal(layer.kernel.numpy() != 0, kept)
+    np.testing.assert_allclose(layer.kernel.numpy(), expected, atol=1e-5)
+    assert report(model).holds
+
+
 @pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)])
 def test_outputs_change_least_with_sparsegpt_and_most_with_magnitude(pattern):
     errors = []

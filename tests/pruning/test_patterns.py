@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tfgptopt.pruning import NM, Block, Columns, ConstantSparsity, Rows, Unstructured
-from tfgptopt.pruning.patterns import keep_largest
-from tfgptopt.pruning.serializing import deserialize_pattern, serialize_pattern
+from tfgptopt.pruning.keeping import keep_largest
+from tfgptopt.pruning.patterns import deserialize_pattern, serialize_pattern
 
 floats = st.floats(-100, 100, width=32, allow_subnormal=False)
 
@@ -85,6 +85,26 @@ def test_nm_is_numpys_definition(scores, nm):
     mask = masks_of(pattern, scores, pattern.sparsity)
     np.testing.assert_array_equal(mask, numpy_nm(scores, *nm))
     assert pattern.holds(mask)
+
+
+@settings(deadline=None, max_examples=60)
+@given(matrices, st.sampled_from([(1, 2), (2, 4), (1, 3)]), st.sampled_from(["input", "output"]))
+def test_nm_along_either_axis_in_tensorflow_and_in_numpy(scores, nm, axis):
+    pattern = NM(*nm, axis=axis)
+    expected = numpy_nm(scores, *nm) if axis == "input" else numpy_nm(scores.T, *nm).T
+    np.testing.assert_array_equal(masks_of(pattern, scores, pattern.sparsity), expected)
+    np.testing.assert_array_equal(pattern.keep(scores, pattern.sparsity), expected)
+    assert pattern.holds(expected)
+
+
+def test_nm_along_outputs_says_so():
+    with pytest.raises(ValueError, match=r"'input' or 'output'. Received: 'columns'"):
+        NM(2, 4, axis="columns")
+    with pytest.raises(ValueError, match="x has 3 outputs, fewer than one group"):
+        NM(2, 4, axis="output").check((8, 3), "x")
+    assert deserialize_pattern({"name": "nm", "n": 2, "m": 4}) == NM(2, 4)
+    config = serialize_pattern(NM(2, 4, axis="output"))
+    assert deserialize_pattern(config) == NM(2, 4, axis="output")
 
 
 def test_nm_half_way_drops_the_lowest_of_those_that_will_go():

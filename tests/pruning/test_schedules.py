@@ -76,9 +76,9 @@ def test_import_leaves_the_environment_alone():
 
 
 def test_a_pruner_is_due_exactly_at_the_firings(gpt):
-    from tfgptopt.pruning.pruner import Pruner
+    from tfgptopt.pruning import Prune, Pruner
 
-    pruner = Pruner(gpt, PolynomialDecay(0.0, 0.5, 3, 11, frequency=4))
+    pruner = Pruner(gpt, Prune(PolynomialDecay(0.0, 0.5, 3, 11, frequency=4)))
     due = []
     for step in range(20):
         if pruner.due(step):
@@ -86,7 +86,7 @@ def test_a_pruner_is_due_exactly_at_the_firings(gpt):
             pruner.advance(step)
     assert due == [3, 7, 11]
     # Batches may run ahead of the optimizer: it stays due until the optimizer is there.
-    late = Pruner(gpt, PolynomialDecay(0.0, 0.5, 3, 11, frequency=4))
+    late = Pruner(gpt, Prune(PolynomialDecay(0.0, 0.5, 3, 11, frequency=4)))
     assert not late.due(2) and late.due(4)
     late.advance(2)
     assert late.due(4)

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 
 from tfgptopt.decoder.spec import Activation, Matrix, Norm, Rotary
-from tfgptopt.model import masks
+from tfgptopt.model.current import current
 from tfgptopt.model.targets import Target, target_of
-from tfgptopt.quantization import layers, quantizers, rounding
+from tfgptopt.quantization import layers
+from tfgptopt.quantization.integers import read_integers
 
 
 def as_floats(variable: Any) -> np.ndarray:
     """Returns a variable as a float32 array."""
     return np.asarray(keras.ops.convert_to_numpy(variable), np.float32)
-
-
-def _current_values(target: Target) -> np.ndarray:
-    """Returns weights with what adapters add, and with the mask applied that training holds."""
-    values = as_floats(target.variable.value)
-    added = layers.adapters(target.layer)
-    if added is not None:
-        values = values + added.numpy()
-    if masks.masked(target.variable):
-        values = values * as_floats(target.variable.constraint.mask.value)
-    return values
 
 
 def _as_rows(array: np.ndarray, target: Target) -> np.ndarray:
@@ -56,7 +44,7 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
     activation = getattr(layer, "activation", None)
     if not activated and activation not in (None, keras.activations.linear):
         raise ValueError(f"{target.path}: expected a layer without activation, has {activation}.")
-    values = _current_values(target)
+    values = current(target.layer, target.variable).numpy()
     bias = getattr(layer, "bias", None)
     bias = None if bias is None else as_floats(bias).reshape(-1)
     if layers.spec_of(layer) is None:
@@ -75,51 +63,6 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
         block_size=stored.grid.block_size,
         rounds_inputs=layer.quantization_spec.activations is not None,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Integers:
-    """A rounded weight of a layer.
-
-    Attributes:
-        variable: The variable that it is the weight of.
-        integers: int8 array of the shape of the variable.
-        scale: float32 array of the shape that the grid gives scales.
-        grid: Which weights share a scale.
-    """
-
-    variable: Any
-    integers: np.ndarray
-    scale: np.ndarray
-    grid: rounding.Grid
-
-
-def read_integers(layer: Any) -> list[Integers]:
-    """Reads the weights of a dressed or finalized layer as the integers that training saw.
-
-    Args:
-        layer: A layer with a quantization spec.
-
-    Returns:
-        List of `Integers`: the kernel or table, then the own head of a ReversibleEmbedding.
-    """
-    target = layers.rounded_target(layer)
-    found = []
-    for i, (variable, grid) in enumerate(quantizers.grids_of(target, layer.quantization_spec)):
-        values = _current_values(target) if i == 0 else as_floats(variable)
-        if layers.is_dressed(layer):
-            scale = quantizers.quantizers_of(layer)[i].compute_scale(values)
-        else:
-            scale = rounding.found_scale(values, grid)
-            if scale is None:
-                warnings.warn(
-                    f"{variable.path} changed since `finalize`: it is rounded to {grid.bits} bits "
-                    "again, which it was not trained for.",
-                    stacklevel=3,
-                )
-        integers, scale = rounding.quantize(values, grid, scale)
-        found.append(Integers(variable, integers.numpy().astype(np.int8), scale.numpy(), grid))
-    return found
 
 
 def read_head(embedding: Any) -> Matrix | None:

@@ -12,12 +12,12 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.decoder.reading import Integers, read_integers
 from tfgptopt.exporting.tflite.packing import pack_int4
 from tfgptopt.exporting.tokenizers import end_token_ids
 from tfgptopt.file.replacing import replacing
 from tfgptopt.model.changing import retrace
 from tfgptopt.quantization import layers, rounding
+from tfgptopt.quantization.integers import Integers, read_integers
 from tfgptopt.quantization.quantizers import quantizers_of
 
 

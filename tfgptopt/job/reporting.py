@@ -107,7 +107,7 @@ def _tidy(axes: Any) -> None:
 def _loss_figure(outcome: Outcome) -> Figure:
     """Draws loss over steps, with the pruning schedule under it."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
-    prunes = [t for t in outcome.recipe.techniques if isinstance(t, Prune)]
+    prunes: list[Prune] = [t for t in outcome.recipe.techniques if isinstance(t, Prune)]
     grid = figure.add_gridspec(2, 1, height_ratios=(3, 1)) if prunes else None
     top = figure.add_subplot(grid[0] if grid else 111)
     last = 0

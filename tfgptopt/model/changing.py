@@ -1,10 +1,13 @@
-"""Makes Keras trace a model again after its layers were changed."""
+"""Changes the layers of a model: in the scope of its strategy, and Keras traces it again."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import keras
+import tensorflow as tf
 
 _FUNCTIONS = ("train", "test", "predict")
 
@@ -25,9 +28,28 @@ def retrace(model: keras.Layer) -> None:
             layer.generate_function = None
 
 
-def strategy_scope(model: keras.Layer) -> Any:
+def strategy_scope(model: keras.Layer) -> AbstractContextManager[object]:
     """Returns the scope of the `tf.distribute` strategy that a model was made in."""
-    import tensorflow as tf
-
     strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
-    return strategy.scope()
+    scope: AbstractContextManager[object] = strategy.scope()
+    return scope
+
+
+@contextlib.contextmanager
+def changing(model: keras.Layer) -> Iterator[None]:
+    """Lets layers be changed: in the scope of the model's strategy, traced again afterwards.
+
+    What fails half-way is traced again too: whoever changes a model also puts it back.
+
+    Example:
+
+    ```python
+    with changing(model):
+        layer.__class__ = Rounded
+    ```
+    """
+    try:
+        with strategy_scope(model):
+            yield
+    finally:
+        retrace(model)

@@ -22,14 +22,14 @@ class Mask(keras.constraints.Constraint):
     Args:
         model: The model whose optimizer may average the kernel (`use_ema`).
         target: The kernel. The mask is put on it.
-        settings: What moves the mask, for recipes and reports.
+        technique: What moves the mask, for recipes and reports.
     """
 
-    def __init__(self, model: Any, target: Target, settings: Any) -> None:
+    def __init__(self, model: Any, target: Target, technique: Any) -> None:
         variable = target.variable
         # A constraint that the kernel already had is applied first.
         self.inner: Callable[[Any], Any] | None = variable.constraint
-        self.settings = settings
+        self.technique = technique
         self.owner: Any = None
         self._model = weakref.ref(model)
         self.mask = keras.Variable(
@@ -83,10 +83,10 @@ def _average_of(variable: Any, optimizer: Any) -> Any:
     return None
 
 
-def attach(model: Any, targets: list[Target], settings: Any) -> None:
+def attach(model: Any, targets: list[Target], technique: Any) -> None:
     """Gives every target of a model a mask of ones."""
     for target in targets:
-        Mask(model, target, settings)
+        Mask(model, target, technique)
 
 
 def _refuse_lora(target: Target) -> Callable[..., None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import keras
 
@@ -17,6 +17,7 @@ from tfgptopt.backend import require_tensorflow
 
 require_tensorflow()
 
+Key = TypeVar("Key")
 Role = Literal["kernel", "embedding", "head"]
 # What users give to choose targets: a regex on the path, a layer class, or a predicate.
 Selector = str | type | Callable[["Target"], bool]
@@ -257,3 +258,34 @@ def _nothing_chosen(
         f"The model '{model.name}' has no weight to act on (kernels of Dense and EinsumDense, "
         f"tables of Embedding). Skipped: {skipped or 'nothing'}"
     )
+
+
+def check_regex(selector: Selector | None) -> str | None:
+    """Returns a selector that can be written down.
+
+    Raises:
+        ValueError: If it is a class or a function.
+    """
+    if selector is not None and not isinstance(selector, str):
+        raise ValueError(f"`targets` of a recipe is a regular expression. Received: {selector!r}")
+    return selector
+
+
+def regex_for(chosen: list[Target], default: list[Target]) -> str | None:
+    """Returns the regular expression that selects exactly `chosen`, or `None` for the default."""
+    if [t.path for t in chosen] == [t.path for t in default]:
+        return None
+    return "^(?:" + "|".join(re.escape(target.path) for target in chosen) + ")$"
+
+
+def grouped(targets: list[Target], key: Callable[[Target], Key]) -> list[tuple[Key, list[Target]]]:
+    """Returns targets grouped by a key that can be compared, in the order of their appearance."""
+    groups: list[tuple[Key, list[Target]]] = []
+    for target in targets:
+        value = key(target)
+        members = next((members for known, members in groups if known == value), None)
+        if members is None:
+            groups.append((value, [target]))
+        else:
+            members.append(target)
+    return groups

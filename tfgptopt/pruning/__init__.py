@@ -1,13 +1,22 @@
 """Pruning: which weights go (patterns, scores), when (schedules), and how they are held (masks)."""
 
-from tfgptopt.pruning.patterns import NM, Block, Columns, Rows, Unstructured
+from tfgptopt.pruning.patterns import (
+    NM,
+    Block,
+    Columns,
+    Pattern,
+    Rows,
+    Unstructured,
+    register_pattern,
+)
 from tfgptopt.pruning.pruner import Pruner
 from tfgptopt.pruning.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
-from tfgptopt.pruning.scores import Magnitude, Movement, Wanda
+from tfgptopt.pruning.scores import Magnitude, Movement, Score, Wanda
 from tfgptopt.pruning.sensitivities import sensitivity
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.sparsity_allocation import Allocation, owl
 from tfgptopt.pruning.sparsity_report import report
+from tfgptopt.pruning.technique import Prune
 
 __all__ = [
     "NM",
@@ -17,14 +26,18 @@ __all__ = [
     "ConstantSparsity",
     "Magnitude",
     "Movement",
+    "Pattern",
     "PolynomialDecay",
+    "Prune",
     "Pruner",
     "PruningSchedule",
     "Rows",
+    "Score",
     "SparseGPT",
     "Unstructured",
     "Wanda",
     "owl",
+    "register_pattern",
     "report",
     "sensitivity",
 ]

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any
 
 import keras
 import numpy as np
 
 from tfgptopt.model import masks
-from tfgptopt.model.changing import retrace, strategy_scope
-from tfgptopt.model.targets import Selector, Target, select
+from tfgptopt.model.changing import changing
+from tfgptopt.model.targets import Selector, Target
 from tfgptopt.pruning.checkpointing import mask_state
-from tfgptopt.pruning.patterns import NM, Pattern, Unstructured
-from tfgptopt.pruning.pruner import Pruner, check_settings
+from tfgptopt.pruning.patterns import Pattern, Unstructured
+from tfgptopt.pruning.pruner import Pruner
 from tfgptopt.pruning.schedules import ConstantSparsity
 from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.sparsity_allocation import Allocation
-from tfgptopt.pruning.technique import Settings
+from tfgptopt.pruning.technique import Prune
 
 
 def prune(
@@ -58,60 +57,53 @@ def prune(
     tfgptopt.finalize(model)
     ```
     """
-    if sparsity is None and isinstance(pattern, NM):
-        sparsity = pattern.sparsity
+    if sparsity is None:
+        sparsity = getattr(pattern, "sparsity", None)
     if not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
         raise ValueError(f"`sparsity` must be a number in [0, 1). Received: {sparsity!r}")
     if isinstance(score, Movement):
         raise ValueError("Movement gathers in training: give it to the callback `Pruning`.")
-    for target in select(model, targets):
+    technique = Prune(
+        ConstantSparsity(float(sparsity), 0, frequency=1), pattern, score, targets, allocation
+    )
+    chosen = technique.check(model)
+    for target in chosen:
         if masks.masked(target.variable):
             raise ValueError(
                 f"{target.path} is pruned already. Call `tfgptopt.finalize(model)` first to prune "
                 "it again."
             )
-    schedule = ConstantSparsity(float(sparsity), 0, frequency=1)
     if isinstance(score, SparseGPT):
-        _prune_by_sparsegpt(model, schedule, pattern, score, targets, allocation)
+        _prune_by_sparsegpt(model, technique, score, chosen, float(sparsity))
         return model
-    pruner = Pruner(model, schedule, pattern, score, targets, allocation)
+    pruner = Pruner(model, technique)
     try:
         pruner.advance(0)
     except BaseException:
-        masks.remove(pruner.targets)
-        retrace(model)
+        with changing(model):
+            masks.remove(pruner.targets)
         raise
     return model
 
 
 def _prune_by_sparsegpt(
-    model: keras.Layer,
-    schedule: Any,
-    pattern: Pattern,
-    score: SparseGPT,
-    selector: Selector | None,
-    allocation: Allocation | None,
+    model: keras.Layer, technique: Prune, score: SparseGPT, chosen: list[Target], sparsity: float
 ) -> None:
-    if not isinstance(pattern, NM) and pattern != Unstructured():
-        raise ValueError(f"SparseGPT prunes with Unstructured() or NM. Received: {pattern}")
-    targets = check_settings(model, schedule, pattern, Magnitude(), selector, allocation)
-    sparsity = schedule.target_sparsity
-    shares = [sparsity] * len(targets)
-    if allocation is not None:
-        shares = allocation.at(sparsity, targets)
-    of_variable = {id(t.variable): share for t, share in zip(targets, shares, strict=True)}
-    before = {id(t.variable): keras.ops.convert_to_numpy(t.variable.value) for t in targets}
+    shares = [sparsity] * len(chosen)
+    if technique.allocation is not None:
+        shares = technique.allocation.at(sparsity, chosen)
+    of_variable = {id(t.variable): share for t, share in zip(chosen, shares, strict=True)}
+    before = {id(t.variable): keras.ops.convert_to_numpy(t.variable.value) for t in chosen}
     found: list[tuple[Target, np.ndarray]] = []
-    with strategy_scope(model):
+    with changing(model):
         try:
-            found.extend(score.prune(model, targets, of_variable, pattern))
+            found.extend(score.prune(model, chosen, of_variable, technique.pattern))
         except BaseException:
-            for target in targets:
+            for target in chosen:
                 target.variable.assign(before[id(target.variable)])
             raise
-        masks.attach(model, targets, Settings(schedule, pattern, score, allocation))
+        masks.attach(model, chosen, technique)
         for target, kept in found:
             target.variable.constraint.mask.assign(kept)
-        masks.apply(targets)
+        masks.apply(chosen)
         mask_state(model)
-    retrace(model)

@@ -3,58 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 from tfgptopt.model import masks
-from tfgptopt.model.changing import retrace, strategy_scope
-from tfgptopt.model.targets import Selector, Target, select
+from tfgptopt.model.changing import changing, strategy_scope
+from tfgptopt.model.targets import Target, select
 from tfgptopt.pruning.checkpointing import mask_state, overlap
-from tfgptopt.pruning.patterns import NM, Pattern, Unstructured, check_pattern, check_reaches
-from tfgptopt.pruning.schedules import PruningSchedule, Timeline, final_sparsity
-from tfgptopt.pruning.scores import Magnitude, Score, Wanda, wanda_batches
-from tfgptopt.pruning.sparsity_allocation import Allocation
-from tfgptopt.pruning.technique import Settings
-
-
-def check_settings(
-    model: keras.Layer,
-    schedule: Any,
-    pattern: Pattern,
-    score: Any,
-    targets: Selector | None,
-    allocation: Allocation | None,
-) -> list[Target]:
-    """Returns the weights that would be pruned, after checking that they can be.
-
-    Raises:
-        ValueError: If a setting is none, two do not go together, the model is not built, nothing
-            matches, or a weight cannot have the pattern or holds values that are not finite.
-    """
-    check_pattern(pattern)
-    if not isinstance(score, Score):
-        raise ValueError(
-            "`score` must be Magnitude(), Wanda(data) or Movement(); SparseGPT(data) prunes at "
-            f"once, with `tfgptopt.prune`. Received: {score!r}"
-        )
-    if isinstance(score, Wanda) and score.data is None:
-        wanda_batches(None)  # Raises.
-    chosen = select(model, targets)
-    final = final_sparsity(schedule)
-    check_reaches(pattern, final)
-    if allocation is not None:
-        if not isinstance(pattern, Unstructured) or pattern.scope == "model":
-            raise ValueError(f"{pattern} spreads sparsity by itself: leave out `allocation`.")
-        allocation.check(chosen)
-        if final is not None:
-            allocation.at(final, chosen)
-    for target in chosen:
-        pattern.check(target.matrix_shape, target.path)
-        if not bool(keras.ops.all(keras.ops.isfinite(target.variable.value))):
-            raise ValueError(f"{target.path} has values that are NaN or infinite.")
-    return chosen
+from tfgptopt.pruning.patterns import check_reaches
+from tfgptopt.pruning.schedules import Timeline
+from tfgptopt.pruning.sparsegpt import SparseGPT
+from tfgptopt.pruning.technique import Prune
 
 
 class Pruner:
@@ -63,7 +23,7 @@ class Pruner:
     The callback `Pruning` uses it. In a loop of your own, call `step()` before each batch:
 
     ```python
-    pruner = Pruner(model, PolynomialDecay(0.0, 0.5, 100, 900))
+    pruner = Pruner(model, Prune(PolynomialDecay(0.0, 0.5, 100, 900)))
     for batch in data:
         pruner.step()
         model.train_on_batch(*batch)
@@ -72,38 +32,29 @@ class Pruner:
 
     Args:
         model: A built Keras 3 model. It is dressed in place at the first step.
-        schedule: A `PruningSchedule`, in steps of `optimizer.iterations`.
-        pattern: Which weights go together. Defaults to `Unstructured()`.
-        score: How important a weight is. Defaults to `Magnitude()`.
-        targets: Selector of the weights to prune. Defaults to `None`: kernels of Dense and
-            EinsumDense, wherever they are nested, but the head.
-        allocation: How the sparsity is spread over weights. Defaults to `None`: evenly.
+        technique: `Prune(...)`, its schedule in steps of `optimizer.iterations`.
 
     Raises:
-        ValueError: If a setting is out of range, the model is not built, or nothing matches.
+        ValueError: If the technique does not fit the model.
     """
 
-    def __init__(
-        self,
-        model: keras.Layer,
-        schedule: PruningSchedule,
-        pattern: Pattern = Unstructured(),
-        score: Score = Magnitude(),
-        targets: Selector | None = None,
-        allocation: Allocation | None = None,
-    ) -> None:
-        self.timeline = Timeline(schedule)
+    def __init__(self, model: keras.Layer, technique: Prune) -> None:
+        if isinstance(technique.score, SparseGPT):
+            raise ValueError(
+                "SparseGPT(data) prunes at once, with `tfgptopt.prune`; along a schedule use "
+                "Magnitude(), Wanda(data) or Movement()."
+            )
+        self.timeline = Timeline(technique.schedule)
         self.model = model
-        self.targets = check_settings(model, schedule, pattern, score, targets, allocation)
-        self.settings = Settings(schedule, pattern, score, allocation)
+        self.technique = technique
+        self.targets = technique.check(model)
         self._index = {id(target.variable): i for i, target in enumerate(self.targets)}
-        self._selector = targets
         self.seen = self._scanned = -1  # Steps up to which the masks are as they should be.
         self._next: int | None = None  # The first firing that was not seen yet.
         self._floor = self._sparsity = 0.0
         self._attached: list[Target] | None = None
         with strategy_scope(model):
-            self.meter = score.meter(model, self.targets)
+            self.meter = technique.score.meter(model, self.targets)
         self._finite = tf.function(self._all_finite)
         self._update = tf.function(self._update_all)
         mask_state(model)  # A checkpoint may be loaded before the first step.
@@ -117,16 +68,14 @@ class Pruner:
                 target.variable.constraint.owner.close()
         self._attached = [t for t in self.targets if not masks.masked(t.variable)]
         self.meter.follow(self.model)
-        with strategy_scope(self.model):
-            masks.attach(self.model, self._attached, self.settings)
-        for target in self.targets:
-            target.variable.constraint.owner = self
-            target.variable.constraint.settings = self.settings
-        # Masks that an earlier pruning left are never opened again by a schedule that starts low.
-        self._floor = self._sparsity = self._masked_share()
-        with strategy_scope(self.model):
+        with changing(self.model):
+            masks.attach(self.model, self._attached, self.technique)
+            for target in self.targets:
+                target.variable.constraint.owner = self
+                target.variable.constraint.technique = self.technique
+            # Masks that an earlier pruning left are never opened by a schedule that starts low.
+            self._floor = self._sparsity = self._masked_share()
             mask_state(self.model).restore()  # What a checkpoint brought before.
-        retrace(self.model)
 
     def _scores(self) -> list[tf.Tensor]:
         matrices = []
@@ -140,7 +89,7 @@ class Pruner:
         return tf.stack([tf.math.is_finite(tf.reduce_sum(scores)) for scores in self._scores()])
 
     def _update_all(self, sparsity: tf.Tensor) -> None:
-        found = self.settings.pattern.masks(self._scores(), tf.unstack(sparsity))
+        found = self.technique.pattern.masks(self._scores(), tf.unstack(sparsity))
         for target, matrix in zip(self.targets, found, strict=True):
             target.variable.constraint.mask.assign(target.from_matrix(matrix))
         masks.apply(self.targets)
@@ -148,10 +97,10 @@ class Pruner:
     def _prune_to(self, sparsity: float) -> None:
         """Computes new masks, and zeroes what they drop."""
         shares = [sparsity] * len(self.targets)
-        if self.settings.allocation is not None:
-            shares = self.settings.allocation.at(sparsity, self.targets)
-        pattern = self.settings.pattern
-        if isinstance(pattern, NM) and sparsity > pattern.sparsity:
+        if self.technique.allocation is not None:
+            shares = self.technique.allocation.at(sparsity, self.targets)
+        pattern = self.technique.pattern
+        if pattern.sparsity is not None and sparsity > pattern.sparsity:
             check_reaches(pattern, sparsity)
         with strategy_scope(self.model):
             self.meter.prepare()
@@ -213,7 +162,7 @@ class Pruner:
         gathered = [v for i in range(len(self.targets)) for v in self.meter.variables(i)]
         if gathered and not any(bool(keras.ops.any(v.value != 0)) for v in gathered):
             warnings.warn(
-                f"The model was pruned up to step {step}, but {self.settings.score} has none of "
+                f"The model was pruned up to step {step}, but {self.technique.score} has none of "
                 "the scores that were gathered: its checkpoint was loaded before the pruning was "
                 "there. They are gathered anew from here on. To resume exactly, use "
                 "BackupAndRestore, or call `pruning.set_model(model)` before `load_weights`.",
@@ -259,7 +208,7 @@ class Pruner:
             ValueError: If weights were added or replaced since.
         """
         known = {id(target.variable) for target in self.targets}
-        now = {id(target.variable): target for target in select(self.model, self._selector)}
+        now = {id(target.variable): target for target in select(self.model, self.technique.targets)}
         for key, target in now.items():
             if key not in known:
                 raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
@@ -26,6 +26,17 @@ def _import_tfmot_schedules() -> Any:
 assert keras.__version__ >= "3"  # Keras must be imported before tfmot.
 _tfmot = _import_tfmot_schedules()
 
+
+class Schedule(Protocol):
+    """A schedule as type checkers see it; it has to be a subclass of tfmot's `PruningSchedule`."""
+
+    def __call__(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns whether to prune at a step, and the sparsity."""
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the schedule as plain data."""
+
+
 PruningSchedule = _tfmot.PruningSchedule
 PolynomialDecay = _tfmot.PolynomialDecay
 ConstantSparsity = _tfmot.ConstantSparsity
@@ -37,7 +48,7 @@ _WINDOW = 512
 _AHEAD = 10_000
 
 
-def serialize_schedule(schedule: Any) -> dict[str, Any]:
+def serialize_schedule(schedule: Schedule) -> dict[str, Any]:
     """Returns a schedule as plain data: its name and its arguments.
 
     A subclass of a user is written under the name of its class, which can be read by people but
@@ -50,7 +61,7 @@ def serialize_schedule(schedule: Any) -> dict[str, Any]:
     return {"name": names.get(type(schedule), type(schedule).__name__), **arguments}
 
 
-def deserialize_schedule(config: dict[str, Any]) -> Any:
+def deserialize_schedule(config: dict[str, Any]) -> Schedule:
     """Returns the schedule that `serialize_schedule` wrote.
 
     Raises:
@@ -66,13 +77,13 @@ def deserialize_schedule(config: dict[str, Any]) -> Any:
         raise ValueError(f"Wrong settings for {name}: {sorted(config)} ({error})") from None
 
 
-def last_step(schedule: Any) -> int | None:
+def last_step(schedule: Schedule) -> int | None:
     """Returns the last step of a schedule, or `None` if it has no end."""
     end = getattr(schedule, "end_step", None)
     return None if end is None or end < 0 else int(end)
 
 
-def final_sparsity(schedule: Any) -> float | None:
+def final_sparsity(schedule: Schedule) -> float | None:
     """Returns the sparsity that tfmot's schedules end with, `None` for a subclass of a user."""
     for name in ("final_sparsity", "target_sparsity"):
         if hasattr(schedule, name):
@@ -90,7 +101,7 @@ class Timeline:
         ValueError: If `schedule` is no schedule, or gives sparsities outside `[0, 1)`.
     """
 
-    def __init__(self, schedule: Any) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         if not isinstance(schedule, PruningSchedule):
             raise ValueError(
                 "`schedule` must be a tfmot PruningSchedule such as "

@@ -7,7 +7,7 @@ means more important. Scores are matrices `(inputs, outputs)`, as patterns read 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import keras
 import tensorflow as tf
@@ -40,6 +40,23 @@ class Meter(Protocol):
         return
 
 
+@runtime_checkable
+class Score(Protocol):
+    """A setting that says how important weights are.
+
+    Attributes:
+        name: Its name in recipes.
+    """
+
+    name: ClassVar[str]
+
+    def check(self) -> None:
+        """Raises if something is missing to measure with."""
+
+    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+        """Returns what measures a model."""
+
+
 @dataclass(frozen=True)
 class Magnitude:
     """Absolute values: a small weight matters little. Needs no data and costs nothing.
@@ -47,6 +64,11 @@ class Magnitude:
     Reference: Han et al., 2015, "Learning both Weights and Connections for Efficient Neural
     Networks" (https://arxiv.org/abs/1506.02626).
     """
+
+    name: ClassVar[str] = "magnitude"
+
+    def check(self) -> None:
+        """Raises if something is missing; nothing can be."""
 
     def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
         """Returns what measures a model."""
@@ -75,26 +97,22 @@ class Wanda:
 
     data: Any = field(default=None, compare=False, repr=False)
 
+    name: ClassVar[str] = "wanda"
+
+    def check(self) -> None:
+        """Raises if there is no calibration data."""
+        if self.data is None:
+            raise ValueError("Wanda needs calibration data: Wanda(dataset.take(16)).")
+
     def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
         """Returns what measures a model."""
         return _WandaMeter(model, targets, self.data)
 
 
-def wanda_batches(data: Any) -> list[Any]:
-    """Returns the batches of Wanda's calibration data.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if data is None:
-        raise ValueError("Wanda needs calibration data: Wanda(dataset.take(16)).")
-    return batches_of(data)
-
-
 class _WandaMeter(Meter):
     def __init__(self, model: keras.Layer, targets: list[Target], data: Any) -> None:
         # Read once, so that a generator serves every firing, and tried now rather than then.
-        self._model, self._targets, self._data = model, targets, wanda_batches(data)
+        self._model, self._targets, self._data = model, targets, batches_of(data)
         observe_all(model, targets, self._data[:1], lambda target, rows: None)
         self._norms = [tf.Variable(tf.zeros(t.matrix_shape[0]), trainable=False) for t in targets]
 
@@ -119,6 +137,11 @@ class Movement:
     Reference: Sanh et al., 2020, "Movement Pruning: Adaptive Sparsity by Fine-Tuning"
     (https://arxiv.org/abs/2005.07683).
     """
+
+    name: ClassVar[str] = "movement"
+
+    def check(self) -> None:
+        """Raises if something is missing; what has no optimizer is found by `meter`."""
 
     def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
         """Returns what measures a model."""
@@ -180,6 +203,3 @@ class _MovementMeter(Meter):
             return
         if vars(self._optimizer).get("update_step") is self._update_step:
             object.__delattr__(self._optimizer, "update_step")
-
-
-Score = Magnitude | Wanda | Movement

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.progress import Progress
 from rich.table import Table
 
-from tfgptopt.model.changing import strategy_scope
+from tfgptopt.evaluation.sensitivity import Change, rise_of_loss
+from tfgptopt.model.current import current
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.pruning.patterns import Pattern, Unstructured
-from tfgptopt.pruning.pruner import check_settings
 from tfgptopt.pruning.schedules import ConstantSparsity
-from tfgptopt.pruning.scores import Magnitude, Movement, Score
+from tfgptopt.pruning.scores import Magnitude, Meter, Movement, Score
 from tfgptopt.pruning.sparsity_allocation import Allocation
+from tfgptopt.pruning.technique import Prune
 from tfgptopt.terminal.tables import as_text
 
 
@@ -171,48 +172,25 @@ def sensitivity(
     if isinstance(score, Movement):
         raise ValueError("Movement gathers in training: use `Magnitude()` or `Wanda(data)` here.")
     for share in shares:
-        schedule = ConstantSparsity(share, 0)
-        chosen = check_settings(model, schedule, pattern, score, targets, None)
+        chosen = Prune(ConstantSparsity(share, 0), pattern, score, targets).check(model)
     if not getattr(model, "compiled", False):
         raise ValueError("The model has no loss: compile it first.")
     meter = score.meter(model, chosen)
     meter.prepare()
-
-    def loss() -> float:
-        return float(model.evaluate(data, verbose=0, return_dict=True)["loss"])
-
-    dense = loss()
-    losses = np.empty((len(chosen), len(shares)))
-    with Progress(transient=True) as progress:
-        task = progress.add_task("Sensitivity", total=losses.size)
-        for i, target in enumerate(chosen):
-            scores = meter.scores(i, _matrix(target))
-            before = keras.ops.convert_to_numpy(target.variable.value)
-            for j, share in enumerate(shares):
-                losses[i, j] = _loss_without(model, target, pattern, scores, share, before, loss)
-                progress.advance(task)
+    changes = [
+        Change(target, partial(_pruned, pattern, meter, i, target, share))
+        for i, target in enumerate(chosen)
+        for share in shares
+    ]
+    dense, rises = rise_of_loss(model, data, changes, "Sensitivity")
+    losses = dense + np.reshape(rises, (len(chosen), len(shares)))
     sizes = tuple(target.size for target in chosen)
     return Sensitivity(tuple(t.path for t in chosen), sizes, tuple(shares), losses, dense)
 
 
-def _matrix(target: Target) -> tf.Tensor:
-    weights = tf.cast(tf.convert_to_tensor(target.variable.value), tf.float32)
-    return target.to_matrix(weights)
-
-
-def _loss_without(
-    model: keras.Model,
-    target: Target,
-    pattern: Pattern,
-    scores: tf.Tensor,
-    share: float,
-    before: np.ndarray,
-    loss: Any,
-) -> float:
+def _pruned(pattern: Pattern, meter: Meter, index: int, target: Target, share: float) -> Any:
+    """Returns the values of a weight that is pruned to a share."""
+    weights = current(target.layer, target.variable)
+    scores = meter.scores(index, target.to_matrix(weights))
     (kept,) = pattern.masks([scores], [tf.constant(share)])
-    with strategy_scope(model):
-        try:
-            target.variable.assign(before * target.from_matrix(kept).numpy())
-            return float(loss())
-        finally:
-            target.variable.assign(before)
+    return weights * tf.cast(target.from_matrix(kept), weights.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from rich.progress import track
 from tfgptopt.calibration.statistics import Grams, inverse_factor
 from tfgptopt.calibration.watching import block_by_block, blocks_of
 from tfgptopt.model.targets import Target
-from tfgptopt.pruning.patterns import NM, Unstructured
+from tfgptopt.pruning.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class SparseGPT:
 
     It goes through the model block by block, so that each block is corrected for what the ones
     before it have become, and memory holds the statistics of one block. For `tfgptopt.prune`,
-    with `Unstructured()` or `NM`.
+    with `Unstructured()` or `NM` along either axis.
 
     Args:
         data: Calibration data: a finite `tf.data.Dataset` or arrays, as `fit` takes them. The
@@ -42,18 +42,25 @@ class SparseGPT:
     block_size: int = 128
     damping: float = 0.01
 
+    name: ClassVar[str] = "sparsegpt"
+
     def __post_init__(self) -> None:
         if not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"`block_size` must be an int >= 1. Received: {self.block_size!r}")
         if not self.damping > 0:
             raise ValueError(f"`damping` must be > 0. Received: {self.damping!r}")
 
+    def check(self) -> None:
+        """Raises if there is no calibration data."""
+        if self.data is None:
+            raise ValueError("SparseGPT needs calibration data: SparseGPT(dataset.take(16)).")
+
     def prune(
         self,
         model: keras.Layer,
         targets: list[Target],
         shares: dict[int, float],
-        pattern: Unstructured | NM,
+        pattern: Pattern,
     ) -> Iterator[tuple[Target, np.ndarray]]:
         """Prunes a model block by block.
 
@@ -80,45 +87,25 @@ class SparseGPT:
                 yield target, target.from_matrix(kept).numpy()
 
     def _prune_matrix(
-        self, matrix: np.ndarray, factor: np.ndarray, sparsity: float, pattern: Unstructured | NM
+        self, matrix: np.ndarray, factor: np.ndarray, sparsity: float, pattern: Pattern
     ) -> np.ndarray:
         """Prunes a matrix `(inputs, outputs)` in place; returns what it kept."""
         inputs = len(matrix)
-        size = self.block_size
-        if isinstance(pattern, NM):
-            size = max(size // pattern.m, 1) * pattern.m  # A group lies in one block.
+        together = pattern.inputs_together or self.block_size
+        size = max(self.block_size // together, 1) * together  # A group lies in one block.
         kept = np.ones(matrix.shape, bool)
         for begin in range(0, inputs, size):
             end = min(begin + size, inputs)
             part, inverse = matrix[begin:end], factor[begin:end, begin:end]
             errors = np.zeros_like(part)
-            if isinstance(pattern, Unstructured):
-                kept[begin:end] = _keep(part, inverse, sparsity)
             for i in range(end - begin):
-                if isinstance(pattern, NM) and i % pattern.m == 0:
-                    group = slice(i, min(i + pattern.m, end - begin))
-                    kept[begin:end][group] = _keep_best(
-                        part[group], inverse[group, group], pattern.n
-                    )
+                if i % together == 0:
+                    group = slice(i, min(i + together, end - begin))
+                    cost = (part[group] / np.diag(inverse)[group, np.newaxis]) ** 2
+                    kept[begin:end][group] = pattern.keep(cost, sparsity)
                 stays = kept[begin + i]
                 errors[i] = np.where(stays, 0.0, part[i]) / inverse[i, i]
                 part[i:] -= np.outer(inverse[i, i:], errors[i])
                 part[i] *= stays  # Rounding leaves a trace of what the update took away.
             matrix[end:] -= factor[begin:end, end:].T @ errors
         return kept
-
-
-def _keep(part: np.ndarray, inverse: np.ndarray, sparsity: float) -> np.ndarray:
-    """Marks the weights of a block whose loss would cost most."""
-    cost = (part / np.diag(inverse)[:, np.newaxis]) ** 2
-    dropped = round(cost.size * sparsity)
-    kept = np.ones(cost.size, bool)
-    kept[np.argsort(cost, axis=None, kind="stable")[:dropped]] = False
-    return kept.reshape(cost.shape)
-
-
-def _keep_best(group: np.ndarray, inverse: np.ndarray, count: int) -> np.ndarray:
-    """Marks the `count` weights of each column whose loss would cost most."""
-    cost = (group / np.diag(inverse)[:, np.newaxis]) ** 2
-    rank = np.argsort(np.argsort(-cost, axis=0, kind="stable"), axis=0)
-    return rank < count

@@ -13,7 +13,7 @@ from tfgptopt.model import masks
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.pruning.patterns import Pattern
 from tfgptopt.pruning.schedules import final_sparsity
-from tfgptopt.pruning.technique import Settings
+from tfgptopt.pruning.technique import technique_of
 from tfgptopt.terminal.tables import as_text
 
 
@@ -110,24 +110,24 @@ def report(model: keras.Layer) -> PruningReport:
 
 
 def _planned(target: Target, pruned: list[Target]) -> float | None:
-    settings: Settings = target.variable.constraint.settings
-    final = final_sparsity(settings.schedule)
-    if final is None or settings.allocation is None:
+    technique = technique_of(target)
+    final = final_sparsity(technique.schedule)
+    if final is None or technique.allocation is None:
         return final
-    group = [t for t in pruned if t.variable.constraint.settings is settings]
-    shares = settings.allocation.at(final, group)
+    group = [t for t in pruned if technique_of(t) is technique]
+    shares = technique.allocation.at(final, group)
     return shares[[t.path for t in group].index(target.path)]
 
 
 def _row(target: Target, planned: float | None) -> Row:
-    settings: Settings = target.variable.constraint.settings
+    technique = technique_of(target)
     values: Any = keras.ops.convert_to_numpy(target.to_matrix(target.variable.value))
     kept = values != 0
     return Row(
         path=target.path,
         shape=target.matrix_shape,
-        pattern=settings.pattern,
+        pattern=technique.pattern,
         target=planned,
         sparsity=float(1.0 - kept.mean()),
-        holds=settings.pattern.holds(kept),
+        holds=technique.pattern.holds(kept),
     )

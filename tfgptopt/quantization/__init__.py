@@ -1,9 +1,10 @@
 """Quantization: specs, the one rounding function, training with it, methods without training."""
 
+from tfgptopt.quantization.aware import quantize_aware_layer
 from tfgptopt.quantization.bit_allocation import BitAllocation, allocate
-from tfgptopt.quantization.layers import QuantizeAware
 from tfgptopt.quantization.rounding_report import QuantizationReport, report
 from tfgptopt.quantization.specs import Int4, Int8
+from tfgptopt.quantization.technique import QuantizeAware
 
 __all__ = [
     "BitAllocation",
@@ -12,5 +13,6 @@ __all__ = [
     "QuantizationReport",
     "QuantizeAware",
     "allocate",
+    "quantize_aware_layer",
     "report",
 ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from tfgptopt.model.changing import retrace, strategy_scope
-from tfgptopt.model.targets import Role, Selector, Target, select
+from tfgptopt.model.changing import changing
+from tfgptopt.model.current import current
+from tfgptopt.model.targets import Role, Selector, Target, select, target_of
 from tfgptopt.quantization import layers, quantizers, rounding
 from tfgptopt.quantization.bit_allocation import BitAllocation
+from tfgptopt.quantization.quantizers import check_fits
 from tfgptopt.quantization.specs import Spec, check_spec
 
 _ROLES: tuple[Role, ...] = ("kernel", "head", "embedding")
@@ -53,35 +54,6 @@ def check_plain(targets: list[Target]) -> None:
             )
 
 
-def check_fits(targets: list[Target], spec: Spec) -> None:
-    """Raises unless weights can be rounded to a spec.
-
-    Raises:
-        ValueError: If a weight is NaN or infinite, a block does not divide its inputs, or a scale
-            is to be learned for a weight that is frozen.
-    """
-    inputs = {t.path: t.matrix_shape[0] for t in targets if t.role == "kernel"}
-    size = spec.block_size
-    wrong = {path: n for path, n in inputs.items() if size is not None and n % size}
-    if wrong:
-        fitting = [n for n in range(32, min(inputs.values()) + 1, 32)
-                   if not any(inputs % n for inputs in inputs.values())]  # fmt: skip
-        path, count = next(iter(wrong.items()))
-        raise ValueError(
-            f"`block_size` must divide the inputs of each weight. {path} has {count}. Received: "
-            f"block_size={size}. Of the multiples of 32, {fitting or 'none'} divide the inputs of "
-            "all chosen weights. Give such a one, None, or other `targets`."
-        )
-    for target in targets:
-        if not np.isfinite(keras.ops.convert_to_numpy(target.variable.value)).all():
-            raise ValueError(f"{target.path} is NaN or infinite, so it has no scale.")
-        if spec.scale == "learned" and getattr(target.layer, "lora_enabled", False):
-            raise ValueError(
-                f"{target.path} has LoRA adapters, and a learned scale needs the gradient of the "
-                'weight itself. Use `scale="mse"`, or merge the adapters first.'
-            )
-
-
 def quantize_aware(
     model: keras.Layer, spec: Spec | BitAllocation, targets: Selector | None = None
 ) -> keras.Layer:
@@ -122,13 +94,54 @@ def quantize_aware(
     check_setting(spec)
     chosen = chosen_specs(model, spec, targets)
     check_plain([target for target, _ in chosen])
-    with strategy_scope(model):
+    with changing(model):
         for target, one in chosen:
             layers.dress(target, one)
             if one.scale == "learned":
                 hold_scales([target.layer])
-    retrace(model)
     return model
+
+
+def quantize_aware_layer(layer: keras.Layer, spec: Spec) -> keras.Layer:
+    """Makes one layer quantize-aware, for models that are built by hand.
+
+    It saves to `.keras` and comes back as it was. `tfgptopt.quantize_aware` does the same for all
+    layers of a model.
+
+    Args:
+        layer: Dense, EinsumDense, Embedding or ReversibleEmbedding, built or not.
+        spec: `Int8()` or `Int4()`.
+
+    Returns:
+        The layer itself if it is built, or else a new one with its configuration: of the class of
+        `layer`, with all of its methods.
+
+    Raises:
+        ValueError: If the layer is of another kind, quantize-aware already, or does not fit.
+
+    Example:
+
+    ```python
+    model = keras.Sequential([
+        quantize_aware_layer(keras.layers.Dense(64, activation="relu"), Int8()),
+        keras.layers.Dense(10),
+    ])
+    ```
+    """
+    check_spec(spec)
+    known = keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding
+    if not isinstance(layer, known):
+        raise ValueError(
+            "`quantize_aware_layer` takes Dense, EinsumDense, Embedding or ReversibleEmbedding; "
+            f"for a model or a layer of layers, call `tfgptopt.quantize_aware`. Received: {layer!r}"
+        )
+    if layers.is_dressed(layer):
+        raise ValueError(f"{layer.name} is quantize-aware already. Received: {layer!r}")
+    if layer.built:
+        check_fits([target_of(layer)], spec)
+        layers.dress(target_of(layer), spec)
+        return layer
+    return layers.dressed_copy(layer, spec)
 
 
 def hold_scales(dressed: list[keras.Layer]) -> None:
@@ -138,7 +151,7 @@ def hold_scales(dressed: list[keras.Layer]) -> None:
     """
     for layer in dressed:
         for quantizer in quantizers.quantizers_of(layer):
-            quantizer.hold(layers.weights_of(layer, quantizer))
+            quantizer.hold(current(layer, quantizer.variable))
 
 
 def keep_found_scales(model: keras.Layer, selector: Selector | None) -> None:
@@ -148,7 +161,7 @@ def keep_found_scales(model: keras.Layer, selector: Selector | None) -> None:
     """
     for target in select(model, selector, roles=_ROLES, frozen=True):
         for quantizer in quantizers.quantizers_of(target.layer):
-            weights = layers.weights_of(target.layer, quantizer)
+            weights = current(target.layer, quantizer.variable)
             found = rounding.found_scale(weights, quantizer.grid)
             if found is not None and bool(tf.reduce_any(found != quantizer.compute_scale(weights))):
                 quantizer.hold(weights, found)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-from rich.progress import track
 from rich.table import Table
 
-from tfgptopt.model.changing import strategy_scope
+from tfgptopt.evaluation.sensitivity import Change, rise_of_loss
+from tfgptopt.model.current import current
 from tfgptopt.model.targets import Selector, Target, select
 from tfgptopt.quantization import rounding
-from tfgptopt.quantization.quantizers import full_precision, grids_of
+from tfgptopt.quantization.quantizers import check_fits, grids_of
 from tfgptopt.quantization.specs import Int4, Int8, Spec, check_spec
 from tfgptopt.terminal.tables import as_text
 
@@ -177,8 +178,6 @@ def allocate(
     tfgptopt.quantize(gpt, allocation)
     ```
     """
-    from tfgptopt.quantization.aware import check_fits
-
     if not getattr(model, "compiled", False):
         raise ValueError("The model has no loss: compile it first.")
     chosen = select(model, targets, ("kernel", "head", "embedding"), frozen=True)
@@ -216,31 +215,22 @@ def _bits(target: Target, spec: Spec | None) -> float:
 def _measure(
     model: keras.Model, data: Any, targets: list[Target], choices: Sequence[Spec | None]
 ) -> dict[str, tuple[Measured, ...]]:
-    def loss() -> float:
-        return float(model.evaluate(data, verbose=0, return_dict=True)["loss"])
-
-    exact = loss()
-    found = {}
-    with strategy_scope(model):
-        for target in track(targets, "Measuring", transient=True):
-            before = keras.ops.convert_to_numpy(target.variable.value)
-            costs = []
-            for spec in choices:
-                rise = 0.0
-                if spec is not None:
-                    try:
-                        target.variable.assign(_rounded(target, spec))
-                        rise = loss() - exact
-                    finally:
-                        target.variable.assign(before)
-                costs.append(Measured(spec, _bits(target, spec), rise))
-            found[target.path] = tuple(costs)
-    return found
+    changes = [
+        Change(target, partial(_rounded, target, spec)) for target in targets for spec in choices
+    ]
+    _, rises = rise_of_loss(model, data, changes)
+    found: dict[str, list[Measured]] = {target.path: [] for target in targets}
+    specs = [spec for _ in targets for spec in choices]
+    for change, spec, rise in zip(changes, specs, rises, strict=True):
+        found[change.target.path].append(Measured(spec, _bits(change.target, spec), rise))
+    return {path: tuple(costs) for path, costs in found.items()}
 
 
-def _rounded(target: Target, spec: Spec) -> Any:
+def _rounded(target: Target, spec: Spec | None) -> Any:
+    if spec is None:
+        return None
     _, grid = grids_of(target, spec)[0]
-    weights = full_precision(target.variable)
+    weights = current(target.layer, target.variable)
     find = rounding.absmax_scale if spec.scale == "absmax" else rounding.mse_scale
     integers, scale = rounding.quantize(weights, grid, find(weights, grid))
     return rounding.dequantize(integers, scale, grid)

@@ -14,44 +14,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfgptopt.model.current import (
+    current,
+    drop_adapters,
+    full_precision,
+    has_adapters,
+    without_adapters,
+)
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.quantization import quantizers, rounding
-from tfgptopt.quantization.quantizers import Quantizer, full_precision
+from tfgptopt.quantization.quantizers import Quantizer
 from tfgptopt.quantization.rounding import Grid
 from tfgptopt.quantization.specs import Spec, deserialize_spec, serialize_spec
 
 _SPEC = "quantization_spec"
 _IS_HEAD = "quantized_as_head"
-
-
-def adapters(layer: keras.Layer) -> tf.Tensor | None:
-    """Returns what the LoRA adapters of a layer add to its weight, or `None` if it has none."""
-    if not getattr(layer, "lora_enabled", False):
-        return None
-    kind = "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
-    first, second = (full_precision(getattr(layer, f"lora_{kind}_{part}")) for part in ("a", "b"))
-    return (layer.lora_alpha / layer.lora_rank) * tf.matmul(first, second)
-
-
-@contextmanager
-def _without_adapters(layer: Any) -> Iterator[None]:
-    """Runs a layer on its own weight alone, which its adapters were added to."""
-    enabled = getattr(layer, "lora_enabled", False)
-    if enabled:
-        object.__setattr__(layer, "lora_enabled", False)
-    try:
-        yield
-    finally:
-        if enabled:
-            object.__setattr__(layer, "lora_enabled", True)
-
-
-def weights_of(layer: Any, quantizer: Quantizer) -> tf.Tensor:
-    """Returns what a quantizer of a layer rounds: float32 weights, adapters merged."""
-    weights = full_precision(quantizer.variable)
-    main = quantizer is quantizers.quantizers_of(layer)[0]
-    added = adapters(layer) if main else None
-    return weights if added is None else weights + added
 
 
 class QuantizeAwareMixin:
@@ -70,7 +47,7 @@ class QuantizeAwareMixin:
         quantizer = quantizer or quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
         if quantizer.given is not None:
             return quantizer.given
-        return quantizer.fake_quantize(weights_of(self, quantizer))
+        return quantizer.fake_quantize(current(self, quantizer.variable))
 
     def _round_rows(self, inputs: Any) -> Any:
         if self.quantization_spec.activations is None:
@@ -79,7 +56,7 @@ class QuantizeAwareMixin:
 
     def _call_rounded(self, quantizer: Quantizer, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         mapping = [(quantizer.variable, self.rounded(quantizer))]
-        with _without_adapters(self), keras.StatelessScope(state_mapping=mapping):
+        with without_adapters(self), keras.StatelessScope(state_mapping=mapping):
             return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +88,7 @@ class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
             # The head of an untied embedding is another variable, the last.
             return self._call_rounded(found[-1], self._round_rows(inputs), *args, **kwargs)
         plain = self.compute_dtype == "float32" and found[0].given is None  # type: ignore[attr-defined]
-        if plain and not getattr(self, "lora_enabled", False):
+        if plain and not has_adapters(self):  # type: ignore[arg-type]
             # A row's scale depends on that row alone, so rounding only the rows in use is exact.
             rows = super(QuantizeAwareMixin, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
             return _keep_mask(rows, _round_looked_up(found[0], rows, inputs))
@@ -180,51 +157,6 @@ def _resolve(layer: Any) -> None:
     quantizers.attach(target, layer.quantization_spec)
 
 
-def QuantizeAware(layer: keras.Layer, spec: Spec) -> keras.Layer:
-    """Makes one layer quantize-aware, for models that are built by hand.
-
-    It saves to `.keras` and comes back as it was. `tfgptopt.quantize_aware` does the same for all
-    layers of a model.
-
-    Args:
-        layer: Dense, EinsumDense, Embedding or ReversibleEmbedding, built or not.
-        spec: `Int8()` or `Int4()`.
-
-    Returns:
-        The layer itself if it is built, or else a new one with its configuration: of the class of
-        `layer`, with all of its methods.
-
-    Raises:
-        ValueError: If the layer is of another kind, quantize-aware already, or does not fit.
-
-    Example:
-
-    ```python
-    model = keras.Sequential([
-        QuantizeAware(keras.layers.Dense(64, activation="relu"), Int8()),
-        keras.layers.Dense(10),
-    ])
-    ```
-    """
-    from tfgptopt.quantization.aware import check_fits, check_spec
-
-    check_spec(spec)
-    known = keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding
-    if not isinstance(layer, known):
-        raise ValueError(
-            "`QuantizeAware` takes Dense, EinsumDense, Embedding or ReversibleEmbedding; for a "
-            f"model or a layer of layers, call `tfgptopt.quantize_aware`. Received: {layer!r}"
-        )
-    if is_dressed(layer):
-        raise ValueError(f"{layer.name} is quantize-aware already. Received: {layer!r}")
-    if layer.built:
-        check_fits([target_of(layer)], spec)
-        dress(target_of(layer), spec)
-        return layer
-    config = {**layer.get_config(), _SPEC: serialize_spec(spec), _IS_HEAD: False}
-    return _dressed_class(type(layer)).from_config(config)
-
-
 def is_dressed(layer: keras.Layer) -> bool:
     """Returns whether a layer computes with rounded weights."""
     return isinstance(layer, QuantizeAwareMixin)
@@ -239,6 +171,13 @@ def dress(target: Target, spec: Spec) -> None:
     _resolve(layer)
 
 
+def dressed_copy(layer: keras.Layer, spec: Spec) -> keras.Layer:
+    """Returns a quantize-aware layer with the configuration of one that is not built yet."""
+    config = {**layer.get_config(), _SPEC: serialize_spec(spec), _IS_HEAD: False}
+    copy: keras.Layer = _dressed_class(type(layer)).from_config(config)
+    return copy
+
+
 def undress(layer: Any) -> None:
     """Writes the rounded weights into a dressed layer and gives it back its own class.
 
@@ -248,8 +187,8 @@ def undress(layer: Any) -> None:
         quantizer.variable.assign(layer.rounded(quantizer))
     quantizers.detach(layer)
     layer.__class__ = _plain_class(type(layer))
-    if getattr(layer, "lora_enabled", False):
-        _drop_adapters(layer)
+    if has_adapters(layer):
+        drop_adapters(layer)
 
 
 def forget(layer: Any) -> None:
@@ -271,7 +210,7 @@ def finalized_for_a_while(dressed: list[Any]) -> Iterator[None]:
             for layer in dressed:
                 for quantizer in quantizers.quantizers_of(layer):
                     quantizer.variable.assign(layer.rounded(quantizer))
-                stack.enter_context(_without_adapters(layer))
+                stack.enter_context(without_adapters(layer))
                 layer.__class__ = _plain_class(type(layer))
             yield
         finally:
@@ -279,18 +218,6 @@ def finalized_for_a_while(dressed: list[Any]) -> Iterator[None]:
                 layer.__class__ = own
             for quantizer, value in zip(found, values, strict=True):
                 quantizer.variable.assign(value)
-
-
-def _drop_adapters(layer: Any) -> None:
-    """Takes merged LoRA adapters off a layer."""
-    kind = "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
-    layer._tracker.unlock()
-    for part in ("a", "b"):
-        layer._untrack_variable(getattr(layer, f"lora_{kind}_{part}"))
-        delattr(layer, f"lora_{kind}_{part}")
-    getattr(layer, f"_{kind}").trainable = True
-    layer._tracker.lock()
-    layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
 
 
 def spec_of(layer: keras.Layer) -> Spec | None:

@@ -13,7 +13,8 @@ from rich.progress import track
 from tfgptopt.calibration.statistics import Grams
 from tfgptopt.calibration.watching import batches_of, block_by_block, blocks_of, observe_all
 from tfgptopt.model import masks
-from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.model.changing import changing
+from tfgptopt.model.current import current
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.quantization import layers, quantizers, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
@@ -85,7 +86,7 @@ def quantize(
     if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
-    with strategy_scope(model):
+    with changing(model):
         try:
             _check_data(model, chosen, data)
             for kind in balances:
@@ -99,7 +100,6 @@ def quantize(
             for variable, value in before:
                 variable.assign(value)
             raise
-    retrace(model)
     return model
 
 
@@ -154,7 +154,7 @@ def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, da
             continue
         layers.dress(target, spec)
         for quantizer in quantizers.quantizers_of(target.layer):
-            weights = layers.weights_of(target.layer, quantizer)
+            weights = current(target.layer, quantizer.variable)
             if final != "rtn":
                 quantizer.hold(weights, rounding.mse_scale(weights, quantizer.grid))
             elif spec.scale == "learned":
@@ -183,15 +183,14 @@ def _round_kernel(target: Target, spec: Spec, gram: np.ndarray) -> None:
             'the method "mse".'
         )
     grid = quantizers.grids_of(target, spec)[0][1]
-    matrix = target.to_matrix(quantizers.full_precision(target.variable)).numpy()
+    matrix = target.to_matrix(current(target.layer, target.variable)).numpy()
     kept = None
     if masks.masked(target.variable):
         kept = target.to_matrix(target.variable.constraint.mask.value).numpy().astype(bool)
-        matrix = matrix * kept
     rounded, scale = gptq(matrix, gram, grid.bits, grid.block_size, kept)
     target.variable.assign(target.from_matrix(rounded))
     if grid.block_size is None:
         scale = scale.reshape(grid.scale_shape(target.variable.shape))
     layers.dress(target, spec)
     quantizer = quantizers.quantizers_of(target.layer)[0]
-    quantizer.hold(quantizers.full_precision(target.variable), scale)
+    quantizer.hold(current(target.layer, target.variable), scale)

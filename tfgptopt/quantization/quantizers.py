@@ -16,14 +16,6 @@ from tfgptopt.quantization.specs import Spec
 _ATTRIBUTE = "_tfgptopt_rounders"
 
 
-def full_precision(variable: Any) -> tf.Tensor:
-    """Returns a variable's value without the cast of mixed precision."""
-    value = variable.value
-    if value.dtype != tf.as_dtype(variable._dtype):
-        value = variable._value
-    return tf.cast(tf.convert_to_tensor(value), tf.float32)
-
-
 class Quantizer(keras.layers.Layer):
     """Rounds one weight: computes its scale, or keeps one.
 
@@ -136,3 +128,32 @@ def detach(layer: keras.Layer) -> None:
     """Takes the quantizers off a layer."""
     if hasattr(layer, _ATTRIBUTE):
         object.__delattr__(layer, _ATTRIBUTE)
+
+
+def check_fits(targets: list[Target], spec: Spec) -> None:
+    """Raises unless weights can be rounded to a spec.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite, a block does not divide its inputs, or a scale
+            is to be learned for a weight that is frozen.
+    """
+    inputs = {t.path: t.matrix_shape[0] for t in targets if t.role == "kernel"}
+    size = spec.block_size
+    wrong = {path: n for path, n in inputs.items() if size is not None and n % size}
+    if wrong:
+        fitting = [n for n in range(32, min(inputs.values()) + 1, 32)
+                   if not any(inputs % n for inputs in inputs.values())]  # fmt: skip
+        path, count = next(iter(wrong.items()))
+        raise ValueError(
+            f"`block_size` must divide the inputs of each weight. {path} has {count}. Received: "
+            f"block_size={size}. Of the multiples of 32, {fitting or 'none'} divide the inputs of "
+            "all chosen weights. Give such a one, None, or other `targets`."
+        )
+    for target in targets:
+        if not np.isfinite(keras.ops.convert_to_numpy(target.variable.value)).all():
+            raise ValueError(f"{target.path} is NaN or infinite, so it has no scale.")
+        if spec.scale == "learned" and getattr(target.layer, "lora_enabled", False):
+            raise ValueError(
+                f"{target.path} has LoRA adapters, and a learned scale needs the gradient of the "
+                'weight itself. Use `scale="mse"`, or merge the adapters first.'
+            )

@@ -11,6 +11,7 @@ import tensorflow as tf
 from rich.table import Table
 
 from tfgptopt.calibration.watching import observe_all
+from tfgptopt.model.current import current
 from tfgptopt.model.targets import Skipped, Target, candidates
 from tfgptopt.quantization import layers, rounding
 from tfgptopt.quantization.quantizers import Quantizer, quantizers_of
@@ -125,7 +126,7 @@ def _decibels(signal: float, noise: float) -> float:
 
 
 def _row(target: Target, quantizer: Quantizer, noise: _Noise | None) -> Row:
-    weights = layers.weights_of(target.layer, quantizer)
+    weights = current(target.layer, quantizer.variable)
     scale = quantizer.compute_scale(weights)
     integers, scale = rounding.quantize(weights, quantizer.grid, scale)
     error = rounding.dequantize(integers, scale, quantizer.grid) - weights
@@ -149,7 +150,7 @@ class _Noise:
 
     def __init__(self, target: Target) -> None:
         quantizer = quantizers_of(target.layer)[0]
-        weights = layers.weights_of(target.layer, quantizer)
+        weights = current(target.layer, quantizer.variable)
         self._exact = target.to_matrix(weights)
         self._rounded = target.to_matrix(quantizer.fake_quantize(weights))
         self._rounds_inputs = target.layer.quantization_spec.activations is not None

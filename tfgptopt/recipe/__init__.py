@@ -1,6 +1,18 @@
 """Recipes: the ordered techniques that were or will be applied to a model, as data."""
 
-from tfgptopt.recipe.recipe import Prune, QuantizeAware, Recipe, recipe_of
+from tfgptopt.model.techniques import Technique, register_technique
+from tfgptopt.pruning.technique import Prune
+from tfgptopt.quantization.technique import QuantizeAware
+from tfgptopt.recipe.recipe import Recipe, recipe_of
 from tfgptopt.recipe.stages import Distill, Shrink
 
-__all__ = ["Distill", "Prune", "QuantizeAware", "Recipe", "Shrink", "recipe_of"]
+__all__ = [
+    "Distill",
+    "Prune",
+    "QuantizeAware",
+    "Recipe",
+    "Shrink",
+    "Technique",
+    "recipe_of",
+    "register_technique",
+]

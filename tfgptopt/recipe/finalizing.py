@@ -5,10 +5,11 @@ from __future__ import annotations
 import keras
 
 from tfgptopt.model import masks
-from tfgptopt.model.changing import retrace, strategy_scope
+from tfgptopt.model.changing import changing
+from tfgptopt.model.history import rewrite
+from tfgptopt.model.techniques import techniques_of
 from tfgptopt.pruning import checkpointing
 from tfgptopt.quantization import layers
-from tfgptopt.recipe.recipe import FINALIZED_RECIPE, recipe_of
 
 
 def finalize(model: keras.Layer) -> keras.Layer:
@@ -41,12 +42,11 @@ def finalize(model: keras.Layer) -> keras.Layer:
             f"The model '{model.name}' was neither pruned nor made quantize-aware, or it was "
             "finalized already. There is nothing to finalize."
         )
-    setattr(model, FINALIZED_RECIPE, recipe_of(model))
-    with strategy_scope(model):
+    rewrite(model, techniques_of(model))
+    with changing(model):
         for variable in held:
             masks.detach(variable)
         for layer in dressed:
             layers.undress(layer)
-    checkpointing.forget(model)
-    retrace(model)
+        checkpointing.forget(model)
     return model

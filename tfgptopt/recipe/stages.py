@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 
 from tfgptopt.distillation.losses import HardLabels, LogitsKL, Loss
 from tfgptopt.distillation.serializing import deserialize_loss, serialize_loss
 from tfgptopt.model.cloning import with_backbone
+from tfgptopt.model.techniques import register_technique
 from tfgptopt.shrinking.importance import check_depth_score
 from tfgptopt.shrinking.shapes import resolve
 from tfgptopt.shrinking.shrinker import check_request, shrink
@@ -18,6 +19,7 @@ from tfgptopt.shrinking.surgery import build
 from tfgptopt.shrinking.vocabularies import shrink_preprocessor
 
 
+@register_technique
 @dataclass(frozen=True)
 class Shrink:
     """Shrinking, before any training. See `tfgptopt.shrink` for the settings.
@@ -38,6 +40,19 @@ class Shrink:
     parameters: float | None = None
     latency: float | None = None
     depth_score: str = "influence"
+
+    name: ClassVar[str] = "shrink"
+    order: ClassVar[int] = 0
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Shrink:
+        """Returns the stage that `to_config` wrote."""
+        return cls(**config)
+
+    @classmethod
+    def found_on(cls, model: keras.Layer) -> list[Shrink]:
+        """Returns none yet."""
+        return []
 
     def __post_init__(self) -> None:
         check_request(**self._cuts())
@@ -78,6 +93,7 @@ class Shrink:
         return shrink(model, calibration=calibration, **self._settings())
 
 
+@register_technique
 @dataclass(frozen=True)
 class Distill:
     """Distillation from the dense model of a job: for a number of steps before anything else is
@@ -93,6 +109,14 @@ class Distill:
 
     steps: int = 500
     losses: tuple[Loss, ...] = (LogitsKL(), HardLabels(0.5))
+
+    name: ClassVar[str] = "distill"
+    order: ClassVar[int] = 1
+
+    @classmethod
+    def found_on(cls, model: keras.Layer) -> list[Distill]:
+        """Returns none yet."""
+        return []
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:

@@ -26,7 +26,7 @@ from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
 from tfgptopt.exporting.tokenizers import end_token_ids, tokenizer_json
 from tfgptopt.file.container import FORMAT_VERSION, METADATA_NAME, seal
 from tfgptopt.file.replacing import replacing
-from tfgptopt.recipe import recipe_of
+from tfgptopt.model.techniques import techniques_of
 
 # Of models that have any number of positions: KerasHub's own default length of a text.
 _DEFAULT_CONTEXT = 1024
@@ -110,7 +110,7 @@ def _metadata(
     tokenizer = getattr(preprocessor, "tokenizer", None)
     backbone = getattr(model, "backbone", model)
     lengths = {kind: {step.name: step.length for step in steps[kind]} for kind in steps}
-    recipe = recipe_of(model)
+    techniques = [technique.to_config() for technique in techniques_of(model)]
     about = {
         "format_version": FORMAT_VERSION,
         "versions": {
@@ -127,7 +127,7 @@ def _metadata(
         "decoder": decoder,
         "signatures": lengths,
         "generation": _generation_defaults(preprocessor),
-        "recipe": recipe.to_config() if recipe else None,
+        "recipe": {"techniques": techniques} if techniques else None,
         "weights": weights,
         "tokenizer": None if tokenizer is None else tokenizer_json(tokenizer),
     }

@@ -1,0 +1,81 @@
+"""What a weight is now: in full precision, with its adapters added and its mask applied.
+
+Training rounds this, methods without training read it, and every exporter writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfgptopt.model import masks
+
+
+def full_precision(variable: Any) -> tf.Tensor:
+    """Returns a variable's value as float32, without the cast of mixed precision."""
+    value = variable.value
+    if value.dtype != tf.as_dtype(variable._dtype):
+        value = variable._value
+    return tf.cast(tf.convert_to_tensor(value), tf.float32)
+
+
+def has_adapters(layer: keras.Layer) -> bool:
+    """Returns whether a layer has LoRA adapters."""
+    return bool(getattr(layer, "lora_enabled", False))
+
+
+def _kind(layer: keras.Layer) -> str:
+    return "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
+
+
+def _adapters(layer: Any) -> tf.Tensor:
+    """Returns what the LoRA adapters of a layer add to its weight."""
+    first, second = (
+        full_precision(getattr(layer, f"lora_{_kind(layer)}_{part}")) for part in ("a", "b")
+    )
+    return (layer.lora_alpha / layer.lora_rank) * tf.matmul(first, second)
+
+
+def current(layer: keras.Layer, variable: Any) -> tf.Tensor:
+    """Returns a weight of a layer as it is now.
+
+    Args:
+        layer: The layer that has the weight.
+        variable: Its kernel or table, or the own head of a ReversibleEmbedding.
+
+    Returns:
+        float32 tensor of the shape of the variable.
+    """
+    values = full_precision(variable)
+    if has_adapters(layer) and variable is getattr(layer, f"_{_kind(layer)}"):
+        values = values + _adapters(layer)
+    return variable.constraint.zeroed(values) if masks.masked(variable) else values
+
+
+@contextmanager
+def without_adapters(layer: Any) -> Iterator[None]:
+    """Runs a layer on its own weight alone, which its adapters were added to."""
+    enabled = has_adapters(layer)
+    if enabled:
+        object.__setattr__(layer, "lora_enabled", False)
+    try:
+        yield
+    finally:
+        if enabled:
+            object.__setattr__(layer, "lora_enabled", True)
+
+
+def drop_adapters(layer: Any) -> None:
+    """Takes merged LoRA adapters off a layer."""
+    kind = _kind(layer)
+    layer._tracker.unlock()
+    for part in ("a", "b"):
+        layer._untrack_variable(getattr(layer, f"lora_{kind}_{part}"))
+        delattr(layer, f"lora_{kind}_{part}")
+    getattr(layer, f"_{kind}").trainable = True
+    layer._tracker.lock()
+    layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None

@@ -1,0 +1,58 @@
+"""The integers of rounded weights, as training saw them: what every exporter stores."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfgptopt.model.current import current
+from tfgptopt.quantization import layers, quantizers, rounding
+from tfgptopt.quantization.rounding import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A rounded weight of a layer.
+
+    Attributes:
+        variable: The variable that it is the weight of.
+        integers: int8 array of the shape of the variable.
+        scale: float32 array of the shape that the grid gives scales.
+        grid: Which weights share a scale.
+    """
+
+    variable: Any
+    integers: np.ndarray
+    scale: np.ndarray
+    grid: Grid
+
+
+def read_integers(layer: Any) -> list[Integers]:
+    """Reads the weights of a dressed or finalized layer as the integers that training saw.
+
+    Args:
+        layer: A layer with a quantization spec.
+
+    Returns:
+        List of `Integers`: the kernel or table, then the own head of a ReversibleEmbedding.
+    """
+    target = layers.rounded_target(layer)
+    found = []
+    for i, (variable, grid) in enumerate(quantizers.grids_of(target, layer.quantization_spec)):
+        values = current(layer, variable)
+        if layers.is_dressed(layer):
+            scale = quantizers.quantizers_of(layer)[i].compute_scale(values)
+        else:
+            scale = rounding.found_scale(values, grid)
+            if scale is None:
+                warnings.warn(
+                    f"{variable.path} changed since `finalize`: it is rounded to {grid.bits} bits "
+                    "again, which it was not trained for.",
+                    stacklevel=3,
+                )
+        integers, scale = rounding.quantize(values, grid, scale)
+        found.append(Integers(variable, integers.numpy().astype(np.int8), scale.numpy(), grid))
+    return found
