@@ -122,7 +122,8 @@ def numpy_blocks(scores: np.ndarray, rows: int, columns: int, sparsity: float) -
         (i, j) for i in range(0, scores.shape[0], rows) for j in range(0, scores.shape[1], columns)
     ]
     means = [np.float32(scores[i : i + rows, j : j + columns].mean()) for i, j in corners]
-    count = max(1, round(len(corners) * float(np.float32(1) - np.float32(sparsity))))
+    kept = np.float32(len(corners)) * (np.float32(1) - np.float32(sparsity))
+    count = max(1, int(np.round(kept)))
     mask = np.zeros(scores.shape, bool)
     for index in np.argsort(-np.array(means), kind="stable")[:count]:
         i, j = corners[index]

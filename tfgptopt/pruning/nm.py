@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfgptopt.pruning.keeping import count_kept, keep_largest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NM:
     """At most `n` of each `m` weights in a row stay, such as 2:4.
 
@@ -45,6 +45,10 @@ class NM:
             )
         if self.axis not in ("input", "output"):
             raise ValueError(f"`axis` must be 'input' or 'output'. Received: {self.axis!r}")
+
+    def __repr__(self) -> str:
+        along = "" if self.axis == "input" else f", axis={self.axis!r}"
+        return f"NM(n={self.n}, m={self.m}{along})"
 
     @property
     def sparsity(self) -> float:

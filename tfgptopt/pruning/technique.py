@@ -88,7 +88,10 @@ class Prune:
                 matches, or a weight cannot have the pattern or holds values that are not finite.
         """
         if not self.pattern.supports(self.score.name):
-            raise ValueError(f"{self.score} cannot prune with {self.pattern}.")
+            raise ValueError(
+                f"{self.score} cannot prune with {self.pattern}. Use Magnitude(), which any "
+                "pattern takes; SparseGPT prunes with Unstructured() or NM."
+            )
         self.score.check()
         chosen = select(model, self.targets)
         final = final_sparsity(self.schedule)
