@@ -26,8 +26,9 @@ class TrainingProgress(keras.callbacks.Callback):
     Example:
 
     ```python
-    progress = TrainingProgress("fine-tuning")
-    model.fit(data, epochs=10, verbose=0, callbacks=[Pruning(schedule), progress])
+    schedule = PolynomialDecay(0.0, 0.5, begin_step=2, end_step=6)
+    progress = TrainingProgress("fine-tuning", every=2)
+    model.fit(data, epochs=2, verbose=0, callbacks=[Pruning(schedule), progress])
     print(progress.history[-1])     # (step, loss, sparsity)
     ```
     """

@@ -134,7 +134,7 @@ class Pruning(keras.callbacks.Callback):
         """Prunes if it is time to: for loops of your own, before each batch.
 
         ```python
-        pruning = Pruning(schedule)
+        pruning = Pruning(PolynomialDecay(0.0, 0.5, begin_step=0, end_step=100))
         pruning.set_model(model)
         for batch in data:
             pruning.step()

@@ -45,7 +45,7 @@ def changing(model: keras.Layer) -> Iterator[None]:
 
     ```python
     with changing(model):
-        layer.__class__ = Rounded
+        layer.trainable = False
     ```
     """
     try:

@@ -173,7 +173,7 @@ def allocate(
     Example:
 
     ```python
-    allocation = tfgptopt.quantization.allocate(gpt, validation.take(8), bits=5.0)
+    allocation = tfgptopt.quantization.allocate(gpt, validation.take(8), bits=6.0)
     print(allocation)
     tfgptopt.quantize(gpt, allocation)
     ```

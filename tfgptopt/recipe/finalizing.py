@@ -30,9 +30,10 @@ def finalize(model: keras.Layer) -> keras.Layer:
     Example:
 
     ```python
-    gpt.fit(data, callbacks=[Pruning(...), QuantizationAwareTraining(Int8())])
+    schedule = PolynomialDecay(0.0, 0.5, begin_step=100, end_step=900)
+    gpt.fit(data, callbacks=[Pruning(schedule), QuantizationAwareTraining(Int8())])
     tfgptopt.finalize(gpt)
-    gpt.save_to_preset("small_gpt")
+    gpt.save_to_preset("finalized_gpt")
     ```
     """
     dressed = [layer for layer in model._flatten_layers() if layers.is_dressed(layer)]

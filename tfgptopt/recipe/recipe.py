@@ -47,7 +47,7 @@ class Recipe:
 
     ```python
     from tfgptopt import Recipe
-    from tfgptopt.recipe.recipe import QuantizeAware
+    from tfgptopt.quantization import Int8, QuantizeAware
 
     Recipe((QuantizeAware(Int8()),)).save("recipe.yaml")
     model = keras_hub.models.CausalLM.from_preset("small_gpt")

@@ -55,9 +55,9 @@ def strategy(name: str = "auto") -> tf.distribute.Strategy:
     from tfgptopt.training import strategy
 
     with strategy("auto").scope():
-        model = keras_hub.models.GPT2CausalLM(...)
-        model.compile(...)
-    model.fit(data, callbacks=[Pruning(...)])
+        model = keras_hub.models.GPT2CausalLM.from_preset("small_gpt", preprocessor=None)
+        model.compile(optimizer="adamw")
+    model.fit(data, callbacks=[QuantizationAwareTraining(Int8())])
     ```
     """
     if name not in STRATEGIES:

@@ -1,0 +1,106 @@
+"""Runs the examples of docstrings, each on a tiny model and a tiny text."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import textwrap
+import warnings
+
+import keras
+import keras_hub
+import pytest
+import tensorflow as tf
+from test_house import MODULES
+
+import tfgptopt
+from tfgptopt.data import load_corpus
+
+_BLOCK = re.compile(r"```python\n(.*?)```", re.S)
+# What examples use as if it had been imported.
+_ROOMS = ("callbacks", "pruning", "quantization", "distillation", "model.changing", "recipe")
+# Large numbers of examples, for which a tiny model has no room.
+_SMALLER = {
+    "vocabulary_size=2048": "vocabulary_size=300",
+    "max_length=64": "max_length=48",
+    "depth=6": "depth=1",
+}
+
+
+def examples() -> dict[str, str]:
+    """Returns the examples by the names of what they are examples of."""
+    found = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                for i, code in enumerate(_BLOCK.findall(ast.get_docstring(node) or "")):
+                    found[f"{module}.{node.name}" + f"-{i}" * bool(i)] = textwrap.dedent(code)
+    return found
+
+
+EXAMPLES = examples()
+
+
+@pytest.fixture(scope="module")
+def corpus(text_files):
+    return load_corpus(text_files, vocabulary_size=300, sequence_length=32, batch_size=4)
+
+
+def small_gpt(corpus, layers: int = 2):
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.GPT2Backbone(
+        corpus.tokenizer.vocabulary_size(), layers, 2, 64, 128, 0.0, max_sequence_length=128
+    )
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=32)
+    gpt = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
+    # A few eager steps take less than a trace.
+    gpt.compile(optimizer="adam", sampler="greedy", weighted_metrics=[], run_eagerly=True)
+    gpt.preprocessor = None  # Examples train on windows of tokens.
+    return gpt
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, text_files, tmp_path_factory):
+    """A folder with what examples read: a file, a preset, notes."""
+    folder = tmp_path_factory.mktemp("examples")
+    gpt = small_gpt(corpus)
+    gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
+    tfgptopt.export(gpt, folder / "gpt.tflite")
+    gpt.save_to_preset(str(folder / "small_gpt"))
+    (folder / "notes").mkdir()
+    for path in text_files.rglob("*.py"):
+        shutil.copy(path, folder / "notes" / f"{path.stem}.md")
+    return folder
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    code = EXAMPLES[name]
+    for large, small in _SMALLER.items():
+        code = code.replace(large, small)
+    if "export(" in code:
+        (tmp_path / "gpt.tflite").unlink()
+    names = {"keras": keras, "keras_hub": keras_hub, "tf": tf, "tfgptopt": tfgptopt}
+    for room in (*_ROOMS, name.rpartition(".")[0].removeprefix("tfgptopt.")):
+        exec(f"from tfgptopt.{room} import *", names)
+    gpt = small_gpt(corpus)
+    names |= {
+        "gpt": gpt,
+        "model": gpt,
+        "layer": gpt.layers[-1],
+        "corpus": corpus,
+        "data": corpus.train.take(4),
+        "windows": corpus.train.take(8),
+        "validation": corpus.validation,
+        "lm": tfgptopt.TFLiteCausalLM(folder / "gpt.tflite"),
+    }
+    if ".generate(" in code and "export(" in code:
+        gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
+    if "student" in code:
+        names |= {"student": small_gpt(corpus, 1), "teacher": small_gpt(corpus)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(compile(code, name, "exec"), names)
