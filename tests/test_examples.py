@@ -44,18 +44,18 @@ EXAMPLES = examples()
 
 @pytest.fixture(scope="module")
 def corpus(text_files):
-    return load_corpus(text_files, vocabulary_size=300, sequence_length=32, batch_size=4)
+    source = text_files / "scanner.py"
+    return load_corpus(source, vocabulary_size=300, sequence_length=32, batch_size=4)
 
 
-def small_gpt(corpus, layers: int = 2):
+def small_gpt(corpus, layers: int = 1):
     keras.utils.set_random_seed(0)
     backbone = keras_hub.models.GPT2Backbone(
         corpus.tokenizer.vocabulary_size(), layers, 2, 64, 128, 0.0, max_sequence_length=128
     )
     preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=32)
     gpt = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
-    # A few eager steps take less than a trace.
-    gpt.compile(optimizer="adam", sampler="greedy", weighted_metrics=[], run_eagerly=True)
+    gpt.compile(optimizer="adam", sampler="greedy", weighted_metrics=[])
     gpt.preprocessor = None  # Examples train on windows of tokens.
     return gpt
 
@@ -86,7 +86,7 @@ def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
     names = {"keras": keras, "keras_hub": keras_hub, "tf": tf, "tfgptopt": tfgptopt}
     for room in (*_ROOMS, name.rpartition(".")[0].removeprefix("tfgptopt.")):
         exec(f"from tfgptopt.{room} import *", names)
-    gpt = small_gpt(corpus)
+    gpt = small_gpt(corpus, 2 if "shrink" in name else 1)
     names |= {
         "gpt": gpt,
         "model": gpt,
@@ -100,7 +100,7 @@ def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
     if ".generate(" in code and "export(" in code:
         gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
     if "student" in code:
-        names |= {"student": small_gpt(corpus, 1), "teacher": small_gpt(corpus)}
+        names |= {"student": small_gpt(corpus), "teacher": small_gpt(corpus, 2)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(code, name, "exec"), names)
