@@ -85,8 +85,8 @@ def test_optimize_does_the_whole_job_on_a_users_own_text(preset, text_files, tmp
     again = tmp_path / "again.tflite"
     result = run("export", out / "model", again, "--recipe", out / "recipe.yaml")
     assert result.returncode == 0, result.stderr
-    first = tfgptopt.TFLiteCausalLM(out / "model.tflite").metadata["weights"]
-    assert tfgptopt.TFLiteCausalLM(again).metadata["weights"] == first
+    first = tfgptopt.TFLiteCausalLM(out / "model.tflite").metadata.weights
+    assert tfgptopt.TFLiteCausalLM(again).metadata.weights == first
 
 
 @pytest.mark.slow

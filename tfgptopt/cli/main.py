@@ -217,7 +217,7 @@ def export_command(
 ) -> None:
     """Export a model as TFLite (with a KV cache) or as a SavedModel."""
     _load_libraries()
-    from tfgptopt.exporting import export
+    from tfgptopt.exporting import TFLite, export
     from tfgptopt.file.replacing import check_target
     from tfgptopt.recipe import Recipe
 
@@ -228,7 +228,7 @@ def export_command(
     if loaded:
         loaded.replay(model)
     with console.status(f"Writing {path}"):
-        export(model, path, context_length, force)
+        export(model, path, TFLite(context_length) if context_length else None, force)
     size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
     console.print(f"{path}: {size / 1e6:.2f} MB")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import keras_hub
@@ -15,7 +16,6 @@ import tensorflow as tf
 from tfgptopt.decoder.reading import Integers, read_integers
 from tfgptopt.exporting.tflite.packing import pack_int4
 from tfgptopt.exporting.tokenizers import end_token_ids
-from tfgptopt.file.replacing import replacing
 from tfgptopt.model.changing import retrace
 from tfgptopt.quantization import layers, rounding
 from tfgptopt.quantization.quantizers import quantizers_of
@@ -108,33 +108,6 @@ def _generate_function(model: Any) -> Any:
     return generate
 
 
-def write_saved_model(model: keras.Model, target: Path) -> None:
-    """Writes a model, dressed or plain, as a SavedModel. Rounded weights are stored as integers.
-
-    Args:
-        model: A built Keras model.
-        target: The folder.
-    """
-    weights = _Weights(model)
-    archive = keras.export.ExportArchive()
-    archive.track(weights)
-
-    def serve(inputs: Any) -> Any:
-        return model(inputs, training=False)
-
-    if isinstance(model, keras_hub.models.CausalLM):
-        names = ("token_ids", "padding_mask")
-        spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
-        archive.add_endpoint("serve", weights.using(serve), [spec])
-        generate = weights.using(_generate_function(model))
-        archive.add_endpoint("generate", generate, list(spec.values()))
-    else:
-        archive.add_endpoint("serve", weights.using(serve), _signature(model))
-    with replacing(target) as temporary:
-        archive.write_out(str(temporary), verbose=False)
-    retrace(model)
-
-
 def _signature(model: keras.Model) -> list[Any]:
     """Returns the inputs of a model with a free batch size."""
     if not getattr(model, "inputs", None):
@@ -149,3 +122,41 @@ def _signature(model: keras.Model) -> list[Any]:
     # A Sequential that was never called has inputs, but no `input`.
     inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     return [keras.tree.map_structure(spec, inputs)]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A folder that TensorFlow loads and calls without Keras, rounded weights as integers.
+
+    It has the signature `serve`, and `generate` for a causal LM.
+    """
+
+    suffix: ClassVar[str] = ""
+
+    def write(self, model: keras.Model, target: Path) -> None:
+        """Writes a built model, dressed or plain.
+
+        Args:
+            model: The model.
+            target: The folder, which is not there.
+
+        Raises:
+            ValueError: If the model has no declared inputs.
+        """
+        weights = _Weights(model)
+        archive = keras.export.ExportArchive()
+        archive.track(weights)
+
+        def serve(inputs: Any) -> Any:
+            return model(inputs, training=False)
+
+        if isinstance(model, keras_hub.models.CausalLM):
+            names = ("token_ids", "padding_mask")
+            spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
+            archive.add_endpoint("serve", weights.using(serve), [spec])
+            generate = weights.using(_generate_function(model))
+            archive.add_endpoint("generate", generate, list(spec.values()))
+        else:
+            archive.add_endpoint("serve", weights.using(serve), _signature(model))
+        archive.write_out(str(target), verbose=False)
+        retrace(model)

@@ -63,8 +63,8 @@ class TFLiteCausalLM:
         self.path = Path(path)
         folder = cache_folder(weight_cache)
         container = read_container(path, folder)
-        self.metadata: dict[str, Any] = container.metadata
-        self._codec = Codec(self.metadata, self.metadata["decoder"]["vocabulary_size"])
+        self.metadata = container.metadata
+        self._codec = Codec(self.metadata)
         threads = num_threads or os.cpu_count() or 1
         self._engine = Engine(self.path, container, threads, folder)
         self._idle: Cache | None = None
@@ -130,9 +130,9 @@ class TFLiteCausalLM:
         """
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
         single = _is_single(prompts)
-        batch: list[Any] = [prompts] if single else list(prompts)
+        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
         prepared = [self._prepare(prompt, max_length) for prompt in batch]
-        results: list[Any] = []
+        results: list[str | list[int]] = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
             with self._cache() as cache:
                 new = sampled_tokens(self._engine, cache, ids, length, chosen, seed)
@@ -235,7 +235,7 @@ class TFLiteCausalLM:
         return ids, length
 
 
-def _is_single(prompts: Any) -> bool:
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Returns whether `prompts` is one prompt rather than a list of them."""
     if isinstance(prompts, str | bytes):
         return True
