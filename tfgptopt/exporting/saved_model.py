@@ -14,10 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.decoder.reading import Integers, read_integers
-from tfgptopt.exporting.tflite.packing import pack_int4
 from tfgptopt.exporting.tokenizers import end_token_ids
 from tfgptopt.model.changing import retrace
-from tfgptopt.quantization import layers, rounding
+from tfgptopt.quantization import layers
 from tfgptopt.quantization.quantizers import quantizers_of
 
 
@@ -27,22 +26,19 @@ class _StoredWeight(tf.Module):
     def __init__(self, stored: Integers) -> None:
         super().__init__()
         self._shape, self._grid = stored.integers.shape, stored.grid
-        integers = stored.integers
-        if stored.grid.bits == 4:
-            integers = pack_int4(integers)
+        integers = self._grid.number.pack(stored.integers)
         self.integers = tf.Variable(integers, trainable=False, name="integers")
         self.scale = tf.Variable(stored.scale, trainable=False, name="scale")
 
     def floats(self) -> tf.Tensor:
         """Returns the rounded weights as float32."""
-        integers = tf.convert_to_tensor(self.integers)
-        if self._grid.bits == 4:
-            pairs = tf.cast(integers, tf.int32)
-            halves = tf.stack([pairs & 15, pairs // 16], axis=-1)
-            flat = tf.reshape((halves ^ 8) - 8, (-1,))[: int(np.prod(self._shape))]
+        integers, number = tf.convert_to_tensor(self.integers), self._grid.number
+        if number.per_byte > 1:
+            places = tf.stack(number.places(tf.cast(integers, tf.int32)), axis=-1)
+            flat = tf.reshape(places, (-1,))[: int(np.prod(self._shape))]
             integers = tf.reshape(flat, self._shape)
         values = tf.cast(tf.ensure_shape(integers, self._shape), tf.float32)
-        return rounding.dequantize(values, tf.convert_to_tensor(self.scale), self._grid)
+        return self._grid.decode(values, tf.convert_to_tensor(self.scale))
 
 
 class _Weights(tf.Module):

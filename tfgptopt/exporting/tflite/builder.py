@@ -20,9 +20,9 @@ from tfgptopt.exporting.tflite.packing import (
     AlignedBuffer,
     SharedQuantization,
     pack,
-    pack_int4,
 )
 from tfgptopt.exporting.tflite.sparsity import SharedSparsity, kept_blocks
+from tfgptopt.file.number_types import number_type
 
 _TYPES = {
     np.dtype(np.float32): schema.TensorType.FLOAT32,
@@ -63,7 +63,7 @@ class Model:
     def weight(self, values: np.ndarray, bits: int | None) -> int:
         """Adds a weight once, however many graphs ask, and returns the index of its buffer."""
         if id(values) not in self._weights:
-            data = pack_int4(values) if bits == 4 else np.ascontiguousarray(values)
+            data = np.ascontiguousarray(values) if bits is None else number_type(bits).pack(values)
             # The array is kept, so that no other one can get its id.
             self._weights[id(values)] = (values, self.buffer(data))
         return self._weights[id(values)][1]
@@ -224,7 +224,7 @@ class Graph:
             name: Name of the tensor.
             values: float32 values, or int8 integers with `bits` and `scale`. The same array object
                 means the same bytes.
-            bits: 4 or 8 for integers.
+            bits: Of integers; `number_types` has those that there are.
             scale: float32 array, one for each row of `values`, or for each block of each row.
             block_size: How many entries of a row share a scale; `None` for all.
         """
@@ -233,7 +233,7 @@ class Graph:
             return self._constants[key]
         quantization, tensor_type = None, None
         if bits is not None and scale is not None:
-            tensor_type = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
+            tensor_type = number_type(bits).as_tensor_type()
             quantization = self._quantization(scale, block_size)
         buffer = self._model.weight(values, bits)
         tensor = self._add(values.shape, values.dtype, name, buffer, tensor_type, quantization)

@@ -8,9 +8,13 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tfgptopt.decoder.spec import Matrix
+from tfgptopt.file.number_types import INT8, number_type
+
 _ALIGNMENT = 16
 _FILE_LIMIT = 2**31 - 1
 _GRAPHS_ROOM = 2**26
+_PRODUCT_OF_BLOCKS = 13
 
 
 class AlignedBuffer:
@@ -59,19 +63,10 @@ class SharedQuantization:
         return self._written[1]
 
 
-def pack_int4(integers: np.ndarray) -> np.ndarray:
-    """Packs int4 values two to a byte, the first in the low half.
-
-    Args:
-        integers: int8 array with values in `[-8, 7]`.
-
-    Returns:
-        uint8 array of half the size, rounded up.
-    """
-    flat = integers.reshape(-1).astype(np.uint8) & 0xF
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return flat[0::2] | (flat[1::2] << 4)
+def product_version(matrix: Matrix) -> int:
+    """Returns the least version of FULLY_CONNECTED that computes with a matrix."""
+    of_rows = number_type(matrix.bits or INT8.bits).product_version
+    return of_rows if matrix.block_size is None else max(of_rows, _PRODUCT_OF_BLOCKS)
 
 
 def pack(model: schema.ModelT) -> memoryview:
