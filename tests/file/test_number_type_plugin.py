@@ -132,3 +132,23 @@ def test_rounding_takes_any_number_of_bits_of_the_table():
     values = tf.constant(np.random.default_rng(0).normal(size=(8, 4)), tf.float32)
     rounded = fake_quantize(values, Grid(6, (0,)))
     assert len(np.unique(rounded[:, 0])) <= 63
+
+
+def test_int2_in_blocks_needs_inputs_that_are_floats(tmp_path):
+    class Blocks(Int2):
+        block_size = 32
+
+    register_spec(Blocks)
+    try:
+        for activations in ("dynamic", None):
+            model = make_gpt()
+            tfgptopt.quantize_aware(model, Blocks(activations=activations))
+            if activations:
+                with pytest.raises(ValueError, match="LiteRT has no product of int2 in blocks"):
+                    tfgptopt.export(model, tmp_path / "gpt.tflite")
+                continue
+            lm = tfgptopt.TFLiteCausalLM(tfgptopt.export(model, tmp_path / "gpt.tflite"))
+            found = lm._engine.score(lm._engine.new_cache(), list(range(20)))
+            np.testing.assert_allclose(found, logits(model, list(range(20))), atol=1e-4)
+    finally:
+        del specs._by_name["blocks"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 import keras
@@ -74,10 +77,26 @@ def register_format(cls: _Class) -> _Class:
     return cls
 
 
-def format_of(path: Path) -> Format:
-    """Returns the format that a name stands for, with its defaults: the longest suffix counts."""
+def format_of(path: Path, settings: Mapping[str, object] = MappingProxyType({})) -> Format:
+    """Returns the format that a name stands for: the longest suffix counts.
+
+    Args:
+        path: The path.
+        settings: Settings by name. Defaults to none.
+
+    Raises:
+        ValueError: If the format has not such a setting, or it is out of range.
+    """
     found = [suffix for suffix in _by_suffix if path.name.endswith(suffix)]
-    return _by_suffix[max(found, key=len)]()
+    cls = _by_suffix[max(found, key=len)]
+    known: list[str] = [field.name for field in fields(cls)] if is_dataclass(cls) else []
+    for name in settings:
+        if name not in known:
+            has = f"only {', '.join(known)}" if known else "none"
+            raise ValueError(
+                f"'{path}' stands for {cls.__name__}, which has no setting `{name}`, {has}."
+            )
+    return cls(**settings)
 
 
 def check_format(format: Format, path: Path) -> None:

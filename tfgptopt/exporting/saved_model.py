@@ -19,6 +19,9 @@ from tfgptopt.model.changing import retrace
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.quantizers import quantizers_of
 
+# Tensors, or their specs, in the structure that a model takes or gives.
+_Tensors = Any
+
 
 class _StoredWeight(tf.Module):
     """A rounded weight as a variable of integers, int4 two to a byte, and its scales."""
@@ -73,22 +76,22 @@ class _Weights(tf.Module):
                 stack.enter_context(keras.StatelessScope(state_mapping=mapping))
             yield
 
-    def using(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def using(self, function: Callable[..., _Tensors]) -> Callable[..., _Tensors]:
         """Returns a function that computes with the stored weights."""
 
-        def run(*args: Any) -> Any:
+        def run(*args: _Tensors) -> _Tensors:
             with self.in_use():
                 return function(*args)
 
         return run
 
 
-def _generate_function(model: Any) -> Any:
+def _generate_function(model: keras_hub.models.CausalLM) -> Callable[..., dict[str, tf.Tensor]]:
     """Returns greedy generation as a TensorFlow function of padded prompts."""
     sampler = keras_hub.samplers.GreedySampler()
     stop = tuple(end_token_ids(getattr(model.preprocessor, "tokenizer", None))) or None
 
-    def generate(token_ids: Any, padding_mask: Any) -> Any:
+    def generate(token_ids: tf.Tensor, padding_mask: tf.Tensor) -> dict[str, tf.Tensor]:
         previous = getattr(model, "sampler", None)
         model.sampler = sampler
         try:
@@ -104,15 +107,19 @@ def _generate_function(model: Any) -> Any:
     return generate
 
 
-def _signature(model: keras.Model) -> list[Any]:
-    """Returns the inputs of a model with a free batch size."""
+def _signature(model: keras.Model) -> list[_Tensors]:
+    """Returns the inputs of a model with a free batch size.
+
+    Raises:
+        ValueError: If it has not declared them.
+    """
     if not getattr(model, "inputs", None):
         raise ValueError(
             f"'{model.name}' has no declared inputs: call it on a batch, or build it as a "
             "Sequential or Functional model, before exporting."
         )
 
-    def spec(tensor: Any) -> tf.TensorSpec:
+    def spec(tensor: keras.KerasTensor) -> tf.TensorSpec:
         return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, name=tensor.name)
 
     # A Sequential that was never called has inputs, but no `input`.
@@ -143,7 +150,7 @@ class SavedModel:
         archive = keras.export.ExportArchive()
         archive.track(weights)
 
-        def serve(inputs: Any) -> Any:
+        def serve(inputs: _Tensors) -> _Tensors:
             return model(inputs, training=False)
 
         if isinstance(model, keras_hub.models.CausalLM):

@@ -130,7 +130,11 @@ def read_metadata(path: str | Path) -> Metadata:
 
 
 def _verify(path: Path, file: BinaryIO, stat: os.stat_result, folder: Path | None) -> int | None:
-    """Returns the checksum of a file, which must be right, or `None` if the file has none."""
+    """Returns the checksum of a file, or `None` if the file has none.
+
+    Raises:
+        ValueError: If it is wrong.
+    """
     file.seek(max(0, stat.st_size - _SEAL_BYTES))
     end = file.read(_SEAL_BYTES)
     if not end.startswith(_SEAL):
@@ -158,5 +162,5 @@ def _find(data: mmap.mmap) -> bytes | None:
     for i in range(model.MetadataLength()):
         entry = model.Metadata(i)
         if entry.Name() == METADATA_NAME.encode():
-            return model.Buffers(entry.Buffer()).DataAsNumpy().tobytes()
+            return bytes(model.Buffers(entry.Buffer()).DataAsNumpy())
     return None

@@ -240,14 +240,22 @@ class _Fields:
         return _Fields(self._there(name), f"{self._where}{name}.", self._origin)
 
     def one(self, name: str, kind: type[_Value]) -> _Value:
-        """Returns a field of a type."""
+        """Returns a field of a type.
+
+        Raises:
+            ValueError: If it is missing or of another type.
+        """
         value = self._there(name)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.wrong(name, f"of type {kind.__name__}")
         return value
 
     def integer(self, name: str, least: int = 0) -> int:
-        """Returns an integer that is not too small."""
+        """Returns an integer that is not too small.
+
+        Raises:
+            ValueError: If it is missing, too small or no integer.
+        """
         value = self.one(name, int)
         if value < least:
             raise self.wrong(name, f"at least {least}")

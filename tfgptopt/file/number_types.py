@@ -11,8 +11,9 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-# The versions of FULLY_CONNECTED that compute with int4 and int8, and with int2.
-_PRODUCT, _PRODUCT_OF_INT2 = 9, 14
+# The versions of FULLY_CONNECTED that compute with int4 and int8, with int2, and with int4 in
+# blocks; LiteRT has no product of int2 in blocks with inputs that are rounded.
+_PRODUCT, _PRODUCT_OF_INT2, _PRODUCT_OF_BLOCKS = 9, 14, 13
 
 
 class _Arithmetic(Protocol):
@@ -41,6 +42,8 @@ class NumberType:
             takes a byte can be held as `INT8`. Defaults to `None`.
         product_version: int. Least version of `FULLY_CONNECTED` that computes with it. Defaults to
             `9`.
+        blocks_version: int. The same with scales of blocks, or `None` if LiteRT cannot. Defaults
+            to `None`.
 
     Raises:
         ValueError: If `bits` is out of range.
@@ -50,6 +53,7 @@ class NumberType:
     bits: int
     tensor_type: int | None = None
     product_version: int = _PRODUCT
+    blocks_version: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -177,5 +181,7 @@ def number_type(bits: int) -> NumberType:
 
 
 INT2 = register_number_type(NumberType("int2", 2, schema.TensorType.INT2, _PRODUCT_OF_INT2))
-INT4 = register_number_type(NumberType("int4", 4, schema.TensorType.INT4))
+INT4 = register_number_type(
+    NumberType("int4", 4, schema.TensorType.INT4, _PRODUCT, _PRODUCT_OF_BLOCKS)
+)
 INT8 = register_number_type(NumberType("int8", 8, schema.TensorType.INT8))

@@ -61,7 +61,11 @@ class Codec:
         return self._tokenizer
 
     def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without a start token."""
+        """Returns the token ids of a text, without a start token.
+
+        Raises:
+            ValueError: If the text cannot be encoded, or there is no tokenizer.
+        """
         try:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
             lossless = self.tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -77,7 +81,11 @@ class Codec:
         return text
 
     def encode(self, prompt: Prompt, start: bool = True) -> list[int]:
-        """Checks a prompt and returns its ids; a text gets the start token if `start` is true."""
+        """Checks a prompt and returns its ids; a text gets the start token if `start` is true.
+
+        Raises:
+            ValueError: If it is empty, cannot be encoded or has ids that the model does not know.
+        """
         if isinstance(prompt, bytes):
             raise ValueError(
                 "A prompt is text or a list of token ids. Received bytes: decode them."

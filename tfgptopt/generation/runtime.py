@@ -161,6 +161,9 @@ class TFLiteCausalLM:
 
         Yields:
             Pieces of text, without the prompt: whole characters, and nothing of a stop text.
+
+        Raises:
+            ValueError: As `generate`, and if `prompt` is no text.
         """
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
@@ -184,6 +187,9 @@ class TFLiteCausalLM:
         Returns:
             float32 array of natural logarithms of probabilities, one for each token but the first
             (for a text, the first is the start token).
+
+        Raises:
+            ValueError: If the prompt is empty, too long or cannot be encoded.
         """
         ids = self._codec.encode(prompt)
         self._check_length(ids, self.context_length + 1)
@@ -192,7 +198,8 @@ class TFLiteCausalLM:
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(ids) - 1), ids[1:]]
         sums = np.exp(logits, out=logits).sum(axis=-1, dtype=np.float64)
-        return (chosen - np.log(sums)).astype(np.float32)
+        scores: np.ndarray = (chosen - np.log(sums)).astype(np.float32)
+        return scores
 
     def session(self) -> Session:
         """Returns a text that grows by turns, as in a chat, with a KV cache of its own."""

@@ -44,7 +44,8 @@ def _scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 def _probabilities(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits.astype(np.float64) - float(logits.max()))
-    return weights / weights.sum()
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -183,6 +182,6 @@ def _drop_unused_buffers(model: schema.ModelT) -> None:
             buffer.data = None
 
 
-def operators_of_tensorflow(model: schema.ModelT) -> list[Any]:
+def operators_of_tensorflow(model: schema.ModelT) -> list[str]:
     """Returns the operators of a file that are no builtin ones."""
     return [c.customCode.decode() for c in model.operatorCodes if c.customCode is not None]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
@@ -14,7 +12,6 @@ from tfgptopt.file.number_types import INT8, number_type
 _ALIGNMENT = 16
 _FILE_LIMIT = 2**31 - 1
 _GRAPHS_ROOM = 2**26
-_PRODUCT_OF_BLOCKS = 13
 
 
 class AlignedBuffer:
@@ -40,7 +37,7 @@ class AlignedBuffer:
 class SharedQuantization:
     """Scales of a weight, written once however many graphs use the weight."""
 
-    def __init__(self, scale: np.ndarray, zeros: dict[Any, int]) -> None:
+    def __init__(self, scale: np.ndarray, zeros: dict[tuple[int, int], int]) -> None:
         self._scale = np.asarray(scale, np.float32)
         self._shared_zeros = zeros
         self._written: tuple[flatbuffers.Builder, int] | None = None
@@ -64,9 +61,20 @@ class SharedQuantization:
 
 
 def product_version(matrix: Matrix) -> int:
-    """Returns the least version of FULLY_CONNECTED that computes with a matrix."""
-    of_rows = number_type(matrix.bits or INT8.bits).product_version
-    return of_rows if matrix.block_size is None else max(of_rows, _PRODUCT_OF_BLOCKS)
+    """Returns the least version of FULLY_CONNECTED that computes with a matrix.
+
+    Raises:
+        ValueError: If there is none, of blocks.
+    """
+    number = number_type(matrix.bits or INT8.bits)
+    if matrix.block_size is None or not matrix.rounds_inputs:
+        return number.product_version
+    if number.blocks_version is None:
+        raise ValueError(
+            f"{matrix.name}: LiteRT has no product of {number.name} in blocks with inputs that are "
+            "rounded. Use one scale for each output, or `activations=None`."
+        )
+    return number.blocks_version
 
 
 def pack(model: schema.ModelT) -> memoryview:
