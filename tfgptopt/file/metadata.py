@@ -223,6 +223,11 @@ class _Fields:
         return self._data.get(name)
 
     def _there(self, name: str) -> object:
+        """Returns a field.
+
+        Raises:
+            ValueError: If it is missing.
+        """
         if name not in self._data:
             raise ValueError(f"{self._origin} is damaged: its metadata lacks {self._where}{name}.")
         return self._data[name]
@@ -275,6 +280,11 @@ class _Fields:
 
 
 def _check_version(version: object, origin: str) -> int:
+    """Returns the version of a format that can be read.
+
+    Raises:
+        ValueError: If it cannot.
+    """
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{origin} is damaged: its format version is {version!r}.")
     if version != FORMAT_VERSION:
@@ -286,6 +296,11 @@ def _check_version(version: object, origin: str) -> int:
 
 
 def _read_decoder(fields: _Fields) -> DecoderShape:
+    """Returns what is said of the decoder.
+
+    Raises:
+        ValueError: If a field is missing or cannot be.
+    """
     held = fields.one("cache_dtype", str)
     dtype = next((known for known in CACHE_DTYPES if known == held), None)
     if dtype is None:
@@ -303,6 +318,12 @@ def _read_decoder(fields: _Fields) -> DecoderShape:
 
 
 def _read_signatures(fields: _Fields) -> Signatures:
+    """Returns what can be called.
+
+    Raises:
+        ValueError: If a kind is missing, or there is more than one `decode`.
+    """
+
     def read(kind: str) -> tuple[Signature, ...]:
         section = fields.section(kind)
         found = tuple(Signature(section.integer(name, 1), name) for name in section.names_to(int))
@@ -317,6 +338,11 @@ def _read_signatures(fields: _Fields) -> Signatures:
 
 
 def _read_generation(fields: _Fields) -> GenerationDefaults:
+    """Returns the special tokens.
+
+    Raises:
+        ValueError: If a field is missing or cannot be.
+    """
     ends = fields.one("end_token_ids", list)
     if not all(isinstance(token, int) for token in ends):
         raise fields.wrong("end_token_ids", "a list of token ids")

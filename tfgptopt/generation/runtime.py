@@ -223,6 +223,11 @@ class TFLiteCausalLM:
                 self._idle = cache
 
     def _check_length(self, ids: list[int], most: int) -> None:
+        """Checks that a prompt fits.
+
+        Raises:
+            ValueError: If it has more tokens than `most`.
+        """
         if len(ids) > most:
             raise ValueError(
                 f"The prompt has {len(ids)} tokens, and the model's context has "
@@ -230,7 +235,11 @@ class TFLiteCausalLM:
             )
 
     def _prepare(self, prompt: Prompt, max_length: int | None) -> tuple[list[int], int]:
-        """Checks a prompt and returns its ids and the length to stop at."""
+        """Checks a prompt and returns its ids and the length to stop at.
+
+        Raises:
+            ValueError: If it cannot be encoded, or the length is out of range.
+        """
         ids = self._codec.encode(prompt)
         self._check_length(ids, self.context_length)
         length = self.context_length if max_length is None else max_length
