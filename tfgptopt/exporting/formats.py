@@ -77,8 +77,13 @@ def register_format(cls: _Class) -> _Class:
     return cls
 
 
+def _suffix_of(path: Path) -> str:
+    """Returns the longest suffix of a format that a name ends with."""
+    return max((suffix for suffix in _by_suffix if path.name.endswith(suffix)), key=len)
+
+
 def format_of(path: Path, settings: Mapping[str, object] = MappingProxyType({})) -> Format:
-    """Returns the format that a name stands for: the longest suffix counts.
+    """Returns the format that a name stands for.
 
     Args:
         path: The path.
@@ -87,8 +92,7 @@ def format_of(path: Path, settings: Mapping[str, object] = MappingProxyType({}))
     Raises:
         ValueError: If the format has not such a setting, or it is out of range.
     """
-    found = [suffix for suffix in _by_suffix if path.name.endswith(suffix)]
-    cls = _by_suffix[max(found, key=len)]
+    cls = _by_suffix[_suffix_of(path)]
     known: list[str] = [field.name for field in fields(cls)] if is_dataclass(cls) else []
     for name in settings:
         if name not in known:
@@ -105,14 +109,14 @@ def check_format(format: Format, path: Path) -> None:
     Raises:
         ValueError: If it has, or `format` is no format.
     """
-    if not hasattr(format, "write") or isinstance(format, type):
+    if isinstance(format, type) or not (hasattr(format, "write") and hasattr(format, "suffix")):
         raise ValueError(
             f"`format` must be settings such as `TFLite()` or `SavedModel()`. Received: {format!r}"
         )
-    meant = type(format_of(path)).__name__
-    if not path.name.endswith(format.suffix) or (format.suffix == "" and format_of(path).suffix):
+    meant = _suffix_of(path)
+    if not path.name.endswith(format.suffix) or (meant and not format.suffix):
         wanted = f"ends with '{format.suffix}'" if format.suffix else "is that of a folder"
         raise ValueError(
             f"The name of a {type(format).__name__} {wanted}. Received: '{path}', which stands for "
-            f"{meant}."
+            f"{_by_suffix[meant].__name__}."
         )
