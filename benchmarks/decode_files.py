@@ -18,6 +18,7 @@ from smollm2_files import make_smollm2, smollm2_gguf
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
+from tfgptopt.exporting import TFLite
 from tfgptopt.quantization import Int4, Int8
 
 SHAPE = {"num_layers": 12, "num_heads": 12, "hidden_dim": 768, "intermediate_dim": 3072}
@@ -104,10 +105,10 @@ def write_all(name: str, folder: Path) -> None:
             write_onnx(read_decoder(model), folder / "int8.onnx", PROMPT)
         if spec is not None:
             tfgptopt.quantize_aware(model, spec)
-        tfgptopt.export(model, folder / f"{kind}.tflite", context_length=CONTEXT)
+        tfgptopt.export(model, folder / f"{kind}.tflite", TFLite(CONTEXT))
         if spec is not None and name != "smollm2":  # SmolLM2 has grouped queries.
             path = folder / f"{kind}-kv8.tflite"
-            tfgptopt.export(model, path, context_length=CONTEXT, cache_dtype="int8")
+            tfgptopt.export(model, path, TFLite(CONTEXT, cache_dtype="int8"))
     source = smollm2_gguf() if name == "smollm2" else folder / "F32.gguf"
     if name == "smollm2":
         requantize_gguf(source, folder / "F32.gguf", "ALL_F32")

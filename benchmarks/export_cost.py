@@ -23,6 +23,7 @@ def measure(kind: str) -> None:
     from decode_files import CONTEXT, make_gpt2
 
     import tfgptopt
+    from tfgptopt.exporting import TFLite
     from tfgptopt.quantization import Int4, Int8
 
     model = make_gpt2(small=False)
@@ -31,7 +32,7 @@ def measure(kind: str) -> None:
     before = peak_mb()
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        tfgptopt.export(model, Path(folder) / "gpt.tflite", context_length=CONTEXT)
+        tfgptopt.export(model, Path(folder) / "gpt.tflite", TFLite(CONTEXT))
         seconds = time.perf_counter() - start
     print(f"{kind}: {seconds:.1f} s, peak {peak_mb():.0f} MB (before it {before:.0f} MB)")
 

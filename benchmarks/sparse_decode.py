@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import tfgptopt
+from tfgptopt.exporting import TFLite
 from tfgptopt.pruning import Block
 
 
@@ -35,7 +36,7 @@ def export_variants(folder: Path, sparsities: list[float], layers: int) -> dict[
     for sparsity in sparsities:
         tfgptopt.prune(model, sparsity, Block(4, 1))
         name = f"{sparsity:.0%} blocks"
-        files[name] = tfgptopt.export(model, folder / f"{sparsity}.tflite", sparse=True)
+        files[name] = tfgptopt.export(model, folder / f"{sparsity}.tflite", TFLite(sparse=True))
         tfgptopt.finalize(model)
         model.set_weights(dense)
     return files

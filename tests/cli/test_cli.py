@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tfgptopt
+from tfgptopt.exporting import TFLite
 from tfgptopt.generation import MinP, Random, RepetitionPenalty, TopK, TopP
 
 MAIN = [sys.executable, "-m", "tfgptopt.cli.main"]
@@ -85,8 +87,8 @@ def test_optimize_does_the_whole_job_on_a_users_own_text(preset, text_files, tmp
     again = tmp_path / "again.tflite"
     result = run("export", out / "model", again, "--recipe", out / "recipe.yaml")
     assert result.returncode == 0, result.stderr
-    first = tfgptopt.TFLiteCausalLM(out / "model.tflite").metadata["weights"]
-    assert tfgptopt.TFLiteCausalLM(again).metadata["weights"] == first
+    first = tfgptopt.TFLiteCausalLM(out / "model.tflite").metadata.weights
+    assert tfgptopt.TFLiteCausalLM(again).metadata.weights == first
 
 
 @pytest.mark.slow
@@ -157,3 +159,22 @@ def test_mistakes_are_one_sentence(arguments, message, file, preset, tmp_path):
 def test_a_preset_without_weights(preset, tmp_path):
     (tmp_path / "config.json").write_bytes((preset / "config.json").read_bytes())
     assert_refused(run("export", tmp_path, tmp_path / "x.tflite"), "has no weights")
+
+
+def test_export_offers_every_setting_of_the_formats(tmp_path):
+    words = " ".join(run("export", "--help").stdout.split())
+    for field in dataclasses.fields(TFLite):
+        assert f"--{field.name.replace('_', '-')}" in words
+    result = run("export", "no/preset", tmp_path / "folder", "--cache-dtype", "int8")
+    assert_refused(result, "stands for SavedModel, which has no setting `cache_dtype`, none.")
+    result = run("export", "no/preset", tmp_path / "a.tflite", "--cache-dtype", "int4")
+    assert_refused(result, "`cache_dtype` must be one of")
+
+
+def test_settings_of_a_format_reach_the_file(preset, tmp_path):
+    path = tmp_path / "gpt.tflite"
+    options = ("--context-length", 24, "--cache-dtype", "int8")
+    result = run("export", preset, path, *options)
+    assert result.returncode == 0, result.stderr
+    decoder = tfgptopt.TFLiteCausalLM(path).metadata.decoder
+    assert (decoder.context_length, decoder.cache_dtype) == (24, "int8")

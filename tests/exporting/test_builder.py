@@ -1,21 +1,9 @@
 import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Model
-from tfgptopt.exporting.tflite.packing import pack_int4
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(-8, 7), min_size=1, max_size=33))
-def test_int4_packing_can_be_undone(values):
-    packed = pack_int4(np.asarray(values, np.int8))
-    low, high = (packed & 0xF).astype(np.int8), (packed >> 4).astype(np.int8)
-    flat = np.stack([low, high], axis=1).reshape(-1)[: len(values)]
-    assert (np.where(flat > 7, flat - 16, flat) == values).all()
 
 
 def run(build, **inputs):

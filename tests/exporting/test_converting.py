@@ -11,6 +11,7 @@ from ai_edge_litert.interpreter import Interpreter
 from decoder.families import logits, prompt, randomize
 
 import tfgptopt
+from tfgptopt.exporting import TFLite
 from tfgptopt.quantization import Int4, Int8, rounding
 
 CONTEXT = 24
@@ -45,7 +46,7 @@ def test_a_mixture_of_experts_has_the_same_interface(spec, tmp_path):
         tfgptopt.quantize_aware(model, spec)
     before = [weight.numpy() for weight in model.weights]
     with pytest.warns(UserWarning, match="No reader describes MixtralCausalLM"):
-        path = tfgptopt.export(model, tmp_path / "moe.tflite", context_length=CONTEXT)
+        path = tfgptopt.export(model, tmp_path / "moe.tflite", TFLite(context_length=CONTEXT))
     for weight, value in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(weight.numpy(), value)
     lm = tfgptopt.TFLiteCausalLM(path)
@@ -77,7 +78,7 @@ def test_a_cache_of_another_form_is_refused(tmp_path):
         warnings.catch_warnings(action="ignore"),
         pytest.raises(ValueError, match="Cannot export Own with a KV cache"),
     ):
-        tfgptopt.export(model, tmp_path / "own.tflite", context_length=CONTEXT)
+        tfgptopt.export(model, tmp_path / "own.tflite", TFLite(context_length=CONTEXT))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -134,7 +135,7 @@ def test_weights_that_the_converter_changed_are_named(tmp_path, monkeypatch):
 def test_bad_requests_leave_nothing_behind(tmp_path):
     path = tmp_path / "model.tflite"
     with pytest.raises(ValueError, match="of a causal LM only"):
-        tfgptopt.export(make_classifier(), path, context_length=8)
+        tfgptopt.export(make_classifier(), path, TFLite(context_length=8))
 
     class Undeclared(keras.Model):
         def __init__(self):

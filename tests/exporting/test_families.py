@@ -4,6 +4,7 @@ import tensorflow as tf
 from decoder.families import CONTEXT, FAMILIES, logits, make, prompt
 
 import tfgptopt
+from tfgptopt.exporting import TFLite
 from tfgptopt.generation import caches
 from tfgptopt.quantization import Int4, Int8
 
@@ -45,7 +46,7 @@ def test_float32_file_is_the_keras_model(name, tmp_path):
     model = make(name)
     model.compile(sampler="greedy")
     lm = tfgptopt.TFLiteCausalLM(
-        tfgptopt.export(model, tmp_path / "gpt.tflite", context_length=CONTEXT)
+        tfgptopt.export(model, tmp_path / "gpt.tflite", TFLite(context_length=CONTEXT))
     )
     generate = slow_generate if name in _BROKEN_CACHE else keras_generate
     for length in (1, 31, 86):
@@ -62,7 +63,7 @@ def test_integer_file_computes_as_the_dressed_model(name, spec, tmp_path):
     model = make(name)
     tfgptopt.quantize_aware(model, spec)
     lm = tfgptopt.TFLiteCausalLM(
-        tfgptopt.export(model, tmp_path / "gpt.tflite", context_length=CONTEXT)
+        tfgptopt.export(model, tmp_path / "gpt.tflite", TFLite(context_length=CONTEXT))
     )
     largest = []
     for seed in range(7):
@@ -80,7 +81,9 @@ def test_phi3_takes_the_long_factors_for_a_long_context(tmp_path):
     model = make("Phi3", pretraining_sequence_length=40)
     tokens = prompt(CONTEXT)
     for context, length in ((40, 40), (CONTEXT, CONTEXT)):
-        path = tfgptopt.export(model, tmp_path / f"{context}.tflite", context_length=context)
+        path = tfgptopt.export(
+            model, tmp_path / f"{context}.tflite", TFLite(context_length=context)
+        )
         found = file_logits(tfgptopt.TFLiteCausalLM(path), tokens[:length])
         np.testing.assert_allclose(found, logits(model, tokens[:length]), atol=1e-4)
 
@@ -89,6 +92,6 @@ def test_a_context_is_needed_only_where_positions_are_learned(tmp_path):
     free = tfgptopt.TFLiteCausalLM(tfgptopt.export(make("Llama"), tmp_path / "llama.tflite"))
     assert free.context_length == 1024
     with pytest.raises(ValueError, match=f"from 2 to {CONTEXT}"):
-        tfgptopt.export(make("OPT"), tmp_path / "opt.tflite", context_length=CONTEXT + 1)
+        tfgptopt.export(make("OPT"), tmp_path / "opt.tflite", TFLite(context_length=CONTEXT + 1))
     with pytest.raises(ValueError, match="an int >= 2"):
-        tfgptopt.export(make("Llama"), tmp_path / "gpt.tflite", context_length=0)
+        tfgptopt.export(make("Llama"), tmp_path / "gpt.tflite", TFLite(context_length=0))

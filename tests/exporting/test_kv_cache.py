@@ -4,6 +4,7 @@ import pytest
 from conftest import VOCABULARY, make_gpt
 
 import tfgptopt
+from tfgptopt.exporting import TFLite
 from tfgptopt.generation import caches
 
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 300).tolist()
@@ -17,7 +18,7 @@ def model():
 @pytest.fixture(scope="module", params=["float32", "int8"])
 def lm(request, model, tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "gpt.tflite"
-    return tfgptopt.TFLiteCausalLM(tfgptopt.export(model, path, cache_dtype=request.param))
+    return tfgptopt.TFLiteCausalLM(tfgptopt.export(model, path, TFLite(cache_dtype=request.param)))
 
 
 def held(engine, cache, name):
@@ -29,7 +30,7 @@ def held(engine, cache, name):
 def test_int8_rows_are_the_floats_rounded_to_their_largest(model, tmp_path):
     found = []
     for dtype in ("float32", "int8"):
-        file = tfgptopt.export(model, tmp_path / f"{dtype}.tflite", cache_dtype=dtype)
+        file = tfgptopt.export(model, tmp_path / f"{dtype}.tflite", TFLite(cache_dtype=dtype))
         engine = tfgptopt.TFLiteCausalLM(file)._engine
         cache = engine.new_cache()
         engine.read(cache, TOKENS[:150])  # Chunks, and single tokens.
@@ -56,7 +57,7 @@ def expected(model):
 
 def tolerance(lm, expected):
     """Rounded keys and values differ by 1/254 of the largest of a row at most."""
-    exact = lm.metadata["decoder"]["cache_dtype"] == "float32"
+    exact = lm.metadata.decoder.cache_dtype == "float32"
     return 1e-4 if exact else 0.02 * expected.std()
 
 
@@ -207,18 +208,18 @@ def test_a_cache_begins_with_zeros_where_memory_is_used_again(lm):
 
 def test_what_has_no_int8_cache_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match=r"`cache_dtype` must be one of .* Received: 'float16'"):
-        tfgptopt.export(model, tmp_path / "a.tflite", cache_dtype="float16")
-    with pytest.raises(ValueError, match=r"are for a \.tflite file only"):
-        tfgptopt.export(model, tmp_path / "saved", cache_dtype="int8")
+        tfgptopt.export(model, tmp_path / "a.tflite", TFLite(cache_dtype="float16"))
+    with pytest.raises(ValueError, match=r"TFLite ends with '\.tflite'\. .* SavedModel"):
+        tfgptopt.export(model, tmp_path / "saved", TFLite(cache_dtype="int8"))
     grouped = keras_hub.models.LlamaBackbone(VOCABULARY, 1, 4, 32, 48, 2)
     llama = keras_hub.models.LlamaCausalLM(grouped, preprocessor=None)
     with pytest.raises(ValueError, match=r"4 heads on 2 it is no faster"):
-        tfgptopt.export(llama, tmp_path / "a.tflite", 64, cache_dtype="int8")
+        tfgptopt.export(llama, tmp_path / "a.tflite", TFLite(64, cache_dtype="int8"))
     mixture = keras_hub.models.MixtralBackbone(VOCABULARY, 1, 4, 32, 48, 2, num_experts=2)
     with pytest.raises(ValueError, match="needs a reader for MixtralCausalLM"):
         tfgptopt.export(
             keras_hub.models.MixtralCausalLM(mixture, preprocessor=None),
             tmp_path / "a.tflite",
-            cache_dtype="int8",
+            TFLite(cache_dtype="int8"),
         )
     assert list(tmp_path.iterdir()) == []

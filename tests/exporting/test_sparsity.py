@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import tfgptopt
 from tfgptopt.decoder.spec import Matrix
+from tfgptopt.exporting import TFLite
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.pruning import Block
@@ -37,7 +38,7 @@ def test_a_sparse_file_is_smaller_and_generates_the_same(tmp_path):
     model = make_gpt()
     tfgptopt.prune(model, 0.8, Block(4, 1))
     dense = tfgptopt.export(model, tmp_path / "dense.tflite")
-    sparse = tfgptopt.export(model, tmp_path / "sparse.tflite", sparse=True)
+    sparse = tfgptopt.export(model, tmp_path / "sparse.tflite", TFLite(sparse=True))
     saved = dense.stat().st_size - sparse.stat().st_size
     kernels = sum(row.shape[0] * row.shape[1] for row in tfgptopt.pruning.report(model).rows)
     assert saved > 4 * kernels * 0.6
@@ -52,12 +53,12 @@ def test_refused_where_nothing_can_be_left_out(tmp_path):
     for prepare in (lambda: None, lambda: tfgptopt.prune(model, 0.5)):
         prepare()
         with pytest.raises(ValueError, match=r"Prune with `Block\(4, 1\)`"):
-            tfgptopt.export(model, tmp_path / "m.tflite", sparse=True)
+            tfgptopt.export(model, tmp_path / "m.tflite", TFLite(sparse=True))
     model = make_gpt()
     tfgptopt.prune(model, 0.9, Block(4, 1))
     tfgptopt.quantize_aware(model, Int8())
     with pytest.raises(ValueError, match="no kernel for sparse integers"):
-        tfgptopt.export(model, tmp_path / "m.tflite", sparse=True)
-    with pytest.raises(ValueError, match=r"for a \.tflite file only"):
-        tfgptopt.export(model, tmp_path / "folder", sparse=True)
+        tfgptopt.export(model, tmp_path / "m.tflite", TFLite(sparse=True))
+    with pytest.raises(ValueError, match=r"TFLite ends with '\.tflite'"):
+        tfgptopt.export(model, tmp_path / "folder", TFLite(sparse=True))
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ from ai_edge_litert.interpreter import Interpreter
 from conftest import CONTEXT, make_gpt
 
 import tfgptopt
+from tfgptopt.exporting import TFLite
 from tfgptopt.model.targets import select, target_of
 from tfgptopt.quantization import Int4, Int8, rounding
 
@@ -165,15 +166,15 @@ def test_builtin_operators_only_and_the_table_once(trained, tmp_path):
 
 def test_metadata(trained, tmp_path):
     metadata = tfgptopt.TFLiteCausalLM(tfgptopt.export(trained, tmp_path / "g.tflite")).metadata
-    names = [technique["name"] for technique in metadata["recipe"]["techniques"]]
+    names = [technique["name"] for technique in metadata.recipe["techniques"]]
     assert names == ["prune", "quantize_aware"]
-    assert metadata["source"]["class"] == "GPT2CausalLM"
-    assert metadata["source"]["config"]["num_layers"] == 2
-    assert metadata["weights"]["parameters"] == trained.count_params()
+    assert metadata.source.class_name == "GPT2CausalLM"
+    assert metadata.source.config["num_layers"] == 2
+    assert metadata.weights.parameters == trained.count_params()
 
 
 def test_a_shorter_context(gpt, tmp_path):
-    path = tfgptopt.export(gpt, tmp_path / "gpt.tflite", context_length=20)
+    path = tfgptopt.export(gpt, tmp_path / "gpt.tflite", TFLite(context_length=20))
     lm = tfgptopt.TFLiteCausalLM(path)
     prompt = prompts(gpt, 1)[0]
     assert lm.generate(prompt, stop=None) == greedy(gpt, prompt, 12)
@@ -181,9 +182,11 @@ def test_a_shorter_context(gpt, tmp_path):
 
 def test_bad_targets_leave_nothing_behind(gpt, tmp_path):
     path = tmp_path / "gpt.tflite"
-    for length in (1, CONTEXT + 1, "8"):
-        with pytest.raises(ValueError, match=f"an int from 2 to {CONTEXT}"):
-            tfgptopt.export(gpt, path, context_length=length)
+    with pytest.raises(ValueError, match=f"an int from 2 to {CONTEXT}"):
+        tfgptopt.export(gpt, path, TFLite(context_length=CONTEXT + 1))
+    for length in (1, "8", True):
+        with pytest.raises(ValueError, match="must be an int >= 2"):
+            TFLite(context_length=length)
     import keras
 
     with pytest.raises(ValueError, match="not built"):

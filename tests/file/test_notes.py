@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tfgptopt.generation import TFLiteCausalLM, container, notes, runtime, weight_cache
+from tfgptopt.file import container, notes
+from tfgptopt.generation import TFLiteCausalLM, runtime, weight_cache
 
 PROMPT = [5, 6, 7]
 

@@ -9,7 +9,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.file.container import read_container, seal
-from tfgptopt.generation import TFLiteCausalLM, container
+from tfgptopt.file.metadata import FORMAT_VERSION
+from tfgptopt.generation import TFLiteCausalLM
 
 
 def rewritten(data: bytes, change) -> bytes:
@@ -70,7 +71,7 @@ def test_files_of_others(tmp_path):
 
 def test_a_newer_format_and_missing_fields(path, tmp_path):
     def newer(metadata):
-        metadata["format_version"] = container.FORMAT_VERSION + 1
+        metadata["format_version"] = FORMAT_VERSION + 1
 
     whole = path.read_bytes()
     refused(tmp_path / "a.tflite", rewritten(whole, newer), "Update tfgptopt")

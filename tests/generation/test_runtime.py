@@ -124,7 +124,7 @@ def test_a_stream_that_is_broken_off_changes_nothing_for_the_next(lm):
 
 def test_score_is_the_log_softmax_of_the_dressed_model(lm, trained):
     text = "import re\n"
-    ids = [lm.metadata["generation"]["start_token_id"], *lm.tokenize(text)]
+    ids = [lm.metadata.generation.start_token_id, *lm.tokenize(text)]
     inputs = {"token_ids": np.asarray([ids]), "padding_mask": np.ones((1, len(ids)), np.int32)}
     logits = trained(inputs)[0]
     expected = tf.nn.log_softmax(logits).numpy()[np.arange(len(ids) - 1), ids[1:]]

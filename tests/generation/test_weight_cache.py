@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tfgptopt.generation import TFLiteCausalLM, notes, weight_cache
+from tfgptopt.file import notes
+from tfgptopt.generation import TFLiteCausalLM, weight_cache
 
 PROMPT = [5, 6, 7]
 

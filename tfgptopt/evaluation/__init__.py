@@ -84,7 +84,7 @@ def evaluate(
     if prompt is None:
         inputs, _, _ = next(data.as_numpy_iterator())
         prompt = inputs["token_ids"][0, :16].tolist()
-    loaded: dict[str, Any] = {
+    loaded: dict[str, keras_hub.models.CausalLM | TFLiteCausalLM] = {
         name: TFLiteCausalLM(m) if isinstance(m, str | Path) else m for name, m in models.items()
     }
     speeds = compare_speed(loaded, list(prompt), new_tokens, runs)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+import tensorflow as tf
 
 # Windows read for counting, so that memory does not grow with the corpus.
 _MOST_TOKENS = 5_000_000
 _STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
-def _pairs(dataset: Any, most: int) -> np.ndarray:
+def _pairs(dataset: tf.data.Dataset, most: int) -> np.ndarray:
     """Returns pairs of following tokens, int64 `(pairs, 2)`."""
     found, total = [], 0
     for inputs, labels, weights in dataset.as_numpy_iterator():
@@ -23,7 +22,7 @@ def _pairs(dataset: Any, most: int) -> np.ndarray:
     return np.concatenate(found).astype(np.int64)
 
 
-def bigram_loss(train: Any, validation: Any, vocabulary_size: int) -> float:
+def bigram_loss(train: tf.data.Dataset, validation: tf.data.Dataset, vocabulary_size: int) -> float:
     """Returns the held-out loss of a bigram model with Dirichlet smoothing towards unigrams.
 
     The strength of the smoothing is chosen on the validation data, in favour of the bigram model.

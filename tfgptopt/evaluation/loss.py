@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import keras
 import numpy as np
@@ -29,7 +28,9 @@ def keras_loss(model: keras.Model, dataset: tf.data.Dataset) -> float:
     """
 
     @tf.function(reduce_retracing=True)
-    def batch_loss(inputs: Any, labels: Any, weights: Any) -> tuple[Any, Any]:
+    def batch_loss(
+        inputs: dict[str, tf.Tensor], labels: tf.Tensor, weights: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         logits = tf.cast(model(inputs, training=False), tf.float32)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         return tf.reduce_sum(losses * weights), tf.reduce_sum(weights)

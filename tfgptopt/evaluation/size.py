@@ -68,10 +68,10 @@ def keras_size(model: keras.Model) -> Size:
 
 def tflite_size(path: Path) -> Size:
     """Returns the size of an exported file."""
-    weights = read_metadata(path)["weights"]
+    weights = read_metadata(path).weights
     return Size(
-        parameters=weights["parameters"],
-        nonzero_share=weights["nonzero"] / weights["parameters"],
+        parameters=weights.parameters,
+        nonzero_share=weights.nonzero / weights.parameters,
         file_bytes=path.stat().st_size,
         gzip_bytes=gzip_size(path),
     )

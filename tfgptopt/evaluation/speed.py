@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import keras_hub
 import numpy as np
@@ -28,18 +27,18 @@ class Speed:
     tokens_per_second: float
 
 
-def _seconds(call: Callable[[], Any]) -> float:
+def _seconds(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def _keras_calls(
-    model: Any, prompt: list[int], new_tokens: int
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    model: keras_hub.models.CausalLM, prompt: list[int], new_tokens: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
     """Returns generation of one and of many tokens with KerasHub's compiled `generate_step`."""
 
-    def call(count: int) -> Callable[[], Any]:
+    def call(count: int) -> Callable[[], object]:
         length = len(prompt) + count
         token_ids = np.zeros((1, length), np.int32)
         token_ids[0, : len(prompt)] = prompt
@@ -53,9 +52,9 @@ def _keras_calls(
 
 def _tflite_calls(
     lm: TFLiteCausalLM, prompt: list[int], new_tokens: int
-) -> tuple[Callable[[], Any], Callable[[], Any]]:
-    def call(count: int) -> Callable[[], Any]:
-        def timed() -> Any:
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    def call(count: int) -> Callable[[], object]:
+        def timed() -> object:
             lm.reset()  # Else the prompt would not be read again.
             return lm.generate(prompt, max_length=len(prompt) + count, stop=None)
 
@@ -65,7 +64,10 @@ def _tflite_calls(
 
 
 def compare_speed(
-    models: dict[str, Any], prompt: list[int], new_tokens: int = 96, runs: int = 5
+    models: Mapping[str, keras_hub.models.CausalLM | TFLiteCausalLM],
+    prompt: list[int],
+    new_tokens: int = 96,
+    runs: int = 5,
 ) -> dict[str, Speed]:
     """Measures greedy generation of several models side by side.
 
@@ -83,11 +85,12 @@ def compare_speed(
     samplers = {n: getattr(m, "sampler", None) for n, m in models.items()}
     calls = {}
     for name, model in models.items():
-        is_keras = isinstance(model, keras_hub.models.CausalLM)
-        if is_keras:
-            model.sampler = keras_hub.samplers.GreedySampler()
-            model.generate_function = None
-        calls[name] = (_keras_calls if is_keras else _tflite_calls)(model, prompt, new_tokens)
+        if isinstance(model, TFLiteCausalLM):
+            calls[name] = _tflite_calls(model, prompt, new_tokens)
+            continue
+        model.sampler = keras_hub.samplers.GreedySampler()
+        model.generate_function = None
+        calls[name] = _keras_calls(model, prompt, new_tokens)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for run in range(runs + 1):
         for name, (one, many) in calls.items():

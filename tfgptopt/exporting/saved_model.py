@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import keras_hub
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.exporting.tflite.packing import pack_int4
 from tfgptopt.exporting.tokenizers import end_token_ids
-from tfgptopt.file.replacing import replacing
 from tfgptopt.model.changing import retrace
-from tfgptopt.quantization import layers, rounding
+from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import Integers, read_integers
 from tfgptopt.quantization.quantizers import quantizers_of
+
+# Tensors, or their specs, in the structure that a model takes or gives.
+_Tensors = Any
 
 
 class _StoredWeight(tf.Module):
@@ -27,22 +29,19 @@ class _StoredWeight(tf.Module):
     def __init__(self, stored: Integers) -> None:
         super().__init__()
         self._shape, self._grid = stored.integers.shape, stored.grid
-        integers = stored.integers
-        if stored.grid.bits == 4:
-            integers = pack_int4(integers)
+        integers = self._grid.number.pack(stored.integers)
         self.integers = tf.Variable(integers, trainable=False, name="integers")
         self.scale = tf.Variable(stored.scale, trainable=False, name="scale")
 
     def floats(self) -> tf.Tensor:
         """Returns the rounded weights as float32."""
-        integers = tf.convert_to_tensor(self.integers)
-        if self._grid.bits == 4:
-            pairs = tf.cast(integers, tf.int32)
-            halves = tf.stack([pairs & 15, pairs // 16], axis=-1)
-            flat = tf.reshape((halves ^ 8) - 8, (-1,))[: int(np.prod(self._shape))]
+        integers, number = tf.convert_to_tensor(self.integers), self._grid.number
+        if number.per_byte > 1:
+            places = tf.stack(number.places(tf.cast(integers, tf.int32)), axis=-1)
+            flat = tf.reshape(places, (-1,))[: int(np.prod(self._shape))]
             integers = tf.reshape(flat, self._shape)
         values = tf.cast(tf.ensure_shape(integers, self._shape), tf.float32)
-        return rounding.dequantize(values, tf.convert_to_tensor(self.scale), self._grid)
+        return self._grid.decode(values, tf.convert_to_tensor(self.scale))
 
 
 class _Weights(tf.Module):
@@ -77,22 +76,22 @@ class _Weights(tf.Module):
                 stack.enter_context(keras.StatelessScope(state_mapping=mapping))
             yield
 
-    def using(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def using(self, function: Callable[..., _Tensors]) -> Callable[..., _Tensors]:
         """Returns a function that computes with the stored weights."""
 
-        def run(*args: Any) -> Any:
+        def run(*args: _Tensors) -> _Tensors:
             with self.in_use():
                 return function(*args)
 
         return run
 
 
-def _generate_function(model: Any) -> Any:
+def _generate_function(model: keras_hub.models.CausalLM) -> Callable[..., dict[str, tf.Tensor]]:
     """Returns greedy generation as a TensorFlow function of padded prompts."""
     sampler = keras_hub.samplers.GreedySampler()
     stop = tuple(end_token_ids(getattr(model.preprocessor, "tokenizer", None))) or None
 
-    def generate(token_ids: Any, padding_mask: Any) -> Any:
+    def generate(token_ids: tf.Tensor, padding_mask: tf.Tensor) -> dict[str, tf.Tensor]:
         previous = getattr(model, "sampler", None)
         model.sampler = sampler
         try:
@@ -108,44 +107,59 @@ def _generate_function(model: Any) -> Any:
     return generate
 
 
-def write_saved_model(model: keras.Model, target: Path) -> None:
-    """Writes a model, dressed or plain, as a SavedModel. Rounded weights are stored as integers.
+def _signature(model: keras.Model) -> list[_Tensors]:
+    """Returns the inputs of a model with a free batch size.
 
-    Args:
-        model: A built Keras model.
-        target: The folder.
+    Raises:
+        ValueError: If it has not declared them.
     """
-    weights = _Weights(model)
-    archive = keras.export.ExportArchive()
-    archive.track(weights)
-
-    def serve(inputs: Any) -> Any:
-        return model(inputs, training=False)
-
-    if isinstance(model, keras_hub.models.CausalLM):
-        names = ("token_ids", "padding_mask")
-        spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
-        archive.add_endpoint("serve", weights.using(serve), [spec])
-        generate = weights.using(_generate_function(model))
-        archive.add_endpoint("generate", generate, list(spec.values()))
-    else:
-        archive.add_endpoint("serve", weights.using(serve), _signature(model))
-    with replacing(target) as temporary:
-        archive.write_out(str(temporary), verbose=False)
-    retrace(model)
-
-
-def _signature(model: keras.Model) -> list[Any]:
-    """Returns the inputs of a model with a free batch size."""
     if not getattr(model, "inputs", None):
         raise ValueError(
             f"'{model.name}' has no declared inputs: call it on a batch, or build it as a "
             "Sequential or Functional model, before exporting."
         )
 
-    def spec(tensor: Any) -> tf.TensorSpec:
+    def spec(tensor: keras.KerasTensor) -> tf.TensorSpec:
         return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, name=tensor.name)
 
     # A Sequential that was never called has inputs, but no `input`.
     inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     return [keras.tree.map_structure(spec, inputs)]
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A folder that TensorFlow loads and calls without Keras, rounded weights as integers.
+
+    It has the signature `serve`, and `generate` for a causal LM.
+    """
+
+    suffix: ClassVar[str] = ""
+
+    def write(self, model: keras.Model, target: Path) -> None:
+        """Writes a built model, dressed or plain.
+
+        Args:
+            model: The model.
+            target: The folder, which is not there.
+
+        Raises:
+            ValueError: If the model has no declared inputs.
+        """
+        weights = _Weights(model)
+        archive = keras.export.ExportArchive()
+        archive.track(weights)
+
+        def serve(inputs: _Tensors) -> _Tensors:
+            return model(inputs, training=False)
+
+        if isinstance(model, keras_hub.models.CausalLM):
+            names = ("token_ids", "padding_mask")
+            spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
+            archive.add_endpoint("serve", weights.using(serve), [spec])
+            generate = weights.using(_generate_function(model))
+            archive.add_endpoint("generate", generate, list(spec.values()))
+        else:
+            archive.add_endpoint("serve", weights.using(serve), _signature(model))
+        archive.write_out(str(target), verbose=False)
+        retrace(model)

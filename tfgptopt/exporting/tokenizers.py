@@ -17,7 +17,9 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import decoders, models, normalizers
 
-_SCHEMA: Any = sentencepiece_model_pb2  # Its classes are made at run time.
+# Their classes are made at run time.
+_SCHEMA: Any = sentencepiece_model_pb2
+_Proto = Any
 _TURN = "<end_of_turn>"
 _SPACE = "▁"  # SentencePiece's mark of a space.
 _UNWRITABLE = "\0"
@@ -35,7 +37,7 @@ _PROBES = (
 )
 
 
-def tokenizer_json(tokenizer: Any) -> str:
+def tokenizer_json(tokenizer: keras_hub.tokenizers.Tokenizer) -> str:
     """Returns a tokenizer in the format of the `tokenizers` library.
 
     Args:
@@ -59,7 +61,7 @@ def tokenizer_json(tokenizer: Any) -> str:
     return str(rebuilt.to_str())
 
 
-def _rebuild(proto: Any) -> tokenizers.Tokenizer:
+def _rebuild(proto: _Proto) -> tokenizers.Tokenizer:
     """Returns a tokenizer that splits as a SentencePiece model does."""
     piece = _SCHEMA.ModelProto.SentencePiece
     control = [p.piece for p in proto.pieces if p.type == piece.CONTROL]
@@ -67,7 +69,7 @@ def _rebuild(proto: Any) -> tokenizers.Tokenizer:
     unigram = proto.trainer_spec.model_type == _SCHEMA.TrainerSpec.UNIGRAM
     rebuilt = tokenizers.Tokenizer(_unigram(proto) if unigram else _byte_pairs(proto))
     prefix = proto.normalizer_spec.add_dummy_prefix
-    steps: list[Any] = []
+    steps: list[normalizers.Normalizer] = []
     if proto.normalizer_spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(proto.normalizer_spec.precompiled_charsmap))
     if proto.normalizer_spec.remove_extra_whitespaces:
@@ -91,7 +93,7 @@ def _rebuild(proto: Any) -> tokenizers.Tokenizer:
     return rebuilt
 
 
-def _byte_pairs(proto: Any) -> models.BPE:
+def _byte_pairs(proto: _Proto) -> models.BPE:
     """Returns the merges that lead to each piece, the best piece first."""
     piece = _SCHEMA.ModelProto.SentencePiece
     ids = {p.piece: i for i, p in enumerate(proto.pieces)}
@@ -111,7 +113,7 @@ def _byte_pairs(proto: Any) -> models.BPE:
     )
 
 
-def _unigram(proto: Any) -> models.Unigram:
+def _unigram(proto: _Proto) -> models.Unigram:
     piece = _SCHEMA.ModelProto.SentencePiece
     lowest = min(p.score for p in proto.pieces)
     scores = []
@@ -125,7 +127,7 @@ def _unigram(proto: Any) -> models.Unigram:
     return models.Unigram(scores, unk_id=proto.trainer_spec.unk_id, byte_fallback=fallback)
 
 
-def _probes(proto: Any) -> list[str]:
+def _probes(proto: _Proto) -> list[str]:
     """Returns texts that try a tokenizer: known hard ones, and its own pieces in any order."""
     generator = random.Random(0)
     byte = _SCHEMA.ModelProto.SentencePiece.BYTE
@@ -134,7 +136,9 @@ def _probes(proto: Any) -> list[str]:
     return [*_PROBES, *mixed]
 
 
-def _check_equal(tokenizer: Any, rebuilt: tokenizers.Tokenizer, proto: Any) -> None:
+def _check_equal(
+    tokenizer: keras_hub.tokenizers.Tokenizer, rebuilt: tokenizers.Tokenizer, proto: _Proto
+) -> None:
     """Raises unless both tokenizers give the same ids for texts, and the same text for those."""
     for text in _probes(proto):
         expected = np.asarray(tokenizer.tokenize(text)).tolist()
@@ -148,7 +152,7 @@ def _check_equal(tokenizer: Any, rebuilt: tokenizers.Tokenizer, proto: Any) -> N
             )
 
 
-def end_token_ids(tokenizer: Any) -> list[int]:
+def end_token_ids(tokenizer: keras_hub.tokenizers.Tokenizer | None) -> list[int]:
     """Returns the tokens at which generation stops: the end of a text, and of a turn in a chat.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a tfgptopt file says of itself: the metadata inside the `.tflite`, and its checksum.
+"""Reads what a tfgptopt file says of itself, and makes sure that the file is whole.
 
 The checksum covers the whole file and stands behind it, in 16 bytes that the flatbuffer does not
 know of. It guards LiteRT against damage, which can crash it; it is no signature.
@@ -7,21 +7,18 @@ know of. It guards LiteRT against damage, which can crash it; it is no signature
 from __future__ import annotations
 
 import hashlib
-import json
 import mmap
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.file import notes
-
-METADATA_NAME = "tfgptopt"
-FORMAT_VERSION = 4
+from tfgptopt.file.metadata import METADATA_NAME, Metadata
 
 _SEAL = b"TFGPTOPT"
 _SEAL_BYTES = len(_SEAL) + 8
@@ -29,7 +26,6 @@ _BLOCK = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
 # Not `st_ctime`: a link made meanwhile would change it, and the content would be the same.
 _IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
-_FIELDS = ("decoder", "generation", "signatures", "tokenizer", "weights")
 
 
 @dataclass(frozen=True)
@@ -37,12 +33,12 @@ class Container:
     """A file that was found whole.
 
     Attributes:
-        metadata: What the file says of itself; `docs/tflite_format.md` lists the fields.
+        metadata: What the file says of itself.
         content_hash: Differs between files of different content.
         stat: Of the file when it was read.
     """
 
-    metadata: dict[str, Any]
+    metadata: Metadata
     content_hash: str
     stat: os.stat_result
 
@@ -107,15 +103,14 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 blob = _find(data)
-                metadata = None if blob is None else dict(json.loads(blob))
             except Exception as error:
                 raise ValueError(f"'{path}' is damaged or was cut off ({error!r}).") from None
-    if blob is None or metadata is None:
+    if blob is None:
         raise ValueError(
             f"'{path}' is a TFLite file, but was not written by tfgptopt: it has no metadata named "
             f"'{METADATA_NAME}'. Write it with `tfgptopt.export(model, path)`."
         )
-    _check_metadata(path, metadata)
+    metadata = Metadata.from_json(blob, f"'{path}'")
     if crc is None:
         raise ValueError(
             f"'{path}' is damaged or was cut off: the checksum at its end is missing. "
@@ -125,13 +120,21 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
     return Container(metadata, name, stat)
 
 
-def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Returns the metadata of a file; see `read_container`."""
+def read_metadata(path: str | Path) -> Metadata:
+    """Returns the metadata of a file.
+
+    Raises:
+        FileNotFoundError, ValueError: As `read_container`.
+    """
     return read_container(path).metadata
 
 
 def _verify(path: Path, file: BinaryIO, stat: os.stat_result, folder: Path | None) -> int | None:
-    """Returns the checksum of a file, which must be right, or `None` if the file has none."""
+    """Returns the checksum of a file, or `None` if the file has none.
+
+    Raises:
+        ValueError: If it is wrong.
+    """
     file.seek(max(0, stat.st_size - _SEAL_BYTES))
     end = file.read(_SEAL_BYTES)
     if not end.startswith(_SEAL):
@@ -149,21 +152,7 @@ def _verify(path: Path, file: BinaryIO, stat: os.stat_result, folder: Path | Non
     return crc
 
 
-def _check_metadata(path: Path, metadata: dict[str, Any]) -> None:
-    version = metadata.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"'{path}' is damaged: its format version is {version!r}.")
-    if version != FORMAT_VERSION:
-        remedy = "Update tfgptopt." if version > FORMAT_VERSION else "Export the model again."
-        raise ValueError(
-            f"'{path}' has format {version}; this tfgptopt reads format {FORMAT_VERSION}. {remedy}"
-        )
-    missing = [field for field in _FIELDS if field not in metadata]
-    if missing:
-        raise ValueError(f"'{path}' is damaged: its metadata lacks {', '.join(missing)}.")
-
-
-def _find(data: Any) -> bytes | None:
+def _find(data: mmap.mmap) -> bytes | None:
     """Returns our metadata, after touching the ends of every buffer of the file."""
     model = schema.Model.GetRootAs(data, 0)
     for i in range(model.BuffersLength()):
@@ -173,5 +162,5 @@ def _find(data: Any) -> bytes | None:
     for i in range(model.MetadataLength()):
         entry = model.Metadata(i)
         if entry.Name() == METADATA_NAME.encode():
-            return model.Buffers(entry.Buffer()).DataAsNumpy().tobytes()
+            return bytes(model.Buffers(entry.Buffer()).DataAsNumpy())
     return None

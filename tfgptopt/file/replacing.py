@@ -33,8 +33,16 @@ def check_target(path: str | Path, overwrite: bool) -> Path:
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `target`, renamed to it at the end, removed on an error."""
+    """Yields a temporary path beside `target`, renamed to it at the end, removed on an error.
+
+    Args:
+        target: What is to be written. Folders above it are made, and removed on an error.
+
+    Raises:
+        ValueError: If it cannot be written.
+    """
     parent = target.absolute().parent
+    made = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     try:
         parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
@@ -46,5 +54,9 @@ def replacing(target: Path) -> Iterator[Path]:
         if target.is_dir() and not target.is_symlink():
             target.rename(folder / "replaced")
         temporary.replace(target)
+        made = []
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        for empty in made:
+            with contextlib.suppress(OSError):
+                empty.rmdir()

@@ -7,10 +7,14 @@ a long cache. Files that cannot be resized have caches of the whole context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.tensor_buffer import TensorBuffer
+
+from tfgptopt.file.metadata import DecoderShape
+
+Buffers = dict[str, TensorBuffer]
 
 # Positions of a new cache, and the least that it grows by; from 2,048 on, an eighth.
 _STEP = 128
@@ -37,7 +41,7 @@ class Cache:
         tokens: The tokens that are held.
     """
 
-    def __init__(self, buffers: dict[str, Any], positions: int) -> None:
+    def __init__(self, buffers: Buffers, positions: int) -> None:
         self.buffers = buffers
         self.positions = positions
         self.tokens: list[int] = []
@@ -60,18 +64,18 @@ class Caches:
         decoder: What the file says of the decoder.
     """
 
-    def __init__(self, model: CompiledModel, name: str, decoder: dict[str, Any]) -> None:
+    def __init__(self, model: CompiledModel, name: str, decoder: DecoderShape) -> None:
         self._model = model
         self._name = name
-        self._context_length: int = decoder["context_length"]
-        self._layers: int = decoder["num_layers"]
-        self._resizable: bool = decoder["resizable"]
+        self._context_length = decoder.context_length
+        self._layers = decoder.num_layers
+        self._resizable = decoder.resizable
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
         # Positions that each signature takes.
         self._sizes = dict.fromkeys(signatures, self._context_length)
         # Heads, numbers for each position, and dtype of each part of a cache.
-        self._parts: dict[str, tuple[int, int, Any]] = {}
+        self._parts: dict[str, tuple[int, int, np.dtype[np.generic]]] = {}
         for key, tensor in model.get_input_tensor_details(name).items():
             if key not in ("tokens", "position"):
                 heads, _, size = (int(n) for n in tensor["shape"])
@@ -140,7 +144,7 @@ class Caches:
             cache.buffers, cache.positions, cache.tokens = {}, 0, []
             raise
 
-    def _grow_layer(self, cache: Cache, layer: int, rooms: dict[str, Any]) -> None:
+    def _grow_layer(self, cache: Cache, layer: int, rooms: Buffers) -> None:
         names = [name for name in self._inputs[_GROW] if name not in rooms]
         inputs = {name: cache.buffers[f"{name}_{layer}"] for name in names}
         outputs = {name: self._model.create_output_buffer_by_name(_GROW, name) for name in names}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tokenizers
+
+from tfgptopt.file.metadata import Metadata
 
 Prompt = str | Sequence[int] | np.ndarray
 StopLike = str | int | Sequence[str | int] | None
@@ -26,22 +27,22 @@ class Codec:
 
     Args:
         metadata: Of the file.
-        vocabulary_size: Number of tokens that the model knows.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model.
     """
 
-    def __init__(self, metadata: dict[str, Any], vocabulary_size: int) -> None:
-        self.vocabulary_size = vocabulary_size
-        self.start_token_id: int | None = metadata["generation"]["start_token_id"]
-        self.end_token_ids = frozenset[int](metadata["generation"]["end_token_ids"])
-        blob = metadata["tokenizer"]
+    def __init__(self, metadata: Metadata) -> None:
+        self.vocabulary_size = metadata.decoder.vocabulary_size
+        self.start_token_id = metadata.generation.start_token_id
+        self.end_token_ids = frozenset(metadata.generation.end_token_ids)
+        blob = metadata.tokenizer
         self._tokenizer = tokenizers.Tokenizer.from_str(blob) if blob else None
         size = self._tokenizer.get_vocab_size() if self._tokenizer else 0
-        if size > vocabulary_size:
+        known = self.vocabulary_size
+        if size > known:
             raise ValueError(
-                f"The file's tokenizer has {size} tokens, and its model only {vocabulary_size}. "
+                f"The file's tokenizer has {size} tokens, and its model only {known}. "
                 "Export the model with the tokenizer that it was trained with."
             )
 
@@ -60,7 +61,11 @@ class Codec:
         return self._tokenizer
 
     def tokenize(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without a start token."""
+        """Returns the token ids of a text, without a start token.
+
+        Raises:
+            ValueError: If the text cannot be encoded, or there is no tokenizer.
+        """
         try:
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
             lossless = self.tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -76,7 +81,11 @@ class Codec:
         return text
 
     def encode(self, prompt: Prompt, start: bool = True) -> list[int]:
-        """Checks a prompt and returns its ids; a text gets the start token if `start` is true."""
+        """Checks a prompt and returns its ids; a text gets the start token if `start` is true.
+
+        Raises:
+            ValueError: If it is empty, cannot be encoded or has ids that the model does not know.
+        """
         if isinstance(prompt, bytes):
             raise ValueError(
                 "A prompt is text or a list of token ids. Received bytes: decode them."
@@ -109,7 +118,7 @@ class Codec:
             return Stop()
         if isinstance(stop, str) and stop == "auto":
             return Stop(end)
-        entries: list[Any] = [stop] if isinstance(stop, str | int) else list(stop)
+        entries: list[str | int] = [stop] if isinstance(stop, str | int) else list(stop)
         texts = tuple(entry for entry in entries if isinstance(entry, str))
         ids = {e for e in entries if isinstance(e, int | np.integer) and not isinstance(e, bool)}
         if len(texts) + len([e for e in entries if not isinstance(e, str) and e in ids]) < len(

@@ -7,7 +7,6 @@ import functools
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import ai_edge_litert
 import numpy as np
@@ -16,19 +15,13 @@ from ai_edge_litert.environment import Environment, EnvironmentOptions
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from tfgptopt.file.container import Container
+from tfgptopt.file.metadata import Signature
 from tfgptopt.generation import weight_cache
-from tfgptopt.generation.caches import Cache, Caches
+from tfgptopt.generation.caches import Buffers, Cache, Caches
 from tfgptopt.terminal.quiet import quiet_native_logs
 
 # One call costs about as much as reading so many tokens more: the weights come from memory once.
 _TOKENS_PER_CALL = 16
-
-
-class Signature(NamedTuple):
-    """What reads so many tokens at once."""
-
-    length: int
-    name: str
 
 
 class Engine:
@@ -47,13 +40,11 @@ class Engine:
     def __init__(
         self, path: Path, container: Container, num_threads: int, folder: Path | None
     ) -> None:
-        decoder, signatures = container.metadata["decoder"], container.metadata["signatures"]
-        self.context_length: int = decoder["context_length"]
-        self.vocabulary_size: int = decoder["vocabulary_size"]
-        (self._decode,), self._prefill, self._score = (
-            sorted(Signature(length, name) for name, length in signatures[kind].items())
-            for kind in ("decode", "prefill", "score")
-        )
+        decoder, signatures = container.metadata.decoder, container.metadata.signatures
+        self.context_length = decoder.context_length
+        self.vocabulary_size = decoder.vocabulary_size
+        self._decode = signatures.decode
+        self._prefill, self._score = sorted(signatures.prefill), sorted(signatures.score)
         self._lock = threading.Lock()
 
         def compiled(weights: str) -> CompiledModel:
@@ -153,7 +144,7 @@ class Engine:
             logits: np.ndarray = outputs["logits"].read(size, np.float32)
             return logits
 
-    def _new_buffers(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _new_buffers(self) -> tuple[dict[str, Buffers], dict[str, Buffers]]:
         """Returns the buffers of each signature for tokens and position, and for logits."""
         inputs, outputs = {}, {}
         for signature in (self._decode, *self._prefill, *self._score):

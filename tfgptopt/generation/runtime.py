@@ -63,8 +63,8 @@ class TFLiteCausalLM:
         self.path = Path(path)
         folder = cache_folder(weight_cache)
         container = read_container(path, folder)
-        self.metadata: dict[str, Any] = container.metadata
-        self._codec = Codec(self.metadata, self.metadata["decoder"]["vocabulary_size"])
+        self.metadata = container.metadata
+        self._codec = Codec(self.metadata)
         threads = num_threads or os.cpu_count() or 1
         self._engine = Engine(self.path, container, threads, folder)
         self._idle: Cache | None = None
@@ -130,9 +130,9 @@ class TFLiteCausalLM:
         """
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
         single = _is_single(prompts)
-        batch: list[Any] = [prompts] if single else list(prompts)
+        batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
         prepared = [self._prepare(prompt, max_length) for prompt in batch]
-        results: list[Any] = []
+        results: list[str | list[int]] = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
             with self._cache() as cache:
                 new = sampled_tokens(self._engine, cache, ids, length, chosen, seed)
@@ -161,6 +161,9 @@ class TFLiteCausalLM:
 
         Yields:
             Pieces of text, without the prompt: whole characters, and nothing of a stop text.
+
+        Raises:
+            ValueError: As `generate`, and if `prompt` is no text.
         """
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
@@ -184,6 +187,9 @@ class TFLiteCausalLM:
         Returns:
             float32 array of natural logarithms of probabilities, one for each token but the first
             (for a text, the first is the start token).
+
+        Raises:
+            ValueError: If the prompt is empty, too long or cannot be encoded.
         """
         ids = self._codec.encode(prompt)
         self._check_length(ids, self.context_length + 1)
@@ -192,7 +198,8 @@ class TFLiteCausalLM:
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(ids) - 1), ids[1:]]
         sums = np.exp(logits, out=logits).sum(axis=-1, dtype=np.float64)
-        return (chosen - np.log(sums)).astype(np.float32)
+        scores: np.ndarray = (chosen - np.log(sums)).astype(np.float32)
+        return scores
 
     def session(self) -> Session:
         """Returns a text that grows by turns, as in a chat, with a KV cache of its own."""
@@ -216,6 +223,11 @@ class TFLiteCausalLM:
                 self._idle = cache
 
     def _check_length(self, ids: list[int], most: int) -> None:
+        """Checks that a prompt fits.
+
+        Raises:
+            ValueError: If it has more tokens than `most`.
+        """
         if len(ids) > most:
             raise ValueError(
                 f"The prompt has {len(ids)} tokens, and the model's context has "
@@ -223,7 +235,11 @@ class TFLiteCausalLM:
             )
 
     def _prepare(self, prompt: Prompt, max_length: int | None) -> tuple[list[int], int]:
-        """Checks a prompt and returns its ids and the length to stop at."""
+        """Checks a prompt and returns its ids and the length to stop at.
+
+        Raises:
+            ValueError: If it cannot be encoded, or the length is out of range.
+        """
         ids = self._codec.encode(prompt)
         self._check_length(ids, self.context_length)
         length = self.context_length if max_length is None else max_length
@@ -235,7 +251,7 @@ class TFLiteCausalLM:
         return ids, length
 
 
-def _is_single(prompts: Any) -> bool:
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Returns whether `prompts` is one prompt rather than a list of them."""
     if isinstance(prompts, str | bytes):
         return True

@@ -16,17 +16,32 @@ Sampler = Callable[[np.ndarray, Sequence[int]], np.ndarray]
 
 
 def _check_positive(name: str, value: float) -> None:
+    """Checks a positive number.
+
+    Raises:
+        ValueError: If it is none.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
         raise ValueError(f"`{name}` must be a number > 0. Received: {name}={value!r}")
 
 
 def _check_share(name: str, value: float) -> None:
+    """Checks a number above 0, up to 1.
+
+    Raises:
+        ValueError: If it is none.
+    """
     _check_positive(name, value)
     if value > 1:
         raise ValueError(f"`{name}` must lie in (0, 1]. Received: {name}={value!r}")
 
 
 def _check_count(name: str, value: int) -> None:
+    """Checks an integer from 1 on.
+
+    Raises:
+        ValueError: If it is none.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an int >= 1. Received: {name}={value!r}")
 
@@ -44,7 +59,8 @@ def _scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 def _probabilities(logits: np.ndarray) -> np.ndarray:
     weights = np.exp(logits.astype(np.float64) - float(logits.max()))
-    return weights / weights.sum()
+    shares: np.ndarray = weights / weights.sum()
+    return shares
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,11 @@ class Session:
             return Session(self._engine, self._codec, cache, self.tokens)
 
     def _end_turn(self) -> None:
-        """Ends a stream that is still open."""
+        """Ends a stream that is still open.
+
+        Raises:
+            RuntimeError: If another thread is in it.
+        """
         if self._turn is not None:
             try:
                 self._turn.close()  # type: ignore[attr-defined]
@@ -138,12 +142,21 @@ class Session:
             self._turn = None
 
     def _encode(self, text: str) -> list[int]:
+        """Returns the ids of what comes next.
+
+        Raises:
+            ValueError: If it is no text, or cannot be encoded.
+        """
         if not isinstance(text, str):
             raise ValueError(f"A session continues text. Received: {type(text).__name__}")
         return self._codec.encode(text, start=not self.tokens)
 
     def _length(self, size: int, max_new_tokens: int | None) -> int:
-        """Returns the number of tokens to stop at."""
+        """Returns the number of tokens to stop at.
+
+        Raises:
+            ValueError: If the text does not fit, or `max_new_tokens` is out of range.
+        """
         context = self._engine.context_length
         if max_new_tokens is not None and (
             isinstance(max_new_tokens, bool)

@@ -7,10 +7,12 @@ a file are the integers that training saw, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import tensorflow as tf
+
+from tfgptopt.file.number_types import NumberType, number_type
 
 # LiteRT keeps activations in signed 8 bit.
 _ACTIVATION_MIN, _ACTIVATION_MAX = -128.0, 127.0
@@ -19,70 +21,160 @@ _CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(13))
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Which weights share a scale, and how many integers there are.
+class PerOutput:
+    """One scale for each output: the shape of a scale is that of the weights, with 1 for inputs.
 
     Attributes:
-        bits: 4 or 8.
         axes: The axes that a product sums over: the input axes of a kernel.
-        block_size: How many inputs, one after the other, share a scale; `None` for all of them.
     """
 
-    bits: int
     axes: tuple[int, ...]
-    block_size: int | None = None
-
-    @property
-    def limit(self) -> int:
-        """The largest integer of the symmetric grid: 127 for 8 bits, 7 for 4."""
-        return 2 ** (self.bits - 1) - 1
 
     @property
     def reduced(self) -> list[int]:
         """The axes of grouped weights that share a scale."""
-        return [1] if self.block_size else list(self.axes)
+        return list(self.axes)
+
+    def group(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns weights so that they and their scales broadcast: as they are."""
+        return weights
+
+    def ungroup(self, grouped: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+        """Returns what `group` made in its own shape again."""
+        return grouped
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of the scales of weights of a shape."""
+        return tuple(1 if i in self.axes else int(n) for i, n in enumerate(shape))
+
+    def representable(self, scale: tf.Tensor) -> tf.Tensor:
+        """Rounds positive scales to 16 significant bits; those of zeros become 1.
+
+        Integer times scale is exact in float32 then, and rounding what is rounded changes nothing.
+        """
+        kept = _keep_bits(scale, 16)
+        # A subnormal scale would not survive kernels that flush subnormals to zero.
+        return tf.where(kept < 2.0**-100, tf.ones_like(kept), kept)
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """One scale for each block of inputs of each output: scales are `(blocks, 1, outputs)`.
+
+    Attributes:
+        axes: As of `PerOutput`.
+        block_size: How many inputs, one after the other, share a scale.
+    """
+
+    axes: tuple[int, ...]
+    block_size: int
+
+    @property
+    def reduced(self) -> list[int]:
+        """The axes of grouped weights that share a scale."""
+        return [1]
 
     def _order(self, rank: int) -> list[int]:
         return [*self.axes, *(axis for axis in range(rank) if axis not in self.axes)]
 
+    def _inputs(self, shape: Sequence[int]) -> int:
+        return int(np.prod([shape[axis] for axis in self.axes]))
+
     def group(self, weights: tf.Tensor) -> tf.Tensor:
-        """Returns weights as they are, or as `(blocks, block_size, outputs)`."""
-        if self.block_size is None:
-            return weights
+        """Returns weights as `(blocks, block_size, outputs)`."""
         order = self._order(len(weights.shape))
         moved = weights if order == sorted(order) else tf.transpose(weights, order)
-        inputs = int(np.prod([weights.shape[axis] for axis in self.axes]))
-        return tf.reshape(moved, (inputs // self.block_size, self.block_size, -1))
+        blocks = self._inputs(weights.shape) // self.block_size
+        return tf.reshape(moved, (blocks, self.block_size, -1))
 
     def ungroup(self, grouped: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
         """Returns what `group` made in its own shape again."""
-        if self.block_size is None:
-            return grouped
         order = self._order(len(shape))
         moved = tf.reshape(grouped, [shape[axis] for axis in order])
         return moved if order == sorted(order) else tf.transpose(moved, np.argsort(order))
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of the scales of weights of a shape."""
-        if self.block_size is None:
-            return tuple(1 if i in self.axes else int(n) for i, n in enumerate(shape))
-        inputs = int(np.prod([shape[axis] for axis in self.axes]))
+        inputs = self._inputs(shape)
         return inputs // self.block_size, 1, int(np.prod(shape)) // inputs
 
     def representable(self, scale: tf.Tensor) -> tf.Tensor:
-        """Rounds positive scales to those that runtimes hold; those of zeros become 1.
+        """Rounds positive scales to 8 significant bits, within the range of float16.
 
-        A scale keeps 16 significant bits, so that integer times scale is exact in float32, and
-        rounding what is rounded changes nothing. That of a block keeps 8, within the range of
-        float16: LiteRT stores it as float16 and computes with bfloat16.
+        LiteRT stores the scale of a block as float16 and computes with bfloat16. Scales of zeros
+        become 1.
         """
-        if self.block_size is None:
-            kept = _keep_bits(scale, 16)
-            # A subnormal scale would not survive kernels that flush subnormals to zero.
-            return tf.where(kept < 2.0**-100, tf.ones_like(kept), kept)
         kept = tf.minimum(_keep_bits(scale, 8), 65280.0)
         kept = tf.where(kept < 2.0**-16, tf.round(kept * 2.0**24) * 2.0**-24, kept)
         return tf.where(kept == 0.0, tf.ones_like(kept), kept)
+
+
+Granularity = PerOutput | PerBlock
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What weights are rounded to: a number type, and which of them share a scale.
+
+    Attributes:
+        bits: Of the number type; `tfgptopt.file.number_types` has those that there are.
+        axes: The axes that a product sums over: the input axes of a kernel.
+        block_size: How many inputs, one after the other, share a scale; `None` for all of them.
+
+    Raises:
+        ValueError: If there is no number type of so many bits.
+    """
+
+    bits: int
+    axes: tuple[int, ...]
+    block_size: int | None = None
+    number: NumberType = field(init=False, repr=False, compare=False)
+    granularity: Granularity = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        granularity = PerOutput(self.axes) if size is None else PerBlock(self.axes, size)
+        object.__setattr__(self, "number", number_type(self.bits))
+        object.__setattr__(self, "granularity", granularity)
+
+    @property
+    def limit(self) -> int:
+        """The largest integer of the symmetric grid: 127 for 8 bits, 7 for 4."""
+        return self.number.limit
+
+    @property
+    def reduced(self) -> list[int]:
+        """The axes of grouped weights that share a scale."""
+        return self.granularity.reduced
+
+    def group(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns weights as they are, or as `(blocks, block_size, outputs)`."""
+        return self.granularity.group(weights)
+
+    def ungroup(self, grouped: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+        """Returns what `group` made in its own shape again."""
+        return self.granularity.ungroup(grouped, shape)
+
+    def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of the scales of weights of a shape."""
+        return self.granularity.scale_shape(shape)
+
+    def representable(self, scale: tf.Tensor) -> tf.Tensor:
+        """Rounds positive scales to those that runtimes hold; those of zeros become 1."""
+        return self.granularity.representable(scale)
+
+    def rounded(self, grouped: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+        """Returns grouped weights as whole numbers in float32, clipped to the grid."""
+        limit = float(self.limit)
+        return tf.clip_by_value(tf.round(grouped / scale), -limit, limit)
+
+    def encode(self, weights: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+        """Returns float32 weights as whole numbers in float32, in the same shape."""
+        return self.ungroup(self.rounded(self.group(weights), scale), weights.shape)
+
+    def decode(self, integers: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+        """Returns whole numbers in float32 times their scales, in the same shape."""
+        return self.ungroup(self.group(integers) * scale, integers.shape)
 
 
 def _keep_bits(x: tf.Tensor, bits: int) -> tf.Tensor:
@@ -131,7 +223,7 @@ def mse_scale(weights: tf.Tensor, grid: Grid, importance: tf.Tensor | None = Non
     best, least = None, None
     for ratio in _CLIP_RATIOS:
         scale = grid.representable(largest * (ratio / grid.limit))
-        error = tf.square(_to_integers(grouped, scale, grid) * scale - grouped)
+        error = tf.square(grid.rounded(grouped, scale) * scale - grouped)
         error = error if factor is None else error * factor
         error = tf.reduce_sum(error, axis=grid.reduced, keepdims=True)
         if best is None:
@@ -169,11 +261,6 @@ def found_scale(weights: tf.Tensor, grid: Grid) -> tf.Tensor | None:
     return None
 
 
-def _to_integers(grouped: tf.Tensor, scale: tf.Tensor, grid: Grid) -> tf.Tensor:
-    limit = float(grid.limit)
-    return tf.clip_by_value(tf.round(grouped / scale), -limit, limit)
-
-
 def quantize(
     weights: tf.Tensor, grid: Grid, scale: tf.Tensor | None = None
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -191,13 +278,12 @@ def quantize(
     weights = tf.cast(weights, tf.float32)
     if scale is None:
         scale = absmax_scale(weights, grid)
-    integers = _to_integers(grid.group(weights), scale, grid)
-    return grid.ungroup(integers, weights.shape), scale
+    return grid.encode(weights, scale), scale
 
 
 def dequantize(integers: tf.Tensor, scale: tf.Tensor, grid: Grid) -> tf.Tensor:
     """Returns integers times their scales, float32 of the shape of `integers`."""
-    return grid.ungroup(grid.group(integers) * scale, integers.shape)
+    return grid.decode(integers, scale)
 
 
 def fake_quantize(

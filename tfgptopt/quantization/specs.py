@@ -3,14 +3,93 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from tfgptopt.file.number_types import number_type
 
 ScaleMethod = Literal["absmax", "mse", "learned"]
 Activations = Literal["dynamic"]
 
 _METHODS = ("absmax", "mse", "learned")
+_SETTINGS = ("bits", "embedding_bits", "block_size", "scale", "activations")
+_by_name: dict[str, type[Spec]] = {}
 
 
+class Spec(Protocol):
+    """What a weight is rounded to: a frozen dataclass of these, as fields or for the whole class.
+
+    `Int8` and `Int4` are specs; `register_spec` adds a class from outside.
+
+    Attributes:
+        bits: Bits of a weight; `tfgptopt.file.number_types` has what there is.
+        embedding_bits: Bits of the token table and of the output head.
+        block_size: How many inputs share a scale, or `None` for all.
+        scale: How the scales are found.
+        activations: `"dynamic"`, or `None` to leave the inputs of products as floats.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def embedding_bits(self) -> int: ...
+    @property
+    def block_size(self) -> int | None: ...
+    @property
+    def scale(self) -> ScaleMethod: ...
+    @property
+    def activations(self) -> Activations | None: ...
+
+
+_Class = TypeVar("_Class", bound=type[Spec])
+
+
+def register_spec(cls: _Class) -> _Class:
+    """Makes a class a quantization spec, which files and recipes know by its name in lower case.
+
+    It can stand above a frozen dataclass. Its number of bits must be in the table of number types.
+
+    Args:
+        cls: The class.
+
+    Returns:
+        It.
+
+    Raises:
+        ValueError: If it is no frozen dataclass or lacks a setting, or another one has its name.
+
+    Example:
+
+    ```python
+    register_number_type(NumberType("int6", 6, schema.TensorType.INT8))
+
+    @register_spec
+    @dataclasses.dataclass(frozen=True)
+    class Int6:
+        scale: str = "absmax"
+        activations: str | None = "dynamic"
+        bits: ClassVar[int] = 6
+        embedding_bits: ClassVar[int] = 8
+        block_size: ClassVar[None] = None
+
+    tfgptopt.quantize_aware(model, Int6())
+    ```
+    """
+    parameters = getattr(cls, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        raise ValueError(f"A quantization spec is a frozen dataclass. Received: {cls!r}")
+    known = {entry.name for entry in fields(cls)}
+    missing = [name for name in _SETTINGS if name not in known and not hasattr(cls, name)]
+    if missing:
+        raise ValueError(f"The quantization spec {cls.__name__} lacks {', '.join(missing)}.")
+    taken = _by_name.setdefault(cls.__name__.lower(), cls)
+    if taken is not cls:
+        raise ValueError(f"A quantization spec is named {cls.__name__} already: {taken!r}")
+    return cls
+
+
+@register_spec
 @dataclass(frozen=True, repr=False)
 class Int8:
     """Symmetric 8-bit weights with one scale per output channel.
@@ -52,6 +131,7 @@ class Int8:
         return _as_text(self)
 
 
+@register_spec
 @dataclass(frozen=True, repr=False)
 class Int4:
     """Symmetric 4-bit weights, one scale per output channel or per block of its inputs.
@@ -94,9 +174,6 @@ class Int4:
         return _as_text(self)
 
 
-Spec = Int8 | Int4
-
-
 def _as_text(spec: Spec) -> str:
     """Returns a spec as code, without what is as by default."""
     given = [(f.name, getattr(spec, f.name)) for f in fields(spec)
@@ -117,12 +194,14 @@ def check_spec(spec: Any) -> None:
     """Raises if `spec` is no quantization spec.
 
     Raises:
-        ValueError: If it is something else, such as the class instead of an instance.
+        ValueError: If it is something else, such as the class instead of an instance, or there is
+            no number type of its bits.
     """
-    if not isinstance(spec, Int8 | Int4):
-        raise ValueError(
-            f"`spec` must be Int8() or Int4(). Received: {spec!r} (of type {type(spec)})"
-        )
+    if type(spec) not in _by_name.values():
+        known = " or ".join(f"{cls.__name__}()" for cls in _by_name.values())
+        raise ValueError(f"`spec` must be {known}. Received: {spec!r} (of type {type(spec)})")
+    number_type(spec.bits)
+    number_type(spec.embedding_bits)
 
 
 def serialize_spec(spec: Spec) -> dict[str, Any]:
@@ -139,10 +218,10 @@ def deserialize_spec(config: dict[str, Any]) -> Spec:
     """
     config = dict(config)
     name = config.pop("name", None)
-    classes: dict[Any, Any] = {"int8": Int8, "int4": Int4}
-    if name not in classes:
-        raise ValueError(f"A quantization spec is named int8 or int4. Received: {name!r}")
+    if name not in _by_name:
+        known = " or ".join(_by_name)
+        raise ValueError(f"A quantization spec is named {known}. Received: {name!r}")
     try:
-        return classes[name](**config)
+        return _by_name[name](**config)
     except TypeError as error:
         raise ValueError(f"Unknown setting for {name}: {sorted(config)} ({error})") from None

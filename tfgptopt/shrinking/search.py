@@ -102,7 +102,7 @@ def _of_parameters(
 def _relative_time(model: Any, small: Any, batches: list[Any]) -> float:
     """Returns the time per generated token of a file, over that of another, side by side."""
     from tfgptopt.evaluation.speed import compare_speed
-    from tfgptopt.exporting import export
+    from tfgptopt.exporting import TFLite, export
     from tfgptopt.generation import TFLiteCausalLM
 
     prompt = [int(token) for token in np.asarray(batches[0]["token_ids"])[0, :8]]
@@ -111,7 +111,7 @@ def _relative_time(model: Any, small: Any, batches: list[Any]) -> float:
     context = min(context, limit or context)
     with tempfile.TemporaryDirectory() as folder:
         files = {
-            name: export(each, Path(folder) / f"{name}.tflite", context)
+            name: export(each, Path(folder) / f"{name}.tflite", TFLite(context))
             for name, each in {"large": model, "small": small}.items()
         }
         loaded: dict[str, Any] = {name: TFLiteCausalLM(path) for name, path in files.items()}

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 
-def as_text(renderable: Any) -> str:
+def as_text(renderable: RenderableType) -> str:
     """Returns what rich prints of something in 80 columns."""
     console = Console(width=80)
     with console.capture() as capture:

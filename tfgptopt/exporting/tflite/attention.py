@@ -64,7 +64,11 @@ class Projection:
 
 
 def _norm_of_both(attention: Attention) -> Norm | None:
-    """Returns the norms of queries and keys as one over all their heads."""
+    """Returns the norms of queries and keys as one over all their heads.
+
+    Raises:
+        ValueError: If they are of two kinds.
+    """
     first, second = attention.query_norm, attention.key_norm
     if first is None or second is None:
         return None

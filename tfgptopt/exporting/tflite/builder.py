@@ -8,11 +8,11 @@ Reference: the TFLite schema (tensorflow/compiler/mlir/lite/schema/schema.fbs).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.spec import Matrix
@@ -20,9 +20,9 @@ from tfgptopt.exporting.tflite.packing import (
     AlignedBuffer,
     SharedQuantization,
     pack,
-    pack_int4,
 )
 from tfgptopt.exporting.tflite.sparsity import SharedSparsity, kept_blocks
+from tfgptopt.file.number_types import number_type
 
 _TYPES = {
     np.dtype(np.float32): schema.TensorType.FLOAT32,
@@ -42,16 +42,16 @@ class Model:
         self._sparse = sparse
         self._sparsities: dict[int, tuple[np.ndarray, tuple[int, SharedSparsity] | None]] = {}
         self._buffers = [AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
-        self._by_key: dict[Any, int] = {}
+        self._by_key: dict[Hashable, int] = {}
         self._weights: dict[int, tuple[np.ndarray, int]] = {}
         self._quantizations: dict[int, SharedQuantization] = {}
-        self._zeros: dict[Any, int] = {}
-        self._as_blocks: dict[Any, Matrix] = {}
+        self._zeros: dict[tuple[int, int], int] = {}
+        self._as_blocks: dict[int, Matrix] = {}
         self._codes: dict[tuple[int, int], int] = {}
         self._graphs: list[tuple[str, Graph]] = []
         self._metadata: list[schema.MetadataT] = []
 
-    def buffer(self, data: bytes | np.ndarray, key: Any = None) -> int:
+    def buffer(self, data: bytes | np.ndarray, key: Hashable = None) -> int:
         """Adds bytes, or finds those added under the same key, and returns their index."""
         if key is not None and key in self._by_key:
             return self._by_key[key]
@@ -63,7 +63,7 @@ class Model:
     def weight(self, values: np.ndarray, bits: int | None) -> int:
         """Adds a weight once, however many graphs ask, and returns the index of its buffer."""
         if id(values) not in self._weights:
-            data = pack_int4(values) if bits == 4 else np.ascontiguousarray(values)
+            data = np.ascontiguousarray(values) if bits is None else number_type(bits).pack(values)
             # The array is kept, so that no other one can get its id.
             self._weights[id(values)] = (values, self.buffer(data))
         return self._weights[id(values)][1]
@@ -100,7 +100,7 @@ class Model:
 
     def block_rows(self, matrix: Matrix) -> Matrix:
         """Returns a matrix with each block as a row of its own, the same arrays for all graphs."""
-        key = ("blocks", id(matrix.values))
+        key = id(matrix.values)
         if key not in self._as_blocks:
             assert matrix.scale is not None
             rows = matrix.values.reshape(-1, matrix.block_size or matrix.inputs)
@@ -151,7 +151,7 @@ class Model:
 class Tensor:
     """A tensor of a graph: its index, shape and dtype."""
 
-    def __init__(self, index: int, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, index: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         self.index = index
         self.shape = shape
         self.dtype = np.dtype(dtype)
@@ -166,12 +166,12 @@ class Graph:
         self._operators: list[schema.OperatorT] = []
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
-        self._constants: dict[Any, Tensor] = {}
+        self._constants: dict[Hashable, Tensor] = {}
 
     def _add(
         self,
         shape: tuple[int, ...],
-        dtype: Any,
+        dtype: npt.DTypeLike,
         name: str | None,
         buffer: int = 0,
         tensor_type: int | None = None,
@@ -193,7 +193,7 @@ class Graph:
         )
         return Tensor(len(self._tensors) - 1, tuple(shape), dtype)
 
-    def input(self, name: str, shape: tuple[int, ...], dtype: Any) -> Tensor:
+    def input(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Tensor:
         """Adds an input of the signature."""
         self._inputs[name] = self._add(shape, dtype, name)
         return self._inputs[name]
@@ -224,7 +224,7 @@ class Graph:
             name: Name of the tensor.
             values: float32 values, or int8 integers with `bits` and `scale`. The same array object
                 means the same bytes.
-            bits: 4 or 8 for integers.
+            bits: Of integers; `number_types` has those that there are.
             scale: float32 array, one for each row of `values`, or for each block of each row.
             block_size: How many entries of a row share a scale; `None` for all.
         """
@@ -233,7 +233,7 @@ class Graph:
             return self._constants[key]
         quantization, tensor_type = None, None
         if bits is not None and scale is not None:
-            tensor_type = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
+            tensor_type = number_type(bits).as_tensor_type()
             quantization = self._quantization(scale, block_size)
         buffer = self._model.weight(values, bits)
         tensor = self._add(values.shape, values.dtype, name, buffer, tensor_type, quantization)
@@ -283,8 +283,8 @@ class Graph:
         operator: str,
         inputs: list[Tensor | None],
         shape: tuple[int, ...],
-        dtype: Any = np.float32,
-        options: Any = None,
+        dtype: npt.DTypeLike = np.float32,
+        options: object = None,
         version: int = 1,
     ) -> Tensor:
         """Adds an operator with one output and returns that."""

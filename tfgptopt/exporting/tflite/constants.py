@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.spec import Matrix
-from tfgptopt.exporting.tflite.packing import pack_int4
+from tfgptopt.exporting.tflite.packing import product_version
+from tfgptopt.file.number_types import INT8, number_type
 
 
 def _digest(array: np.ndarray) -> bytes:
@@ -91,22 +91,22 @@ def _replace(
     """Stores one constant of a graph as integers."""
     readers = [x for x in graph.operators if index in list(x.inputs)]
     as_weights = _read_as_weights(model, graph, index, matrix, turned)
-    bits = matrix.bits if as_weights else 8
-    key = (matrix.name, turned, bits or 8)
+    number = INT8 if matrix.bits is None or not as_weights else number_type(matrix.bits)
+    key = (matrix.name, turned, number.bits)
     if key not in buffers:
         values = np.ascontiguousarray(matrix.values.T if turned else matrix.values)
-        data = pack_int4(values) if bits == 4 else values.view(np.uint8).reshape(-1)
+        data = number.pack(values).view(np.uint8).reshape(-1)
         model.buffers.append(schema.BufferT(data=data))
         buffers[key] = len(model.buffers) - 1
     quantization = _quantization(model, graph, matrix, turned)
     tensor = graph.tensors[index]
-    kind = schema.TensorType.INT4 if bits == 4 else schema.TensorType.INT8
+    kind = number.as_tensor_type()
     if as_weights:
         tensor.type, tensor.buffer, tensor.quantization = kind, buffers[key], quantization
         for reader in readers:
             reader.builtinOptions.asymmetricQuantizeInputs = True
             code = model.operatorCodes[reader.opcodeIndex]
-            code.version = max(code.version, 9 if matrix.block_size is None else 13)
+            code.version = max(code.version, product_version(matrix))
         return
     graph.tensors.append(
         schema.TensorT(
@@ -182,6 +182,6 @@ def _drop_unused_buffers(model: schema.ModelT) -> None:
             buffer.data = None
 
 
-def operators_of_tensorflow(model: schema.ModelT) -> list[Any]:
+def operators_of_tensorflow(model: schema.ModelT) -> list[str]:
     """Returns the operators of a file that are no builtin ones."""
     return [c.customCode.decode() for c in model.operatorCodes if c.customCode is not None]

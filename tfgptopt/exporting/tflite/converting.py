@@ -10,9 +10,9 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import keras
+import keras_hub
 import numpy as np
 import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
@@ -24,6 +24,8 @@ from tfgptopt.model.changing import retrace
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.quantization import layers
 
+_Named = dict[str, tf.Tensor]
+
 
 class _Fenced:
     """Lets a product be, whatever stands around it.
@@ -32,12 +34,12 @@ class _Fenced:
     no integers times scales any more. It does not look through a minimum that changes nothing.
     """
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: tf.Tensor, *args: object, **kwargs: object) -> tf.Tensor:
         outputs = super().call(_fence(inputs), *args, **kwargs)  # type: ignore[misc]
         return _fence(outputs)
 
 
-def _fence(x: Any) -> Any:
+def _fence(x: tf.Tensor) -> tf.Tensor:
     return tf.minimum(x, tf.cast(x.dtype.max, x.dtype)) if x.dtype.is_floating else x
 
 
@@ -69,7 +71,9 @@ def quantized_matrices(model: keras.Layer) -> list[Matrix]:
     return matrices + [head for head in heads if head is not None]
 
 
-def cache_shape(model: Any, context_length: int) -> tuple[int, tuple[int, int, int]]:
+def cache_shape(
+    model: keras_hub.models.CausalLM, context_length: int
+) -> tuple[int, tuple[int, int, int]]:
     """Returns the number of layers of a causal LM, and the shape of the keys of each.
 
     Raises:
@@ -77,7 +81,7 @@ def cache_shape(model: Any, context_length: int) -> tuple[int, tuple[int, int, i
     """
     try:
         tokens = tf.zeros((1, context_length), tf.int32)
-        cache: Any = model._build_cache(tokens)[-1]
+        cache = model._build_cache(tokens)[-1]
         batch, count, pair, positions, heads, size = cache.shape
         if (batch, pair, positions) != (1, 2, context_length):
             raise ValueError(f"its shape is {cache.shape}")
@@ -91,7 +95,10 @@ def cache_shape(model: Any, context_length: int) -> tuple[int, tuple[int, int, i
 
 
 def convert_causal_lm(
-    model: Any, steps: Iterable[Step], count: int, shape: tuple[int, int, int]
+    model: keras_hub.models.CausalLM,
+    steps: Iterable[Step],
+    count: int,
+    shape: tuple[int, int, int],
 ) -> schema.ModelT:
     """Converts `call_with_cache` of a causal LM, one signature for each step.
 
@@ -103,6 +110,9 @@ def convert_causal_lm(
 
     Returns:
         The file, with float weights.
+
+    Raises:
+        ValueError: If the converter cannot convert it.
     """
     caches = [f"{kind}_{i}" for i in range(count) for kind in ("key", "value")]
     archive = keras.export.ExportArchive()
@@ -130,10 +140,12 @@ def convert_causal_lm(
     return schema.ModelT.InitFromPackedBuf(content, 0)
 
 
-def _step_function(model: Any, step: Step, caches: list[str]) -> Callable[..., Any]:
+def _step_function(
+    model: keras_hub.models.CausalLM, step: Step, caches: list[str]
+) -> Callable[[_Named], _Named]:
     """Returns a signature as a function of tokens, position and caches by head."""
 
-    def run(inputs: dict[str, Any]) -> dict[str, Any]:
+    def run(inputs: _Named) -> _Named:
         held = [tf.transpose(inputs[name], (1, 0, 2)) for name in caches]
         seen = tf.stack(held)
         seen = tf.reshape(seen, (1, len(caches) // 2, 2, *seen.shape[1:]))
@@ -152,7 +164,11 @@ def _step_function(model: Any, step: Step, caches: list[str]) -> Callable[..., A
 
 
 def convert_any(model: keras.Model) -> schema.ModelT:
-    """Converts a model of any kind by Keras' own LiteRT export, its weights as floats."""
+    """Converts a model of any kind by Keras' own LiteRT export, its weights as floats.
+
+    Raises:
+        ValueError: If it has no declared inputs, or the converter cannot convert it.
+    """
     if not getattr(model, "inputs", None):
         raise ValueError(
             f"'{model.name}' has no declared inputs: call it on a batch, or build it as a "

@@ -15,7 +15,8 @@ from tfgptopt.decoder.spec import DecoderSpec, FeedForward, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
-from tfgptopt.exporting.tflite.kv_cache import CacheDtype, Held, add_growth
+from tfgptopt.exporting.tflite.kv_cache import Held, add_growth
+from tfgptopt.file.metadata import CacheDtype
 
 
 @dataclass(frozen=True)

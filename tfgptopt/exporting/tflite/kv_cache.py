@@ -7,15 +7,12 @@ It is rounded when it is written, whatever it holds: there is nothing to calibra
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
-
-CacheDtype = Literal["float32", "int8"]
-CACHE_DTYPES: tuple[CacheDtype, ...] = ("float32", "int8")
+from tfgptopt.file.metadata import CacheDtype
 
 # Keeps a row of zeros from being divided by zero.
 _SMALLEST = 1e-12

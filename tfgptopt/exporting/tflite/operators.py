@@ -10,6 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.spec import Activation, Matrix, Norm
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
+from tfgptopt.exporting.tflite.packing import product_version
 
 _BINARY_OPTIONS = {
     "ADD": schema.AddOptionsT,
@@ -128,7 +129,7 @@ def fully_connected(graph: Graph, x: Tensor, matrix: Matrix, relu: bool = False)
         asymmetricQuantizeInputs=matrix.bits is not None and matrix.rounds_inputs,
     )
     shape = (*x.shape[:-1], weights.shape[0])
-    version = 9 if matrix.block_size is None else 13
+    version = product_version(matrix)
     return graph.add_operator(
         "FULLY_CONNECTED", [x, weights, bias], shape, options=options, version=version
     )

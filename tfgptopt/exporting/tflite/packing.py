@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+
+from tfgptopt.decoder.spec import Matrix
+from tfgptopt.file.number_types import INT8, number_type
 
 _ALIGNMENT = 16
 _FILE_LIMIT = 2**31 - 1
@@ -36,7 +37,7 @@ class AlignedBuffer:
 class SharedQuantization:
     """Scales of a weight, written once however many graphs use the weight."""
 
-    def __init__(self, scale: np.ndarray, zeros: dict[Any, int]) -> None:
+    def __init__(self, scale: np.ndarray, zeros: dict[tuple[int, int], int]) -> None:
         self._scale = np.asarray(scale, np.float32)
         self._shared_zeros = zeros
         self._written: tuple[flatbuffers.Builder, int] | None = None
@@ -59,19 +60,21 @@ class SharedQuantization:
         return self._written[1]
 
 
-def pack_int4(integers: np.ndarray) -> np.ndarray:
-    """Packs int4 values two to a byte, the first in the low half.
+def product_version(matrix: Matrix) -> int:
+    """Returns the least version of FULLY_CONNECTED that computes with a matrix.
 
-    Args:
-        integers: int8 array with values in `[-8, 7]`.
-
-    Returns:
-        uint8 array of half the size, rounded up.
+    Raises:
+        ValueError: If there is none, of blocks.
     """
-    flat = integers.reshape(-1).astype(np.uint8) & 0xF
-    if flat.size % 2:
-        flat = np.append(flat, np.uint8(0))
-    return flat[0::2] | (flat[1::2] << 4)
+    number = number_type(matrix.bits or INT8.bits)
+    if matrix.block_size is None or not matrix.rounds_inputs:
+        return number.product_version
+    if number.blocks_version is None:
+        raise ValueError(
+            f"{matrix.name}: LiteRT has no product of {number.name} in blocks with inputs that are "
+            "rounded. Use one scale for each output, or `activations=None`."
+        )
+    return number.blocks_version
 
 
 def pack(model: schema.ModelT) -> memoryview:

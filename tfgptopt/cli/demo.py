@@ -1,0 +1,69 @@
+"""`tfgptopt demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tfgptopt.cli.outcome import print_outcome
+from tfgptopt.cli.shared import (
+    Force,
+    Out,
+    StrategyName,
+    choose_strategy,
+    console,
+    default_recipe,
+    load_libraries,
+    print_corpus,
+)
+
+# Chosen so that two cores train it past a bigram model in three minutes.
+_DEMO_SHAPE = {
+    "num_layers": 3,
+    "num_heads": 4,
+    "hidden_dim": 192,
+    "intermediate_dim": 768,
+    "max_sequence_length": 64,
+}
+
+
+def demo(
+    out: Out = Path("tfgptopt-demo"),
+    bits: Annotated[int, typer.Option(help="8 or 4: bits of the weights.")] = 8,
+    sparsity: Annotated[float, typer.Option(help="Share of weights to prune, in [0, 1).")] = 0.5,
+    strategy: StrategyName = "auto",
+    quick: Annotated[bool, typer.Option(help="A few steps only, to see that it runs.")] = False,
+    force: Force = False,
+) -> None:
+    """Train, prune, quantize, export and measure a small GPT, in under five minutes.
+
+    The text is the source of Python's standard library, which every machine has.
+    """
+    load_libraries()
+    from tfgptopt.data import load_corpus
+    from tfgptopt.file.replacing import check_target
+    from tfgptopt.job.optimizing import optimize, small_gpt
+    from tfgptopt.training.planning import Training, compile_model
+
+    check_target(out, force)
+    if bits not in (4, 8):
+        raise ValueError(f"--bits must be 4 or 8. Received: {bits}")
+    chosen, words = choose_strategy(strategy)
+    training = Training(4, 4, 1e-3) if quick else Training(900, 250, 1.2e-3)
+    recipe = default_recipe(training.shared_steps, training.steps, sparsity, bits)
+    with console.status("Reading Python's standard library, training a tokenizer"):
+        corpus = load_corpus(
+            vocabulary_size=288, sequence_length=64, batch_size=16, validation_share=0.015
+        )
+    print_corpus(corpus)
+    import keras
+
+    keras.utils.set_random_seed(0)
+    with chosen.scope():
+        model = small_gpt(corpus, **_DEMO_SHAPE)
+        compile_model(model, training)
+    console.print(f"Model: GPT-2 with {model.count_params() / 1e6:.1f} M weights")
+    outcome = optimize(model, corpus, recipe, training, out, words, force, console)
+    print_outcome(outcome, out)

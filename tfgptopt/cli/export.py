@@ -1,0 +1,55 @@
+"""`tfgptopt export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from tfgptopt.cli.shared import Force, console, load_libraries, load_preset
+
+
+def export(
+    preset: Annotated[str, typer.Argument(help="KerasHub preset: a folder or a name.")],
+    path: Annotated[Path, typer.Argument(help="A name ending with .tflite, or a folder.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="recipe.yaml of the training. Default: as stored, float32.")
+    ] = None,
+    context_length: Annotated[
+        int | None,
+        typer.Option(help="TFLite: positions of the KV cache. Default: all of the model."),
+    ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(help="TFLite: float32 or int8, how keys and values are held. [float32]"),
+    ] = None,
+    sparse: Annotated[
+        bool, typer.Option("--sparse", help="TFLite: leave out empty blocks of float32 weights.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Export a model as TFLite (with a KV cache) or as a SavedModel."""
+    load_libraries()
+    import tfgptopt
+    from tfgptopt.exporting.formats import format_of
+    from tfgptopt.file.replacing import check_target
+    from tfgptopt.recipe import Recipe
+
+    check_target(path, force)
+    options = {
+        "context_length": context_length,
+        "cache_dtype": cache_dtype,
+        "sparse": sparse or None,
+    }
+    format = format_of(path, {name: x for name, x in options.items() if x is not None})
+    loaded = Recipe.load(recipe) if recipe else None
+    with console.status(f"Loading {escape(preset)}"):
+        model = load_preset(preset)
+    if loaded:
+        loaded.replay(model)
+    with console.status(f"Writing {path}"):
+        tfgptopt.export(model, path, format, force)
+    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
+    console.print(f"{path}: {size / 1e6:.2f} MB")

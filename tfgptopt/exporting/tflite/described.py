@@ -1,0 +1,90 @@
+"""The file of a causal LM whose family has a reader: its graphs are written here, operator by
+operator.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+
+import tfgptopt
+from tfgptopt.decoder import DecoderSpec, read_decoder
+from tfgptopt.exporting.tflite.builder import Model
+from tfgptopt.exporting.tflite.decoder_graph import add_signatures
+from tfgptopt.exporting.tflite.describing import (
+    Settings,
+    context_of,
+    describe,
+    describe_weights,
+    plan_signatures,
+    steps_of,
+)
+from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
+from tfgptopt.file.metadata import METADATA_NAME, DecoderShape
+
+
+def described_file(model: keras.Model, settings: Settings) -> memoryview:
+    """Returns the file of a model whose family has a reader.
+
+    Args:
+        model: A causal LM.
+        settings: The format.
+
+    Raises:
+        ValueError: If its configuration cannot be exported, or the settings do not fit it.
+    """
+    spec = read_decoder(model)
+    context = context_of(model, spec.context_length, settings.context_length)
+    _check_settings(spec, settings)
+    spec, signatures = spec.with_context(context), plan_signatures(context)
+    file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
+    add_signatures(file, spec, steps_of(signatures), settings.cache_dtype)
+    heads, _, head_dim = spec.cache_shape
+    decoder = DecoderShape(
+        num_layers=len(spec.blocks),
+        num_heads=spec.blocks[0].attention.num_heads,
+        num_key_value_heads=heads,
+        head_dim=head_dim,
+        cache_dtype=settings.cache_dtype,
+        resizable=True,
+        context_length=context,
+        vocabulary_size=spec.vocabulary_size,
+    )
+    about = describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
+    file.metadata(METADATA_NAME, about.to_json())
+    return file.pack()
+
+
+def _check_settings(spec: DecoderSpec, settings: Settings) -> None:
+    """Raises where a decoder cannot have what is asked for.
+
+    Raises:
+        ValueError: For empty blocks that no weight has, and int8 caches of grouped queries.
+    """
+    matrices = spec.matrices() if settings.sparse else ()
+    if settings.sparse and not any(kept_blocks(matrix.values) is not None for matrix in matrices):
+        raise ValueError(
+            "`sparse=True` leaves out empty blocks of four inputs, and no float32 weight has at "
+            f"least {LOWEST_SPARSITY:.0%} of them. Prune with `Block(4, 1)`, and do not quantize "
+            "these weights: LiteRT has no kernel for sparse integers."
+        )
+    heads = spec.blocks[0].attention.num_heads
+    if settings.cache_dtype == "int8" and heads > spec.cache_shape[0]:
+        raise ValueError(
+            "`cache_dtype='int8'` is for models whose query heads each have their own keys: with "
+            f"{heads} heads on {spec.cache_shape[0]} it is no faster than 'float32', and takes "
+            "more memory."
+        )
+
+
+def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns the weights of a decoder, integers where there are any, and the scales of those."""
+    arrays, scales = [], []
+    if spec.position_embedding is not None:
+        arrays.append(spec.position_embedding)
+    for norm in spec.norms():
+        arrays += [norm.gamma] if norm.beta is None else [norm.gamma, norm.beta]
+    for matrix in spec.matrices():
+        arrays += [matrix.values] if matrix.bias is None else [matrix.values, matrix.bias]
+        scales += [] if matrix.scale is None else [matrix.scale]
+    return arrays, scales

@@ -1,0 +1,150 @@
+"""Describes a model in the metadata of its file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+
+import tfgptopt
+from tfgptopt.exporting.tflite.decoder_graph import Step
+from tfgptopt.exporting.tokenizers import end_token_ids, tokenizer_json
+from tfgptopt.file.metadata import (
+    CacheDtype,
+    DecoderShape,
+    GenerationDefaults,
+    Metadata,
+    Signature,
+    Signatures,
+    Source,
+    Weights,
+)
+from tfgptopt.model.techniques import techniques_of
+
+# Of models that have any number of positions: KerasHub's own default length of a text.
+_DEFAULT_CONTEXT = 1024
+# Lengths of prefill: the best for a long prompt, and one for what is left of it.
+_CHUNK, _SHORT_CHUNK = 128, 32
+
+
+class Settings(Protocol):
+    """What a user can choose of a causal LM's file; `TFLite` explains it."""
+
+    @property
+    def context_length(self) -> int | None: ...
+
+    @property
+    def cache_dtype(self) -> CacheDtype: ...
+
+    @property
+    def sparse(self) -> bool: ...
+
+
+def plan_signatures(context_length: int, short: bool = True) -> Signatures:
+    """Returns the signatures of a file. They are few: each takes time to load, and memory.
+
+    Args:
+        context_length: Positions of the cache.
+        short: Whether there is one for short prompts. Defaults to `True`.
+    """
+    chunk = min(context_length, _CHUNK)
+    lengths = [_SHORT_CHUNK, chunk] if short and chunk > _SHORT_CHUNK else [chunk]
+    return Signatures(
+        decode=Signature(1, "decode"),
+        prefill=tuple(Signature(length, f"prefill_{length}") for length in lengths),
+        score=(Signature(chunk, f"score_{chunk}"),),
+    )
+
+
+def steps_of(signatures: Signatures) -> list[Step]:
+    """Returns signatures as the steps that a graph is made of."""
+    with_logits = (signatures.decode, *signatures.score)
+    found = (signatures.decode, *signatures.prefill, *signatures.score)
+    return [Step(s.name, s.length, s in with_logits) for s in found]
+
+
+def context_of(model: keras.Model, largest: int | None, wanted: int | None) -> int:
+    """Returns how many positions the cache holds: as many as asked for, or as fit the model.
+
+    Args:
+        model: The model.
+        largest: Positions that it has, or `None` for any number.
+        wanted: What was asked for, or `None`.
+
+    Raises:
+        ValueError: If the model has fewer than were asked for.
+    """
+    if wanted is None:
+        preprocessor = getattr(model, "preprocessor", None)
+        given = getattr(preprocessor, "sequence_length", None)
+        return largest or given or _DEFAULT_CONTEXT
+    if wanted > (largest or 2**24):
+        limits = f"from 2 to {largest}, the positions that the model has" if largest else ">= 2"
+        raise ValueError(f"`context_length` must be an int {limits}. Received: {wanted!r}")
+    return wanted
+
+
+def describe_weights(arrays: Sequence[np.ndarray], scales: Sequence[np.ndarray] = ()) -> Weights:
+    """Returns how many weights there are, how many are not zero, and a hash of their bytes.
+
+    Args:
+        arrays: The weights, integers where there are any.
+        scales: Scales of those. They are hashed, and not counted. Defaults to none.
+    """
+    digest = hashlib.sha256()
+    for array in (*arrays, *scales):
+        digest.update(np.ascontiguousarray(array).data)
+    return Weights(
+        parameters=sum(array.size for array in arrays),
+        nonzero=sum(int(np.count_nonzero(array)) for array in arrays),
+        sha256=digest.hexdigest(),
+    )
+
+
+def describe(
+    model: keras.Model, decoder: DecoderShape, signatures: Signatures, weights: Weights
+) -> Metadata:
+    """Returns the metadata of a causal LM's file.
+
+    Args:
+        model: The model.
+        decoder: What a runtime must know of the decoder.
+        signatures: What the file has.
+        weights: Of the file.
+
+    Raises:
+        ValueError: If its tokenizer cannot be stored.
+    """
+    preprocessor = getattr(model, "preprocessor", None)
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    backbone = getattr(model, "backbone", model)
+    starts = getattr(preprocessor, "add_start_token", False)
+    techniques = [technique.to_config() for technique in techniques_of(model)]
+    return Metadata(
+        versions={
+            "tfgptopt": tfgptopt.__version__,
+            "tensorflow": tf.__version__,
+            "keras": keras.__version__,
+            "keras_hub": keras_hub.__version__,
+        },
+        source=Source(
+            class_name=type(model).__name__,
+            family=type(backbone).__name__,
+            config=keras.saving.serialize_keras_object(backbone)["config"],
+        ),
+        decoder=decoder,
+        signatures=signatures,
+        generation=GenerationDefaults(
+            start_token_id=getattr(tokenizer, "start_token_id", None) if starts else None,
+            end_token_ids=tuple(end_token_ids(tokenizer)),
+            pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        ),
+        recipe={"techniques": techniques} if techniques else None,
+        weights=weights,
+        tokenizer=None if tokenizer is None else tokenizer_json(tokenizer),
+    )

@@ -1,0 +1,100 @@
+"""The format TFLite, as settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import keras
+import keras_hub
+
+from tfgptopt.decoder import has_reader
+from tfgptopt.exporting.tflite.converted import converted_causal_lm_file, converted_file
+from tfgptopt.exporting.tflite.described import described_file
+from tfgptopt.file.container import seal
+from tfgptopt.file.metadata import CACHE_DTYPES, CacheDtype
+
+
+@dataclass(frozen=True)
+class TFLite:
+    """A `.tflite` file. All settings but the defaults are for causal LMs.
+
+    What the file holds depends on the model:
+
+    - A causal language model of a known family (Bloom, Falcon, Gemma 1 to 3, GPT-2, GPT-NeoX,
+      Llama, Mistral, OPT, Phi-3, Qwen 2 and 3, SmolLM3): prefill and decode signatures with a KV
+      cache, each weight once, as the integers that training rounded to, the tokenizer and the
+      recipe. `TFLiteCausalLM` reads it, and so does any LiteRT runtime.
+    - Any other causal language model of KerasHub, such as a mixture of experts: the same
+      signatures, made by TensorFlow's converter from the model's `call_with_cache`. It warns: the
+      export takes longer, and the file is larger and slower.
+    - Any other Keras model: what `keras.Model.export` gives, with the weights of its quantized
+      Dense, EinsumDense and Embedding layers as the integers that training rounded to.
+
+    Args:
+        context_length: int. The most tokens that a text can have: the KV cache grows up to it.
+            Defaults to `None`: all positions that the model has; of a model that has any number,
+            the `sequence_length` of its preprocessor, or else 1024.
+        cache_dtype: `"float32"` or `"int8"`. How keys and values are held: as floats, exactly, or
+            as integers with a scale for each position and head, in a quarter of the memory and
+            faster to read behind long texts. `"int8"` is for models without grouped queries.
+            Defaults to `"float32"`.
+        sparse: bool. Leave out the empty blocks of float32 weights that were pruned with
+            `Block(4, 1)`: a smaller file, and one that decodes faster from about 60 % of zeros on.
+            Defaults to `False`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example:
+
+    ```python
+    tfgptopt.export(gpt, "gpt.tflite", TFLite(context_length=512, cache_dtype="int8"))
+    ```
+    """
+
+    context_length: int | None = None
+    cache_dtype: CacheDtype = "float32"
+    sparse: bool = False
+
+    suffix: ClassVar[str] = ".tflite"
+
+    def __post_init__(self) -> None:
+        length = self.context_length
+        if length is not None and (
+            not isinstance(length, int) or isinstance(length, bool) or length < 2
+        ):
+            raise ValueError(f"`context_length` must be an int >= 2, or None. Received: {length!r}")
+        if self.cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {self.cache_dtype!r}"
+            )
+        if not isinstance(self.sparse, bool):
+            raise ValueError(f"`sparse` must be a bool. Received: {self.sparse!r}")
+
+    def write(self, model: keras.Model, target: Path) -> None:
+        """Writes a built model, dressed or plain.
+
+        Args:
+            model: The model.
+            target: The file, which is not there.
+
+        Raises:
+            ValueError: If the model cannot be exported, or a setting does not fit it.
+        """
+        known = has_reader(model)
+        for setting in ["sparse=True"] * self.sparse + ["cache_dtype='int8'"] * (
+            self.cache_dtype == "int8"
+        ):
+            if not known:
+                raise ValueError(f"`{setting}` needs a reader for {type(model).__name__}.")
+        if known:
+            data = described_file(model, self)
+        elif isinstance(model, keras_hub.models.CausalLM):
+            data = converted_causal_lm_file(model, self)
+        else:
+            data = converted_file(model, self)
+        with target.open("wb") as stream:
+            stream.write(data)
+            stream.write(seal(data))

@@ -1,0 +1,361 @@
+"""What a `.tflite` file says of itself, as the writer fills it and the runtime reads it.
+
+`docs/tflite_format.md` lists the fields as the file has them, in JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+METADATA_NAME = "tfgptopt"
+FORMAT_VERSION = 4
+
+CacheDtype = Literal["float32", "int8"]
+CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
+
+# Plain data, as JSON has it: settings of libraries that nothing here looks into.
+Plain = dict[str, object]
+_Value = TypeVar("_Value")
+
+
+class Signature(NamedTuple):
+    """A function of the file that reads so many tokens at once."""
+
+    length: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Signatures:
+    """The signatures of a file, by what they are for.
+
+    Attributes:
+        decode: Reads one token and gives logits.
+        prefill: Read many tokens without logits.
+        score: Read many tokens and give the logits of each.
+    """
+
+    decode: Signature
+    prefill: tuple[Signature, ...]
+    score: tuple[Signature, ...]
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What a runtime must know of a decoder.
+
+    Attributes:
+        num_layers: Number of layers, each with keys and values in the cache.
+        num_heads: Number of query heads.
+        num_key_value_heads: Number of heads of keys and values.
+        head_dim: Numbers of a key.
+        cache_dtype: `"float32"` or `"int8"`.
+        resizable: Whether caches may have fewer positions than the context.
+        context_length: Most tokens of a text.
+        vocabulary_size: Number of tokens that the model knows.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    cache_dtype: CacheDtype
+    resizable: bool
+    context_length: int
+    vocabulary_size: int
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """Special tokens.
+
+    Attributes:
+        start_token_id: What a text begins with, or `None`.
+        end_token_ids: What ends a text, or a turn of a chat.
+        pad_token_id: What fills a text up, or `None`.
+    """
+
+    start_token_id: int | None = None
+    end_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """The Keras model that a file was made of.
+
+    Attributes:
+        class_name: Class of the model.
+        family: Class of its backbone.
+        config: Configuration of the backbone.
+    """
+
+    class_name: str
+    family: str
+    config: Plain
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a file.
+
+    Attributes:
+        parameters: How many there are.
+        nonzero: How many are not zero.
+        sha256: Hash of their bytes.
+    """
+
+    parameters: int
+    nonzero: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says of itself.
+
+    Attributes:
+        versions: Of the libraries that wrote it.
+        source: The Keras model.
+        decoder: What a runtime must know of the decoder.
+        signatures: What a runtime can call.
+        generation: Special tokens.
+        recipe: The techniques that the model was trained with, or `None`.
+        weights: How many there are, and a hash.
+        tokenizer: JSON of the `tokenizers` library, or `None`.
+        format_version: Version of the format.
+    """
+
+    versions: Mapping[str, str]
+    source: Source
+    decoder: DecoderShape
+    signatures: Signatures
+    generation: GenerationDefaults
+    recipe: Plain | None
+    weights: Weights
+    tokenizer: str | None
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> bytes:
+        """Returns the metadata as a file holds them."""
+        kinds = {
+            "decode": (self.signatures.decode,),
+            "prefill": self.signatures.prefill,
+            "score": self.signatures.score,
+        }
+        source = self.source
+        about = {
+            "format_version": self.format_version,
+            "versions": dict(self.versions),
+            "source": {
+                "class": source.class_name,
+                "family": source.family,
+                "config": source.config,
+            },
+            "decoder": asdict(self.decoder),
+            "signatures": {
+                kind: {signature.name: signature.length for signature in found}
+                for kind, found in kinds.items()
+            },
+            "generation": asdict(self.generation),
+            "recipe": self.recipe,
+            "weights": asdict(self.weights),
+            "tokenizer": self.tokenizer,
+        }
+        return json.dumps(about, ensure_ascii=False).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, origin: str = "The file") -> Metadata:
+        """Returns the metadata of a file; fields that are not known are passed over.
+
+        Args:
+            data: What `to_json` gave.
+            origin: What an error message calls the file. Defaults to `"The file"`.
+
+        Raises:
+            ValueError: If the data are no JSON, have another version of the format, or lack a
+                field or have one that cannot be.
+        """
+        try:
+            read = json.loads(data)
+        except ValueError as error:
+            raise ValueError(f"{origin} is damaged or was cut off ({error!r}).") from None
+        about = _Fields(read, "", origin)
+        version = _check_version(about.get("format_version"), origin)
+        source = about.section("source")
+        return cls(
+            versions=about.section("versions").names_to(str),
+            source=Source(
+                source.one("class", str), source.one("family", str), source.plain("config")
+            ),
+            decoder=_read_decoder(about.section("decoder")),
+            signatures=_read_signatures(about.section("signatures")),
+            generation=_read_generation(about.section("generation")),
+            recipe=about.maybe("recipe", about.plain),
+            weights=_read_weights(about.section("weights")),
+            tokenizer=about.maybe("tokenizer", lambda name: about.one(name, str)),
+            format_version=version,
+        )
+
+
+class _Fields:
+    """An object of the JSON, whose fields are checked as they are read.
+
+    Args:
+        data: The object.
+        where: Its name in the metadata, with a dot behind it; empty for the whole.
+        origin: What an error message calls the file.
+    """
+
+    def __init__(self, data: object, where: str, origin: str) -> None:
+        if not isinstance(data, dict):
+            name = where.rstrip(".") or "metadata"
+            raise ValueError(f"{origin} is damaged: its {name} is no object.")
+        self._data = data
+        self._where = where
+        self._origin = origin
+
+    def get(self, name: str) -> object:
+        """Returns a field, or `None` where it is missing."""
+        return self._data.get(name)
+
+    def _there(self, name: str) -> object:
+        """Returns a field.
+
+        Raises:
+            ValueError: If it is missing.
+        """
+        if name not in self._data:
+            raise ValueError(f"{self._origin} is damaged: its metadata lacks {self._where}{name}.")
+        return self._data[name]
+
+    def wrong(self, name: str, expected: str) -> ValueError:
+        """Returns the error of a field that cannot be."""
+        value = repr(self._data.get(name))[:80]
+        return ValueError(
+            f"{self._origin} is damaged: {self._where}{name} in its metadata is {value}, and "
+            f"should be {expected}."
+        )
+
+    def section(self, name: str) -> _Fields:
+        """Returns a field that has fields."""
+        return _Fields(self._there(name), f"{self._where}{name}.", self._origin)
+
+    def one(self, name: str, kind: type[_Value]) -> _Value:
+        """Returns a field of a type.
+
+        Raises:
+            ValueError: If it is missing or of another type.
+        """
+        value = self._there(name)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.wrong(name, f"of type {kind.__name__}")
+        return value
+
+    def integer(self, name: str, least: int = 0) -> int:
+        """Returns an integer that is not too small.
+
+        Raises:
+            ValueError: If it is missing, too small or no integer.
+        """
+        value = self.one(name, int)
+        if value < least:
+            raise self.wrong(name, f"at least {least}")
+        return value
+
+    def maybe(self, name: str, read: Callable[[str], _Value]) -> _Value | None:
+        """Returns a field that may be null."""
+        return None if self._there(name) is None else read(name)
+
+    def plain(self, name: str) -> Plain:
+        """Returns an object as it is."""
+        return dict(self.section(name)._data)
+
+    def names_to(self, kind: type[_Value]) -> dict[str, _Value]:
+        """Returns all fields, which are of one type."""
+        return {name: self.one(name, kind) for name in self._data}
+
+
+def _check_version(version: object, origin: str) -> int:
+    """Returns the version of a format that can be read.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{origin} is damaged: its format version is {version!r}.")
+    if version != FORMAT_VERSION:
+        remedy = "Update tfgptopt." if version > FORMAT_VERSION else "Export the model again."
+        raise ValueError(
+            f"{origin} has format {version}; this tfgptopt reads format {FORMAT_VERSION}. {remedy}"
+        )
+    return version
+
+
+def _read_decoder(fields: _Fields) -> DecoderShape:
+    """Returns what is said of the decoder.
+
+    Raises:
+        ValueError: If a field is missing or cannot be.
+    """
+    held = fields.one("cache_dtype", str)
+    dtype = next((known for known in CACHE_DTYPES if known == held), None)
+    if dtype is None:
+        raise fields.wrong("cache_dtype", f"one of {CACHE_DTYPES}")
+    return DecoderShape(
+        num_layers=fields.integer("num_layers", 1),
+        num_heads=fields.integer("num_heads", 1),
+        num_key_value_heads=fields.integer("num_key_value_heads", 1),
+        head_dim=fields.integer("head_dim", 1),
+        cache_dtype=dtype,
+        resizable=fields.one("resizable", bool),
+        context_length=fields.integer("context_length", 1),
+        vocabulary_size=fields.integer("vocabulary_size", 1),
+    )
+
+
+def _read_signatures(fields: _Fields) -> Signatures:
+    """Returns what can be called.
+
+    Raises:
+        ValueError: If a kind is missing, or there is more than one `decode`.
+    """
+
+    def read(kind: str) -> tuple[Signature, ...]:
+        section = fields.section(kind)
+        found = tuple(Signature(section.integer(name, 1), name) for name in section.names_to(int))
+        if not found:
+            raise fields.wrong(kind, "a signature at least")
+        return found
+
+    decode, *others = read("decode")
+    if others:
+        raise fields.wrong("decode", "one signature")
+    return Signatures(decode, read("prefill"), read("score"))
+
+
+def _read_generation(fields: _Fields) -> GenerationDefaults:
+    """Returns the special tokens.
+
+    Raises:
+        ValueError: If a field is missing or cannot be.
+    """
+    ends = fields.one("end_token_ids", list)
+    if not all(isinstance(token, int) for token in ends):
+        raise fields.wrong("end_token_ids", "a list of token ids")
+    return GenerationDefaults(
+        start_token_id=fields.maybe("start_token_id", fields.integer),
+        end_token_ids=tuple(ends),
+        pad_token_id=fields.maybe("pad_token_id", fields.integer),
+    )
+
+
+def _read_weights(fields: _Fields) -> Weights:
+    return Weights(
+        parameters=fields.integer("parameters", 1),
+        nonzero=fields.integer("nonzero"),
+        sha256=fields.one("sha256", str),
+    )
