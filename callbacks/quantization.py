@@ -8,7 +8,8 @@ from typing import Any
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
-from tfgptopt.model.changing import changing, retrace
+from tfgptopt.model.changing import changing
+from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.quantization import layers, quantizers
 from tfgptopt.quantization.aware import hold_scales, quantize_aware

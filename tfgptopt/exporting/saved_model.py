@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.exporting.tokenizers import end_token_ids
-from tfgptopt.model.changing import retrace
+from tfgptopt.model.retracing import retrace
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import Integers, read_integers
 from tfgptopt.quantization.quantizers import quantizers_of

@@ -9,23 +9,8 @@ from contextlib import AbstractContextManager
 import keras
 import tensorflow as tf
 
-_FUNCTIONS = ("train", "test", "predict")
-
-
-def retrace(model: keras.Layer) -> None:
-    """Drops the compiled functions of a model and of the models inside it.
-
-    Functions that exist are made anew at once, because `fit` fetches its train function before it
-    calls `on_train_begin`.
-    """
-    for layer in model._flatten_layers():
-        if not isinstance(layer, keras.Model):
-            continue
-        for name in _FUNCTIONS:
-            if getattr(layer, f"{name}_function", None) is not None:
-                getattr(layer, f"make_{name}_function")(force=True)
-        if getattr(layer, "generate_function", None) is not None:
-            layer.generate_function = None
+from tfgptopt.model.carrying import carry
+from tfgptopt.model.retracing import retrace
 
 
 def strategy_scope(model: keras.Layer) -> AbstractContextManager[object]:
@@ -38,6 +23,8 @@ def strategy_scope(model: keras.Layer) -> AbstractContextManager[object]:
 @contextlib.contextmanager
 def changing(model: keras.Layer) -> Iterator[None]:
     """Lets layers be changed: in the scope of the model's strategy, traced again afterwards.
+
+    Masks and scales that are on the model then travel with its weights.
 
     What fails half-way is traced again too: whoever changes a model also puts it back.
 
@@ -52,4 +39,5 @@ def changing(model: keras.Layer) -> Iterator[None]:
         with strategy_scope(model):
             yield
     finally:
+        carry(model)
         retrace(model)

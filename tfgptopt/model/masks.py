@@ -2,14 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from tfgptopt.model.targets import Target
+from tfgptopt.model.dressing import put_on, register_mixin, take_off
+from tfgptopt.model.targets import Target, target_of
+from tfgptopt.model.techniques import technique_classes
+
+# Attributes of a pruned layer: its mask, and what moved it before it was saved.
+_HELD = "_tfgptopt_mask"
+_PRUNING = "pruning"
+# Set while a copy has no weights yet.
+_FRESH = "_tfgptopt_fresh"
+
+
+class PrunedMixin:
+    """Lets the mask of a layer travel with its configuration, as into copies and `.keras` files.
+
+    The zeros of the weights that are loaded into a copy are its mask.
+    """
+
+    _tfgptopt_mask: Mask
+
+    def build(self, input_shape: Any = None) -> None:
+        super().build(input_shape)  # type: ignore[misc]
+        technique = getattr(self, _PRUNING, None)
+        if technique is not None:
+            object.__delattr__(self, _PRUNING)
+            Mask(None, target_of(self), technique)  # type: ignore[arg-type]
+            object.__setattr__(self, _FRESH, True)
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        read_if_fresh(self)  # type: ignore[arg-type]
+        return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def get_config(self) -> dict[str, Any]:
+        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+        technique = self._tfgptopt_mask.technique
+        with contextlib.suppress(ValueError):  # A schedule or pattern that has no name.
+            config[_PRUNING] = dataclasses.replace(technique, targets=None).to_config()
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> keras.Layer:
+        config = dict(config)
+        found = config.pop(_PRUNING, None)
+        layer: keras.Layer = super().from_config(config)  # type: ignore[misc]
+        try:
+            technique = technique_classes()[found.pop("name")].from_config(found)
+        except (AttributeError, KeyError, ValueError):
+            warnings.warn(
+                f"{layer.name} was pruned by settings that cannot be read: its zeros are not held.",
+                stacklevel=2,
+            )
+            take_off(layer, PrunedMixin)
+            return layer
+        object.__setattr__(layer, _PRUNING, technique)
+        return layer
+
+
+register_mixin(PrunedMixin, "Pruned", place=0)
 
 
 class Mask(keras.constraints.Constraint):
@@ -20,7 +80,7 @@ class Mask(keras.constraints.Constraint):
     of the model: checkpoints stay those of the plain model, and hold the mask as exact zeros.
 
     Args:
-        model: The model whose optimizer may average the kernel (`use_ema`).
+        model: The model whose optimizer may average the kernel (`use_ema`), or `None`.
         target: The kernel. The mask is put on it.
         technique: What moves the mask, for recipes and reports.
     """
@@ -31,7 +91,7 @@ class Mask(keras.constraints.Constraint):
         self.inner: Callable[[Any], Any] | None = variable.constraint
         self.technique = technique
         self.owner: Any = None
-        self._model = weakref.ref(model)
+        self.belongs_to(model)
         self.mask = keras.Variable(
             tf.ones(variable.shape, tf.bool),
             trainable=False,
@@ -39,14 +99,45 @@ class Mask(keras.constraints.Constraint):
             name=f"{variable.name}_mask",
         )
         self._layer = target.layer
+        self._variable = variable
         variable.constraint = self
         # Keras refuses it too where a kernel has had a constraint from the beginning.
         object.__setattr__(self._layer, "enable_lora", _refuse_lora(target))
+        object.__setattr__(self._layer, _HELD, self)
+        put_on(self._layer, PrunedMixin)
+
+    def belongs_to(self, model: Any) -> None:
+        """Says whose optimizer may average the kernel."""
+        self._model: Callable[[], Any] = (lambda: None) if model is None else weakref.ref(model)
 
     def take_off(self, variable: Any) -> None:
         """Gives the kernel back its own constraint, and leaves its weights as they are."""
         variable.constraint = self.inner
+        take_off(self._layer, PrunedMixin)
         object.__delattr__(self._layer, "enable_lora")
+        object.__delattr__(self._layer, _HELD)
+
+    def snapshot(self) -> np.ndarray:
+        """Returns the mask, to be restored together with the weights."""
+        return np.asarray(keras.ops.convert_to_numpy(self.mask.value))
+
+    def restore(self, snapshot: np.ndarray | None) -> str | None:
+        """Puts a mask back beside weights that were restored.
+
+        Args:
+            snapshot: What `snapshot` returned with these weights, or `None` if nobody knows: the
+                mask that is there is applied to them.
+
+        Returns:
+            What the user should know, or `None`.
+        """
+        if snapshot is not None:
+            self.mask.assign(snapshot)
+        self._variable.assign(self.zeroed(self._variable))
+        if self.owner is not None:
+            self.owner.resume(self.owner.seen)
+        unfinished = getattr(self.technique, "unfinished", lambda share: None)
+        return unfinished(1.0 - float(np.mean(self.snapshot())))
 
     def __call__(self, w: Any) -> Any:
         self.hold_average(w)
@@ -103,6 +194,25 @@ def read_from_zeros(targets: list[Target]) -> None:
     """Sets every mask to hold the zeros that its weight has now."""
     for target in targets:
         target.variable.constraint.mask.assign(keras.ops.not_equal(target.variable.value, 0))
+
+
+def read_if_fresh(layer: keras.Layer) -> None:
+    """Sets the mask of a copy to hold the zeros of its weights, once it was given some."""
+    if not getattr(layer, _FRESH, False):
+        return
+    with tf.init_scope():
+        variable = target_of(layer).variable
+        kept = tf.not_equal(tf.convert_to_tensor(variable.value), 0)
+        if not bool(tf.reduce_all(kept)):  # Else it is still as it was made.
+            # Keras may be tracing, where it would put an assignment off.
+            variable.constraint.mask._value.assign(kept)
+            object.__delattr__(layer, _FRESH)
+
+
+def mask_on(layer: keras.Layer) -> Mask | None:
+    """Returns the mask of a layer's weight, or `None`."""
+    found: Mask | None = getattr(layer, _HELD, None)
+    return found
 
 
 def apply(targets: list[Target]) -> None:

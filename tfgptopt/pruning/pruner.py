@@ -73,6 +73,7 @@ class Pruner:
             for target in self.targets:
                 target.variable.constraint.owner = self
                 target.variable.constraint.technique = self.technique
+                target.variable.constraint.belongs_to(self.model)
             # Masks that an earlier pruning left are never opened by a schedule that starts low.
             self._floor = self._sparsity = self._masked_share()
             mask_state(self.model).restore()  # What a checkpoint brought before.

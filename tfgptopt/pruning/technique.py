@@ -110,6 +110,17 @@ class Prune:
                 raise ValueError(f"{target.path} has values that are NaN or infinite.")
         return chosen
 
+    def unfinished(self, sparsity: float) -> str | None:
+        """Returns what to say where weights with a sparsity are less than the schedule's end."""
+        final = final_sparsity(self.schedule)
+        if final is None or self.allocation is not None or sparsity > final - 0.02:
+            return None
+        return (
+            f"The weights that were restored are of a step before the pruning schedule ended: a "
+            f"weight has sparsity {sparsity:.2f}, and {final:.2f} was to be reached. Restore from "
+            "the steps behind the end of the schedule, or train on."
+        )
+
     def to_config(self) -> dict[str, Any]:
         """Returns the technique as plain data.
 

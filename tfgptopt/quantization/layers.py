@@ -21,6 +21,7 @@ from tfgptopt.model.current import (
     has_adapters,
     without_adapters,
 )
+from tfgptopt.model.dressing import dressed_class, put_on, register_mixin, take_off, worn_by
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.quantization import quantizers, rounding
 from tfgptopt.quantization.quantizers import Quantizer
@@ -115,33 +116,16 @@ def _keep_mask(source: Any, result: Any) -> Any:
     return result
 
 
-_classes: dict[type, type] = {}
+_TABLES = (keras.layers.Embedding, keras.layers.ReversibleEmbedding)
+register_mixin(
+    QuantizeAwareMixin, "QuantizeAware", 1, (keras.layers.Dense, keras.layers.EinsumDense)
+)
+register_mixin(QuantizeAwareEmbeddingMixin, "QuantizeAware", 1, _TABLES)
 
 
-def _dressed_class(layer_class: type) -> Any:
-    """Returns the quantize-aware subclass of a layer class, made once for each class."""
-    if layer_class not in _classes:
-        embedding = issubclass(layer_class, keras.layers.Embedding)
-        mixin = QuantizeAwareEmbeddingMixin if embedding else QuantizeAwareMixin
-        # The name stays: checkpoints address the layers of a list by the name of their class.
-        dressed = type(layer_class.__name__, (mixin, layer_class), {"__module__": __name__})
-        register = keras.saving.register_keras_serializable
-        registered = f"QuantizeAware{layer_class.__name__}"
-        _classes[layer_class] = register("tfgptopt", registered)(dressed)
-    return _classes[layer_class]
-
-
-def _plain_class(dressed_class: type) -> Any:
-    return dressed_class.__mro__[dressed_class.__mro__.index(QuantizeAwareMixin) + 1]
-
-
-for _standard in (
-    keras.layers.Dense,
-    keras.layers.EinsumDense,
-    keras.layers.Embedding,
-    keras.layers.ReversibleEmbedding,
-):
-    _dressed_class(_standard)
+def _mixin_for(layer: keras.Layer) -> type:
+    embedding = isinstance(layer, keras.layers.Embedding)
+    return QuantizeAwareEmbeddingMixin if embedding else QuantizeAwareMixin
 
 
 def rounded_target(layer: Any) -> Target:
@@ -167,14 +151,15 @@ def dress(target: Target, spec: Spec) -> None:
     layer = target.layer
     layer.quantization_spec = spec
     layer.quantized_as_head = target.role == "head"
-    layer.__class__ = _dressed_class(type(layer))
+    put_on(layer, _mixin_for(layer))
     _resolve(layer)
 
 
 def dressed_copy(layer: keras.Layer, spec: Spec) -> keras.Layer:
     """Returns a quantize-aware layer with the configuration of one that is not built yet."""
     config = {**layer.get_config(), _SPEC: serialize_spec(spec), _IS_HEAD: False}
-    copy: keras.Layer = _dressed_class(type(layer)).from_config(config)
+    made: Any = dressed_class(type(layer), (*worn_by(layer), _mixin_for(layer)))
+    copy: keras.Layer = made.from_config(config)
     return copy
 
 
@@ -186,7 +171,7 @@ def undress(layer: Any) -> None:
     for quantizer in quantizers.quantizers_of(layer):
         quantizer.variable.assign(layer.rounded(quantizer))
     quantizers.detach(layer)
-    layer.__class__ = _plain_class(type(layer))
+    take_off(layer, _mixin_for(layer))
     if has_adapters(layer):
         drop_adapters(layer)
 
@@ -211,7 +196,7 @@ def finalized_for_a_while(dressed: list[Any]) -> Iterator[None]:
                 for quantizer in quantizers.quantizers_of(layer):
                     quantizer.variable.assign(layer.rounded(quantizer))
                 stack.enter_context(without_adapters(layer))
-                layer.__class__ = _plain_class(type(layer))
+                take_off(layer, _mixin_for(layer))
             yield
         finally:
             for layer, own in zip(dressed, classes, strict=True):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.model import carrying
+from tfgptopt.model.current import current
 from tfgptopt.model.targets import Target
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.rounding import Grid
@@ -24,15 +27,17 @@ class Quantizer(keras.layers.Layer):
     it.
 
     Args:
+        layer: The layer that has the weight.
         variable: The weight.
         grid: What it is rounded to.
         method: How its scale is found: `"absmax"`, `"mse"` or `"learned"`.
     """
 
-    def __init__(self, variable: Any, grid: Grid, method: str) -> None:
+    def __init__(self, layer: keras.Layer, variable: Any, grid: Grid, method: str) -> None:
         super().__init__(name="quantizer")
         self.built = True
         # Not through Keras' own __setattr__: the variables are the layer's, or nobody's.
+        self._layer = weakref.ref(layer)  # Not a layer inside this one.
         object.__setattr__(self, "variable", variable)
         object.__setattr__(self, "kept", None)
         # Set while a SavedModel is traced: the rounded weights, made from stored integers.
@@ -45,9 +50,12 @@ class Quantizer(keras.layers.Layer):
         """Returns the scale of float32 weights: the one kept, or else found by the method."""
         if self.kept is not None:
             return self.grid.representable(tf.convert_to_tensor(self.kept.value))
-        if self.method == "absmax":
-            return rounding.absmax_scale(weights, self.grid)
-        return rounding.mse_scale(weights, self.grid)
+        return self._found(weights)
+
+    def _found(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns the scale that the method finds."""
+        find = rounding.absmax_scale if self.method == "absmax" else rounding.mse_scale
+        return find(weights, self.grid)
 
     def hold(self, weights: tf.Tensor, scale: tf.Tensor | None = None) -> None:
         """Keeps a scale from now on: one loaded from a checkpoint, that given, or that of now.
@@ -69,6 +77,22 @@ class Quantizer(keras.layers.Layer):
         if self._loaded.shape == tuple(self.kept.shape):
             self.kept.assign(self._loaded)
         self._loaded = None
+
+    def snapshot(self) -> tuple[np.ndarray | None]:
+        """Returns the kept scale, or that there is none, to be restored with the weights."""
+        return (None if self.kept is None else keras.ops.convert_to_numpy(self.kept.value),)
+
+    def restore(self, snapshot: tuple[np.ndarray | None] | None) -> None:
+        """Puts a scale back beside weights that were restored.
+
+        Where nothing is known of them, the scale that is there is what they are rounded with.
+        """
+        if snapshot is None or self.kept is None:
+            return
+        (scale,) = snapshot
+        if scale is None:  # It has been frozen since.
+            scale = self._found(current(self._layer(), self.variable))
+        self.kept.assign(scale)
 
     def fake_quantize(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns rounded weights with a straight-through gradient."""
@@ -118,16 +142,18 @@ def attach(target: Target, spec: Spec) -> None:
     for name, (variable, grid) in zip(("main", "head"), grids_of(target, spec), strict=False):
         old = present.get(name)
         if old is None or (old.grid, old.method) != (grid, spec.scale):
-            old = Quantizer(variable, grid, spec.scale)
+            old = Quantizer(layer, variable, grid, spec.scale)
         made[name] = old
     # Keras looks for what to save among the attributes of a layer, dictionaries included.
     object.__setattr__(layer, _ATTRIBUTE, made)
+    carrying.attach(layer, list(made.values()))
 
 
 def detach(layer: keras.Layer) -> None:
     """Takes the quantizers off a layer."""
     if hasattr(layer, _ATTRIBUTE):
         object.__delattr__(layer, _ATTRIBUTE)
+        carrying.detach(layer)
 
 
 def check_fits(targets: list[Target], spec: Spec) -> None:

@@ -20,7 +20,7 @@ from ai_edge_litert import schema_py_generated as schema
 from tfgptopt.decoder.reading import read_head, read_matrix
 from tfgptopt.decoder.spec import Matrix
 from tfgptopt.exporting.tflite.decoder_graph import Step
-from tfgptopt.model.changing import retrace
+from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.quantization import layers
 
