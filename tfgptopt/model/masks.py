@@ -30,8 +30,6 @@ class PrunedMixin:
     The zeros of the weights that are loaded into a copy are its mask.
     """
 
-    _tfgptopt_mask: Mask
-
     def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)  # type: ignore[misc]
         technique = getattr(self, _PRUNING, None)
@@ -46,9 +44,10 @@ class PrunedMixin:
 
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()  # type: ignore[misc]
-        technique = self._tfgptopt_mask.technique
-        with contextlib.suppress(ValueError):  # A schedule or pattern that has no name.
-            config[_PRUNING] = dataclasses.replace(technique, targets=None).to_config()
+        mask = mask_on(self)  # type: ignore[arg-type]
+        if mask is not None:
+            with contextlib.suppress(ValueError):  # A pattern that has no name.
+                config[_PRUNING] = dataclasses.replace(mask.technique, targets=None).to_config()
         return config
 
     @classmethod
@@ -63,7 +62,6 @@ class PrunedMixin:
                 f"{layer.name} was pruned by settings that cannot be read: its zeros are not held.",
                 stacklevel=2,
             )
-            take_off(layer, PrunedMixin)
             return layer
         object.__setattr__(layer, _PRUNING, technique)
         return layer
