@@ -11,6 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfgptopt.data.encoding import special_id
 from tfgptopt.data.files import TextFile, find_files, split_files, standard_library, total_size
 from tfgptopt.data.tokenizer import train_tokenizer
 from tfgptopt.data.windows import read_windows, write_windows
@@ -44,7 +45,7 @@ class Corpus:
             Path(self._folder.name) / name,
             self.sequence_length,
             self.batch_size,
-            self.tokenizer.pad_token_id or 0,
+            special_id(self.tokenizer, "pad") or 0,
             shuffle_seed,
         )
 
@@ -84,7 +85,7 @@ def load_corpus(
     Args:
         sources: Files, folders or globs of UTF-8 text. Defaults to `None`: the source of Python's
             standard library.
-        tokenizer: A KerasHub byte-pair tokenizer. Defaults to `None`: one is trained on the
+        tokenizer: Any tokenizer of KerasHub. Defaults to `None`: one is trained on the
             training files.
         vocabulary_size: int. Size of the tokenizer to train. Defaults to `4096`.
         sequence_length: int. Tokens per window. Defaults to `128`.

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PIECE = 1 << 20
+# Small enough that a tokenizer has pieces for each of its threads.
+_PIECE = 1 << 17
 # What the "surrogateescape" handler makes of a byte that is no UTF-8.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -148,7 +149,7 @@ def _cut(file: TextFile, validation_share: float) -> tuple[list[TextFile], list[
 
 
 def read_pieces(file: TextFile, bad_bytes: BadBytes) -> Iterator[str]:
-    """Yields the text of a file in pieces of about a megabyte that end with a line.
+    """Yields the text of a file in pieces of about 128 KB that end with a line.
 
     Bytes that are no UTF-8 are replaced, and counted.
     """

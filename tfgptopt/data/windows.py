@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.data.encoding import encode_all, special_id
 from tfgptopt.data.files import BadBytes, TextFile, read_pieces
-from tfgptopt.data.tokenizer import backend_of
 
 # Windows held in memory to shuffle: 32 MB for 128 tokens each.
 _SHUFFLED = 1 << 16
 
 
 def _tokens(files: Sequence[TextFile], tokenizer: Any, bad: BadBytes) -> Iterator[np.ndarray]:
-    """Yields the tokens of files, each file closed by the end token."""
-    backend = backend_of(tokenizer)
-    end = np.asarray([tokenizer.end_token_id], np.int32)
+    """Yields the tokens of files, each file closed by the end token where there is one."""
+    end = special_id(tokenizer, "end")
+    closing = np.asarray([] if end is None else [end], np.int32)
     for file in files:
-        for piece in read_pieces(file, bad):
-            yield np.asarray(backend.encode(piece).ids, np.int32)
-        yield end
+        yield from encode_all(tokenizer, read_pieces(file, bad))
+        yield closing
 
 
 def write_windows(
@@ -38,7 +37,7 @@ def write_windows(
 
     Args:
         files: The text.
-        tokenizer: A KerasHub byte-pair tokenizer.
+        tokenizer: Any tokenizer of KerasHub.
         sequence_length: int. Inputs per window.
         path: The file to write: int32, one window after the other.
 
