@@ -49,22 +49,29 @@ def _is_binary(path: Path) -> bool:
         return b"\0" in file.read(8192)
 
 
-def _expand(source: str | Path) -> list[Path]:
-    """Returns the text files that a file, folder or glob stands for."""
+def paths_of(source: str | Path) -> list[Path]:
+    """Returns the files that a file, folder or glob stands for, hidden and empty ones of a folder
+    left out."""
     path = Path(source).expanduser()
     if path.is_file():
-        if _is_binary(path):
-            raise ValueError(f"'{path}' is not text: it has zero bytes.")
         return [path]
     if path.is_dir():
         inside = (p for p in sorted(path.rglob("*")) if p.is_file())
         visible = (
             p for p in inside if not any(n.startswith(".") for n in p.relative_to(path).parts)
         )
-        return [p for p in visible if p.stat().st_size and not _is_binary(p)]
+        return [p for p in visible if p.stat().st_size]
     # `Path.glob` cannot expand an absolute pattern.
     matches = (Path(match) for match in sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
-    return [p for p in matches if p.is_file() and not _is_binary(p)]
+    return [p for p in matches if p.is_file()]
+
+
+def _expand(source: str | Path) -> list[Path]:
+    """Returns the text files that a file, folder or glob stands for."""
+    paths = paths_of(source)
+    if Path(source).expanduser().is_file() and _is_binary(paths[0]):
+        raise ValueError(f"'{paths[0]}' is not text: it has zero bytes.")
+    return [p for p in paths if not _is_binary(p)]
 
 
 def find_files(sources: str | Path | Sequence[str | Path]) -> list[TextFile]:
@@ -105,6 +112,12 @@ def standard_library() -> list[TextFile]:
     return [TextFile(p, 0, p.stat().st_size) for p in paths if p.stat().st_size]
 
 
+def check_share(validation_share: float) -> None:
+    """Raises a `ValueError` unless a share for validation leaves something to both parts."""
+    if not 0.0 < validation_share < 1.0:
+        raise ValueError(f"`validation_share` must be in (0, 1). Received: {validation_share!r}")
+
+
 def split_files(
     files: Sequence[TextFile], validation_share: float
 ) -> tuple[list[TextFile], list[TextFile]]:
@@ -122,8 +135,7 @@ def split_files(
     Raises:
         ValueError: If `validation_share` is out of range.
     """
-    if not 0.0 < validation_share < 1.0:
-        raise ValueError(f"`validation_share` must be in (0, 1). Received: {validation_share!r}")
+    check_share(validation_share)
     if len(files) == 1:
         return _cut(files[0], validation_share)
 
