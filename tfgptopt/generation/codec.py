@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tfgptopt.file.metadata import Metadata
+from tfgptopt.generation.templates import TURN_TOKENS
 from tfgptopt.generation.tokenizing import Json, SentencePiece, TextTokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
@@ -142,8 +143,9 @@ class Codec:
 
 def _tokenizer_of(metadata: Metadata) -> TextTokenizer | None:
     """Returns the tokenizer of a file, if it has one."""
+    names = metadata.special_tokens or TURN_TOKENS
     if metadata.sentencepiece is not None:
-        return SentencePiece(metadata.sentencepiece, metadata.special_tokens)
+        return SentencePiece(metadata.sentencepiece, names)
     if metadata.tokenizer is not None:
-        return Json(metadata.tokenizer, metadata.special_tokens)
+        return Json(metadata.tokenizer, names)
     return None

@@ -14,10 +14,12 @@ import numpy as np
 from tfgptopt.file.container import read_container
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
+from tfgptopt.generation.chat import Chat
 from tfgptopt.generation.codec import Codec, Prompt, StopLike
 from tfgptopt.generation.continuing import Continuation, sampled_tokens
 from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.session import Session
+from tfgptopt.generation.templates import KNOWN, ChatTemplate, get_template
 from tfgptopt.generation.weight_cache import cache_folder
 
 
@@ -216,6 +218,26 @@ class TFLiteCausalLM:
     def session(self) -> Session:
         """Returns a text that grows by turns, as in a chat, with a KV cache of its own."""
         return Session(self._engine, self._codec, self._engine.new_cache(), [])
+
+    def chat(self, system: str | None = None, template: ChatTemplate | str | None = None) -> Chat:
+        """Returns a chat, which takes messages and keeps its KV cache between them.
+
+        Args:
+            system: What the model is told first. Defaults to `None`: nothing.
+            template: A `ChatTemplate`, the name of a known one (`"gemma"`, `"llama3"`, `"chatml"`,
+                `"qwen"`, `"smollm"`, `"phi3"`), or Jinja. Defaults to `None`: the file's own.
+
+        Raises:
+            ValueError: If the file has no template and none is given, or no tokenizer.
+        """
+        chat = self.metadata.chat
+        if template is None and chat is None:
+            raise ValueError(
+                "The file has no chat template: its model had none, or is not one for chats. Give "
+                f"`template`: one of {', '.join(KNOWN)}, Jinja, or a `ChatTemplate`."
+            )
+        own = None if chat is None else ChatTemplate.from_metadata(chat)
+        return Chat(self.session(), self._codec, get_template(template or own or ""), system)
 
     def reset(self) -> None:
         """Forgets the last prompt, which is kept for the next one that begins like it."""

@@ -109,6 +109,29 @@ class Session:
             tokens = self.tokens + self._encode(text, special_tokens)
             return self._begin(tokens, max_new_tokens, chosen, ends, seed)
 
+    def begin(
+        self,
+        tokens: list[int],
+        max_new_tokens: int | None,
+        sampler: Sequence[samplers.Sampler],
+        stop: Stop,
+        seed: int | None,
+    ) -> Iterator[str]:
+        """Continues tokens that take the place of the text so far; what is alike is not read again.
+
+        Args:
+            tokens: The whole text.
+            max_new_tokens, seed: As for `stream`.
+            sampler: The samplers.
+            stop: What ends the continuation.
+
+        Yields:
+            Pieces of text, as `stream`.
+        """
+        with self._lock:
+            self._end_turn()
+            return self._begin(tokens, max_new_tokens, sampler, stop, seed)
+
     def _begin(
         self,
         tokens: list[int],

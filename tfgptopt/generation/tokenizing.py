@@ -117,6 +117,7 @@ class Json:
         names = [*(token.content for token in added if token.special), *special]
         known = {name: self.token_to_id(name) for name in names}
         self.specials = {name: token for name, token in known.items() if token is not None}
+        self._special_ids = frozenset(self.specials.values())
         self.prefixed = bool(getattr(self._model.pre_tokenizer, "add_prefix_space", False))
 
     @functools.cached_property
@@ -137,13 +138,14 @@ class Json:
     def encode(self, text: str, special_tokens: bool) -> list[int]:
         """Returns the ids of a text; see `TextTokenizer`."""
         ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
-        if not special_tokens and not set(self.specials.values()).isdisjoint(ids):
+        if not special_tokens and not self._special_ids.isdisjoint(ids):
             ids = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids."""
-        text: str = self._model.decode([int(i) for i in ids])
+        special = self._special_ids
+        text: str = self._model.decode([int(i) for i in ids if i not in special])
         return text
 
     def token_to_id(self, token: str) -> int | None:
