@@ -27,9 +27,9 @@ class Chat:
     Example:
 
     ```python
-    chat = lm.chat(system="Be brief.")
-    print(chat.generate("What is a KV cache?", max_new_tokens=40))
-    for piece in chat.stream("Why does it help?", max_new_tokens=40):
+    chat = lm.chat(template="{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}")
+    print(chat.generate("What is it?", max_new_tokens=8))
+    for piece in chat.stream("Why?", max_new_tokens=8):
         print(piece, end="", flush=True)
     ```
     """
