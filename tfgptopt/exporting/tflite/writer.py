@@ -15,7 +15,7 @@ import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
 import tfgptopt
-from tfgptopt.decoder import DecoderSpec, Matrix, has_reader, read_decoder
+from tfgptopt.decoder import DecoderSpec, Matrix, read_decoder, why_unreadable
 from tfgptopt.decoder.reading import as_floats
 from tfgptopt.exporting.tflite import constants, converting
 from tfgptopt.exporting.tflite.builder import Model
@@ -261,10 +261,11 @@ def write_tflite(
     """
     if cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {cache_dtype!r}")
+    reason = why_unreadable(model)
     for setting in ["sparse=True"] * sparse + ["cache_dtype='int8'"] * (cache_dtype == "int8"):
-        if not has_reader(model):
+        if reason:
             raise ValueError(f"`{setting}` needs a reader for {type(model).__name__}.")
-    if has_reader(model):
+    if reason is None:
         data = _decoder_file(model, context_length, sparse, cache_dtype)
     elif isinstance(model, keras_hub.models.CausalLM):
         data = _converted_causal_lm(model, context_length)
