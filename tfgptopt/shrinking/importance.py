@@ -10,10 +10,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration.watching import batches_of, replaced_calls
+from tfgptopt.calibration.batches import batches_of
 from tfgptopt.data.corpus import tokens_as_input
 from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.families import Layout, Part, blocks_of, follow
+from tfgptopt.model.overriding import overriding
 from tfgptopt.shrinking.families import family_of
 
 
@@ -266,12 +267,12 @@ def next_token_loss(model: Any, batches: list[Any]) -> float:
 def _loss_when_skipped(model: Any, blocks: list[Any], batches: list[Any]) -> np.ndarray:
     """Returns for each block the loss without it."""
 
-    def skip(block: Any) -> Any:
-        return lambda inputs, *args, **kwargs: inputs
+    def skip(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return inputs
 
     losses = []
     for block in blocks:
-        with replaced_calls([block], skip):
+        with overriding([(block, "call", skip)]):
             losses.append(next_token_loss(model, batches))
     return np.array(losses)
 
@@ -319,7 +320,7 @@ def importance(model: Any, data: Any, depth_score: str = "influence") -> Importa
     backbone = getattr(model, "backbone", model)
     watcher = _Watcher(family, backbone)
     counts = np.zeros(backbone.vocabulary_size)
-    with replaced_calls(watcher.layers(), watcher.wrap):
+    with overriding((layer, "call", watcher.wrap(layer)) for layer in watcher.layers()):
         for batch in batches:
             real = batch["padding_mask"] != 0
             watcher.batch(real)
