@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 from conftest import make_gpt, random_batch
 
-import tfgptopt
+import tfgptopt.pruning
 from tfgptopt.calibration.batches import batches_of
 from tfgptopt.calibration.blocks import block_by_block, targets_by_block
 from tfgptopt.calibration.statistics import Grams

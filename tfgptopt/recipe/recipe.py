@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import yaml
 
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.model import masks
 from tfgptopt.model.changing import retrace, strategy_scope
 from tfgptopt.model.targets import Target, candidates, select
@@ -29,7 +30,7 @@ from tfgptopt.pruning.technique import Settings
 from tfgptopt.quantization.aware import keep_found_scales, quantize_aware
 from tfgptopt.quantization.layers import is_dressed
 from tfgptopt.quantization.specs import Spec, check_spec, deserialize_spec, serialize_spec
-from tfgptopt.recipe.stages import Distill, Shrink
+from tfgptopt.shrinking.technique import Shrink
 
 # Where `finalize` leaves the recipe on a model.
 FINALIZED_RECIPE = "_tfgptopt_recipe"
@@ -169,9 +170,7 @@ def _technique_from(config: Any) -> Technique:
         )
     fields = {key: value for key, value in config.items() if key != "name"}
     try:
-        if config["name"] == "shrink":
-            return Shrink(**fields)
-        if config["name"] in ("distill", "prune"):
+        if config["name"] in ("shrink", "distill", "prune"):
             found: Technique = _KINDS[config["name"]].from_config(fields)
             return found
         return QuantizeAware(deserialize_spec(fields.pop("spec")), **fields)

@@ -16,6 +16,7 @@ from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.families import Layout, Part, blocks_of, follow
 from tfgptopt.model.overriding import overriding
 from tfgptopt.shrinking.families import family_of
+from tfgptopt.shrinking.shapes import check_depth_score
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,12 +276,6 @@ def _loss_when_skipped(model: Any, blocks: list[Any], batches: list[Any]) -> np.
         with overriding([(block, "call", skip)]):
             losses.append(next_token_loss(model, batches))
     return np.array(losses)
-
-
-def check_depth_score(depth_score: Any) -> None:
-    """Raises a `ValueError` unless this is a way to score layers."""
-    if depth_score not in ("influence", "loss"):
-        raise ValueError(f"`depth_score` must be 'influence' or 'loss'. Received: {depth_score!r}")
 
 
 def importance(model: Any, data: Any, depth_score: str = "influence") -> Importance:

@@ -90,6 +90,37 @@ def config_with(model: Any, shape: Shape) -> dict[str, Any]:
     return config
 
 
+def check_request(**settings: Any) -> tuple[str, float] | None:
+    """Returns the name and value of the budget, or `None` if numbers are given.
+
+    Raises:
+        ValueError: If both are given, or nothing, or a budget is out of range.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    budgets = [name for name in ("parameters", "latency") if name in given]
+    if len(given) != 1 if budgets else not given:
+        raise ValueError(
+            "Give what to shrink (such as `depth=0.5`), or one budget (`parameters=0.7` or "
+            f"`latency=0.6`). Received: {', '.join(given) or 'nothing'}"
+        )
+    if not budgets:
+        return None
+    name = budgets[0]
+    if not isinstance(given[name], float) or not 0.0 < given[name] < 1.0:
+        raise ValueError(f"`{name}` must be a float in (0, 1). Received: {given[name]!r}")
+    return name, given[name]
+
+
+def check_depth_score(depth_score: Any) -> None:
+    """Raises unless this is a way to score layers.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if depth_score not in ("influence", "loss"):
+        raise ValueError(f"`depth_score` must be 'influence' or 'loss'. Received: {depth_score!r}")
+
+
 def _absolute(name: str, wanted: Any, there: int, multiple: int = 1) -> int:
     """Returns a number that was given as it is or as a share."""
     if isinstance(wanted, bool) or not isinstance(wanted, int | float):

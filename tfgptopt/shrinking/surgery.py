@@ -192,8 +192,8 @@ class _Surgeon:
         else:
             head = self._take(old.reverse_embeddings, ("width", "vocabulary"))
             new.reverse_embeddings.assign(head)
-        norms = [follow(x, family.final_norm) for x in (self.old, self.new)]
-        self._norm(*norms, final, bias)
+        source, target = (follow(x, family.final_norm) for x in (self.old, self.new))
+        self._norm(source, target, final, bias)
         positions = positions_of(self.family, self.old)
         if positions is not None:
             table = self._take(positions.position_embeddings, ("context", "width"))
