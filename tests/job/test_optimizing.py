@@ -129,7 +129,7 @@ def test_bad_jobs_touch_nothing(corpus, tmp_path):
         ((Shrink(depth=1), QuantizeAware(Int8(), targets="transformer_layer_1")), "matches none"),
         ((Shrink(context=8), QuantizeAware(Int8())), "only 8"),
     ],
-    ids=["depth", "losses", "block_size", "targets", "positions"],
+    ids=["depth", "vocabulary", "steps", "losses", "block_size", "targets", "positions"],
 )
 def test_what_does_not_fit_a_later_stage_is_found_before_training(
     techniques, message, corpus, tmp_path, monkeypatch

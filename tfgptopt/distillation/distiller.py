@@ -289,11 +289,19 @@ class Distiller(keras.Model):
         return super().make_test_function(force=force or stale)
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Raises before it touches a file: a distiller is saved as its student."""
+        """Raises before it touches a file: a distiller is saved as its student.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(_NOT_SAVED)
 
     def get_config(self) -> dict[str, Any]:
-        """Raises: a distiller is saved as its student, and resumed from `save_weights`."""
+        """Raises: a distiller is saved as its student, and resumed from `save_weights`.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(_NOT_SAVED)
 
 

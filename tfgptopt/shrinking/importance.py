@@ -249,7 +249,11 @@ def _check_tokens(backbone: Any, tokens: tf.Tensor) -> None:
 
 
 def next_token_loss(model: Any, batches: list[Any]) -> float:
-    """Returns the mean loss of a causal LM for each next token of batches, in nats."""
+    """Returns the mean loss of a causal LM for each next token of batches, in nats.
+
+    Raises:
+        ValueError: If no token follows another.
+    """
 
     @tf.function(reduce_retracing=True)
     def of_batch(batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
