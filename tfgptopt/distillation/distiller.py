@@ -12,15 +12,18 @@ from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.distillation.features import AttentionMaps, HiddenStates
 from tfgptopt.distillation.losses import LogitsKL, Loss, weight_at
 from tfgptopt.distillation.recording import Recording, split_inputs
+from tfgptopt.distillation.serializing import is_serializable
 from tfgptopt.distillation.teachers import (
     LiveTeacher,
     check_built,
     check_recording,
     live_teacher,
 )
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.distillation.views import Lesson, View, look
 from tfgptopt.distillation.wiring import Wiring
 from tfgptopt.model import masks
+from tfgptopt.model.history import record
 
 _NOT_SAVED = (
     "A Distiller is not saved as a whole. Save `distiller.student`; to resume training, use "
@@ -235,7 +238,17 @@ class Distiller(keras.Model):
                 raise ValueError(_NOT_SAVED)
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._read(kwargs["validation_data"], kwargs)
+        self._record()
         return super().fit(self._read(x, kwargs, "batch_size"), *args, **kwargs)
+
+    def _record(self) -> None:
+        """Notes on the student that it is taught, once for the same losses.
+
+        A loss that plain data cannot hold, such as one whose weight is a function, is left out.
+        """
+        losses = tuple(loss for loss in self._teaching.value if is_serializable(loss))
+        if losses and all(known.losses != losses for known in Distill.found_on(self.student)):
+            record(self.student, Distill(steps=None, losses=losses))
 
     def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Evaluates as `keras.Model.evaluate` does. Text is tokenized, as in `fit`."""
@@ -276,11 +289,19 @@ class Distiller(keras.Model):
         return super().make_test_function(force=force or stale)
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """Raises before it touches a file: a distiller is saved as its student."""
+        """Raises before it touches a file: a distiller is saved as its student.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(_NOT_SAVED)
 
     def get_config(self) -> dict[str, Any]:
-        """Raises: a distiller is saved as its student, and resumed from `save_weights`."""
+        """Raises: a distiller is saved as its student, and resumed from `save_weights`.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(_NOT_SAVED)
 
 

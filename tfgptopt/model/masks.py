@@ -53,11 +53,11 @@ class PrunedMixin:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> keras.Layer:
         config = dict(config)
-        found = config.pop(_PRUNING, None)
+        found = dict(config.pop(_PRUNING, {}))
         layer: keras.Layer = super().from_config(config)  # type: ignore[misc]
         try:
             technique = technique_classes()[found.pop("name")].from_config(found)
-        except (AttributeError, KeyError, ValueError):
+        except (KeyError, ValueError):
             warnings.warn(
                 f"{layer.name} was pruned by settings that cannot be read: its zeros are not held.",
                 stacklevel=2,

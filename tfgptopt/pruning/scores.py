@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import keras
 import tensorflow as tf
 
+from tfgptopt.calibration.batches import batches_of
 from tfgptopt.calibration.statistics import SquaredSums
-from tfgptopt.calibration.watching import batches_of, observe_all
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
 
 

@@ -10,8 +10,10 @@ import keras
 import numpy as np
 from rich.progress import track
 
+from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.blocks import block_by_block, targets_by_block
 from tfgptopt.calibration.statistics import Grams
-from tfgptopt.calibration.watching import batches_of, block_by_block, blocks_of, observe_all
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
 from tfgptopt.model.current import current
@@ -168,7 +170,7 @@ def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: A
     specs = {id(target.variable): spec for target, spec in chosen}
     targets = [target for target, _ in chosen]
     steps = block_by_block(model, targets, data)
-    count = len(blocks_of(model, targets))
+    count = len(targets_by_block(model, targets))
     for members, run in track(steps, "GPTQ", total=count, transient=True):
         grams = Grams()
         run(grams)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import keras
 import keras_hub
 
-from tfgptopt.decoder import has_reader
+from tfgptopt.decoder import why_unreadable
 from tfgptopt.exporting.tflite.converted import converted_causal_lm_file, converted_file
 from tfgptopt.exporting.tflite.described import described_file
 from tfgptopt.file.container import seal
@@ -83,7 +83,7 @@ class TFLite:
         Raises:
             ValueError: If the model cannot be exported, or a setting does not fit it.
         """
-        known = has_reader(model)
+        known = why_unreadable(model) is None
         for setting in ["sparse=True"] * self.sparse + ["cache_dtype='int8'"] * (
             self.cache_dtype == "int8"
         ):
