@@ -9,6 +9,7 @@ import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
 from tfgptopt.model.changing import changing
+from tfgptopt.model.current import full_precision, has_adapters
 from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.quantization import layers, quantizers
@@ -67,6 +68,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._waiting = True
         self._updates: ScaleUpdates | None = None
         self._frozen = False
+        self._given: list[quantizers.Quantizer] = []
 
     @classmethod
     def of(cls, technique: QuantizeAware, calibration: Any = None) -> QuantizationAwareTraining:
@@ -109,6 +111,32 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._dress_if_due()
         self._learn_scales()
         self._freeze_if_due()
+        self._round_frozen_once()
+
+    def _round_frozen_once(self) -> None:
+        """Keeps the rounded form of weights that this training does not change."""
+        if self._waiting or self._given:
+            return
+        trained = {id(variable) for variable in self.model.trainable_variables}
+        found = [
+            quantizer
+            for target, _ in self._chosen
+            if not has_adapters(target.layer)
+            for quantizer in quantizers.quantizers_of(target.layer)
+            if id(quantizer.variable) not in trained and quantizer.given is None
+        ]
+        if found:
+            self._given = found
+            with changing(self.model):
+                for quantizer in found:
+                    quantizer.give(quantizer.rounded(full_precision(quantizer.variable)))
+
+    def _round_anew(self) -> None:
+        if self._given:
+            with changing(self.model):
+                for quantizer in self._given:
+                    quantizer.give(None)
+            self._given = []
 
     def _dress_if_due(self) -> None:
         if self._waiting and self._iterations() >= self.technique.start_step:
@@ -154,3 +182,4 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._dress_if_due()
         self._freeze_if_due()
         self._stop_learning()
+        self._round_anew()

@@ -30,7 +30,9 @@ __all__ = [
     "Norm",
     "Rotary",
     "check_readable",
+    "is_decoder_only",
     "read_decoder",
+    "read_known",
     "register",
     "why_unreadable",
 ]
@@ -53,12 +55,19 @@ def register(backbone_class: type[keras.Model], arithmetic: Arithmetic) -> None:
     _ARITHMETIC[backbone_class] = arithmetic
 
 
+def is_decoder_only(model: keras.Layer) -> bool:
+    """Returns whether a model is a causal LM of KerasHub without an encoder in front of it."""
+    # There, BART and T5 are causal LMs too.
+    models = keras_hub.models
+    return isinstance(model, models.CausalLM) and not isinstance(model, models.Seq2SeqLM)
+
+
 def why_unreadable(model: keras.Layer) -> str | None:
     """Returns why a model cannot be read as a decoder, or `None` if it can."""
     backbone, layout = getattr(model, "backbone", model), layout_of(model)
     if layout is None:
         return f"there is no reader for {type(backbone).__name__}"
-    if model is not backbone and not isinstance(model, keras_hub.models.CausalLM):
+    if model is not backbone and not is_decoder_only(model):
         return f"{type(model).__name__} is no causal language model"
     # A layer of somebody else may compute anything, unless the layout answers for it.
     known, described = ("keras", "keras_hub", "tfgptopt"), (type(backbone), *layout.own_layers)
@@ -103,6 +112,11 @@ def read_decoder(model: keras.Layer) -> DecoderSpec:
     ```
     """
     check_readable(model)
+    return read_known(model)
+
+
+def read_known(model: keras.Layer) -> DecoderSpec:
+    """Reads a model that `why_unreadable` has nothing against."""
     backbone: Any = getattr(model, "backbone", model)
     layout = layout_of(backbone)
     assert layout is not None

@@ -22,6 +22,7 @@ from tfgptopt.model.current import (
     without_adapters,
 )
 from tfgptopt.model.dressing import dressed_class, put_on, register_mixin, take_off, worn_by
+from tfgptopt.model.precision import is_half
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.quantization import quantizers, rounding
 from tfgptopt.quantization.quantizers import Quantizer
@@ -169,8 +170,13 @@ def undress(layer: Any) -> None:
     LoRA adapters are merged. The spec stays on the layer, for exporters.
     """
     for quantizer in quantizers.quantizers_of(layer):
-        quantizer.variable.assign(layer.rounded(quantizer))
-    quantizers.detach(layer)
+        weights = current(layer, quantizer.variable)
+        if is_half(quantizer.variable):
+            # 16 bits hold integer times scale near enough to find the integer, not the scale.
+            quantizer.hold(weights)
+        quantizer.variable.assign(quantizer.rounded(weights))
+    if not is_half(target_of(layer).variable):
+        quantizers.detach(layer)
     take_off(layer, _mixin_for(layer))
     if has_adapters(layer):
         drop_adapters(layer)

@@ -40,7 +40,8 @@ class Quantizer(keras.layers.Layer):
         self._layer = weakref.ref(layer)  # Not a layer inside this one.
         object.__setattr__(self, "variable", variable)
         object.__setattr__(self, "kept", None)
-        # Set while a SavedModel is traced: the rounded weights, made from stored integers.
+        # The rounded weights, where they need not be made: while weights that are frozen train
+        # along, and while a SavedModel is traced, which makes them from stored integers.
         object.__setattr__(self, "given", None)
         self.grid = grid
         self.method = method
@@ -93,6 +94,16 @@ class Quantizer(keras.layers.Layer):
         if scale is None:  # It has been frozen since.
             scale = self._found(current(self._layer(), self.variable))
         self.kept.assign(scale)
+
+    def give(self, rounded: tf.Tensor | None) -> None:
+        """Says what the rounded weights are, or that they have to be made. Trace again then."""
+        given = None if rounded is None else tf.Variable(rounded, trainable=False)
+        object.__setattr__(self, "given", given)
+
+    def rounded(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns rounded float32 weights, without a gradient."""
+        integers, scale = rounding.quantize(weights, self.grid, self.compute_scale(weights))
+        return rounding.dequantize(integers, scale, self.grid)
 
     def fake_quantize(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns rounded weights with a straight-through gradient."""
