@@ -68,7 +68,6 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._waiting = True
         self._updates: ScaleUpdates | None = None
         self._frozen = False
-        self._given: list[quantizers.Quantizer] = []
 
     @classmethod
     def of(cls, technique: QuantizeAware, calibration: Any = None) -> QuantizationAwareTraining:
@@ -98,6 +97,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             quantizers.attach(target, spec)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self._round_anew()  # After a `fit` that was interrupted.
         last = last_mask_step(self.model, self._iterations(), self.params)
         if last is not None and last < self.technique.start_step:
             warnings.warn(
@@ -115,7 +115,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
 
     def _round_frozen_once(self) -> None:
         """Keeps the rounded form of weights that this training does not change."""
-        if self._waiting or self._given:
+        if self._waiting:
             return
         trained = {id(variable) for variable in self.model.trainable_variables}
         found = [
@@ -126,17 +126,18 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             if id(quantizer.variable) not in trained and quantizer.given is None
         ]
         if found:
-            self._given = found
             with changing(self.model):
                 for quantizer in found:
                     quantizer.give(quantizer.rounded(full_precision(quantizer.variable)))
 
     def _round_anew(self) -> None:
-        if self._given:
+        chosen = [target.layer for target, _ in self._chosen]
+        found = [one for layer in chosen for one in quantizers.quantizers_of(layer)]
+        given = [one for one in found if one.given is not None]
+        if given:
             with changing(self.model):
-                for quantizer in self._given:
+                for quantizer in given:
                     quantizer.give(None)
-            self._given = []
 
     def _dress_if_due(self) -> None:
         if self._waiting and self._iterations() >= self.technique.start_step:
@@ -174,6 +175,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if self._waiting:
             self._dress_if_due()
+            self._round_frozen_once()
         if self.technique.freeze_step is not None and not self._frozen:
             self._freeze_if_due()
 

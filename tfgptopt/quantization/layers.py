@@ -48,7 +48,7 @@ class QuantizeAwareMixin:
         """Returns rounded weights, with a straight-through gradient to the variables."""
         quantizer = quantizer or quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
         if quantizer.given is not None:
-            return quantizer.given
+            return tf.convert_to_tensor(quantizer.given)
         return quantizer.fake_quantize(current(self, quantizer.variable))
 
     def _round_rows(self, inputs: Any) -> Any:

@@ -17,6 +17,7 @@ from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
 from tfgptopt.model.current import current
+from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.quantization import layers, quantizers, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
@@ -84,6 +85,7 @@ def quantize(
     check_setting(spec)
     balances, final = _methods(method)
     chosen = chosen_specs(model, spec, targets)
+    check_finite_weights(model)
     check_plain([target for target, _ in chosen])
     if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")

@@ -88,12 +88,13 @@ class Quantizer(keras.layers.Layer):
 
         Where nothing is known of them, the scale that is there is what they are rounded with.
         """
-        if snapshot is None or self.kept is None:
-            return
-        (scale,) = snapshot
-        if scale is None:  # It has been frozen since.
-            scale = self._found(current(self._layer(), self.variable))
-        self.kept.assign(scale)
+        weights = current(self._layer(), self.variable)
+        if snapshot is not None and self.kept is not None:
+            (scale,) = snapshot
+            # Without one it has been frozen since.
+            self.kept.assign(self._found(weights) if scale is None else scale)
+        if self.given is not None:
+            self.give(self.rounded(weights))
 
     def give(self, rounded: tf.Tensor | None) -> None:
         """Says what the rounded weights are, or that they have to be made. Trace again then."""
