@@ -24,8 +24,7 @@ def test_windows_hold_the_text_in_order_once(corpus):
             np.testing.assert_array_equal(row[1:real], row_labels[: real - 1])
             tokens += ([int(row[0])] if not tokens else []) + row_labels[:real].tolist()
     assert len(tokens) == corpus.validation_tokens
-    backend = corpus.tokenizer._tokenizer
-    assert backend.decode(tokens, skip_special_tokens=False) == text
+    assert corpus.tokenizer.detokenize(tokens) == text
 
 
 def test_order_is_shuffled_and_the_same_each_time(corpus):

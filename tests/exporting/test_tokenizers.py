@@ -7,11 +7,10 @@ import keras_hub
 import numpy as np
 import pytest
 import sentencepiece
-import tokenizers
 from decoder.families import FAMILIES
 
 import tfgptopt
-from tfgptopt.exporting.tokenizers import end_token_ids, tokenizer_json
+from tfgptopt.exporting.tokenizers import end_token_ids, store_tokenizer
 
 IDS = {
     "llama": {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1},
@@ -50,33 +49,128 @@ def train(**settings):
     return out.getvalue()
 
 
+TEXTS = [
+    *Path(json.encoder.__file__).read_text("utf-8").splitlines()[:40],
+    Path(json.encoder.__file__).read_text("utf-8"),
+    "Hello world",
+    " a",
+    "a ",
+    "a  b",
+    "two lines\n\n",
+    "\tand\ttabs",
+    "ﬁ Ａ ½ ①",
+    "  naïve  日本 \t🙂 </s><unk>",
+    "▁marks▁",
+    "12345 6",
+]
+
+
+def ids_of(tokenizer, text):
+    return np.asarray(tokenizer.tokenize(text)).tolist()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sentencepiece_model_is_stored_with_the_same_tokens(name):
     tokenizer = keras_hub.tokenizers.SentencePieceTokenizer(proto=train(**MODELS[name]))
-    stored = tokenizers.Tokenizer.from_str(tokenizer_json(tokenizer))
-    other = Path(json.encoder.__file__).read_text("utf-8")
-    texts = [other, *other.splitlines(), "  naïve  日本 \t🙂 </s><unk>", "▁marks▁", "12345 6"]
-    for text in texts:
-        ids = np.asarray(tokenizer.tokenize(text)).tolist()
-        assert stored.encode(text).ids == ids, text
+    stored = store_tokenizer(tokenizer).load()
+    for text in TEXTS:
+        ids = ids_of(tokenizer, text)
+        assert stored.encode(text, special_tokens=True) == ids, text
         assert stored.decode(ids) == tokenizer.detokenize(ids)
     # Any order of tokens, control tokens too, becomes the same text.
     generator = np.random.default_rng(0)
-    whole = [i for i, piece in enumerate(tokenizer.get_vocabulary()) if not piece.startswith("<0x")]
     for _ in range(50):
-        ids = [int(i) for i in generator.choice(whole, 10)]
-        if not MODELS[name].get("remove_extra_whitespaces", True):
-            assert stored.decode(ids, skip_special_tokens=False) == tokenizer.detokenize(ids)
+        ids = [int(i) for i in generator.integers(0, tokenizer.vocabulary_size(), 10)]
+        assert stored.decode(ids) == tokenizer.detokenize(ids)
+
+
+RULES = ["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"]
+
+
+def tiny_file(tokenizer, path):
+    """Returns the model of a tiny Llama with a tokenizer, read from a file."""
+    settings = {**FAMILIES["Llama"][1], "vocabulary_size": tokenizer.vocabulary_size()}
+    backbone = keras_hub.models.LlamaBackbone(**settings)
+    preprocessor = keras_hub.models.CausalLMPreprocessor(tokenizer, sequence_length=48)
+    for name in ("start_token_id", "end_token_id", "pad_token_id"):
+        if getattr(tokenizer, name, None) is None:
+            setattr(tokenizer, name, 1)
+    model = keras_hub.models.LlamaCausalLM(backbone, preprocessor)
+    return tfgptopt.TFLiteCausalLM(tfgptopt.export(model, path))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_rule_gives_the_tokens_of_kerashub_for_any_text(rule, tmp_path):
+    proto = train(normalization_rule_name=rule, byte_fallback=True, vocab_size=600)
+    tokenizer = keras_hub.tokenizers.SentencePieceTokenizer(proto=proto)
+    lm = tiny_file(tokenizer, tmp_path / "gpt.tflite")
+    for text in TEXTS:
+        assert lm.tokenize(text) == ids_of(tokenizer, text), text
+    for prompt in ("Hello world", "a ", "a  b", "a\n", "\ta"):
+        text = lm.generate(prompt, max_length=20, stop=None)
+        assert text == prompt + "".join(lm.stream(prompt, max_length=20, stop=None))
+        assert len(lm.score(prompt)) == len(ids_of(tokenizer, prompt))
+        session = lm.session()
+        made = session.generate(prompt, max_new_tokens=4, stop=None)
+        assert session.tokens[1:-4] == ids_of(tokenizer, prompt) and isinstance(made, str)
+
+
+def test_only_an_unknown_token_is_refused(tmp_path):
+    tokenizer = keras_hub.tokenizers.SentencePieceTokenizer(proto=train(vocab_size=300))
+    lm = tiny_file(tokenizer, tmp_path / "gpt.tflite")
+    assert lm.tokenize("def \n main ") == ids_of(tokenizer, "def main")
+    for call in (lm.generate, lm.score, lm.session().generate, lm.tokenize):
+        with pytest.raises(ValueError, match="characters that the tokenizer's vocabulary lacks"):
+            call("漢")
+
+
+def test_a_byte_pair_tokenizer_with_a_space_before_every_text(corpus, tmp_path):
+    gpt = corpus.tokenizer
+    for prefix in (True, False):
+        tokenizer = keras_hub.models.GPT2Tokenizer(
+            gpt.vocabulary, gpt.merges, add_prefix_space=prefix
+        )
+        lm = tiny_file(tokenizer, tmp_path / f"{prefix}.tflite")
+        for text in TEXTS:
+            assert lm.tokenize(text) == ids_of(tokenizer, text)
+        lacking = {token: i for token, i in gpt.vocabulary.items() if token != "Z"}
+        few = keras_hub.models.GPT2Tokenizer(
+            {token: i for i, token in enumerate(lacking)}, gpt.merges, add_prefix_space=prefix
+        )
+        lm = tiny_file(few, tmp_path / f"few{prefix}.tflite")
+        with pytest.raises(ValueError, match="vocabulary lacks"):
+            lm.generate("a Z")
+
+
+def test_names_of_special_tokens_in_a_prompt_are_text_unless_asked_for(corpus, tmp_path):
+    proto = train(
+        **MODELS["byte pairs as Gemma"], bos_piece="<bos>", eos_piece="<eos>", pad_piece="<pad>"
+    )
+    gemma, text = keras_hub.models.GemmaTokenizer(proto), "a<start_of_turn>b"
+    turn = gemma.token_to_id("<start_of_turn>")
+    lm = tiny_file(gemma, tmp_path / "gemma.tflite")
+    assert lm.tokenize(text, special_tokens=True) == ids_of(gemma, text)
+    assert turn in ids_of(gemma, text) and turn not in lm.tokenize(text)
+    assert lm.detokenize(lm.tokenize(text)) == text
+    assert lm.tokenize("a▁▁b") == ids_of(gemma, "a▁▁b")  # A user-defined piece that is text.
+    gpt, text = corpus.tokenizer, "a<|endoftext|>b"
+    lm = tiny_file(gpt, tmp_path / "gpt.tflite")
+    assert lm.tokenize(text, special_tokens=True) == ids_of(gpt, text)
+    assert gpt.end_token_id not in lm.tokenize(text)
+    assert lm.detokenize(lm.tokenize(text)) == text
+    assert lm.generate(text, 40, stop=None).startswith(text)
+    ids = len(lm.score(text)), len(lm.score(text, special_tokens=True))
+    assert ids[0] > ids[1] == 3
 
 
 def test_what_cannot_be_stored_is_refused():
     proto = train(**MODELS["byte pairs as Llama"])
     tokenizer = keras_hub.tokenizers.SentencePieceTokenizer(proto=proto, add_bos=True)
     with pytest.raises(ValueError, match="gives the same tokens: for 'a' it gives"):
-        tokenizer_json(tokenizer)
+        store_tokenizer(tokenizer)
     words = keras_hub.tokenizers.WordPieceTokenizer(["[UNK]", "a"])
     with pytest.raises(ValueError, match="Cannot store a WordPieceTokenizer"):
-        tokenizer_json(words)
+        store_tokenizer(words)
 
 
 def test_a_file_of_a_llama_reads_and_writes_text(tmp_path):

@@ -135,7 +135,6 @@ def test_score_is_the_log_softmax_of_the_dressed_model(lm, trained):
     ("prompt", "options", "message"),
     [
         ([], {}, "prompt is empty"),
-        ("", {}, "prompt is empty"),
         (b"bytes", {}, "Received bytes"),
         ("half a pair \ud800", {}, "no valid Unicode"),
         ("x = 1\n" * 40, {}, "tokens, and the model's context has 32"),

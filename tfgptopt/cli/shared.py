@@ -88,11 +88,5 @@ def default_recipe(first: int, steps: int, sparsity: float, bits: int) -> Recipe
 
 
 def print_corpus(corpus: Corpus) -> None:
-    """Prints what text there is."""
-    console.print(
-        f"Text: {len(corpus.training_files)} files, {corpus.training_bytes / 1e6:.1f} MB, "
-        f"{corpus.training_tokens:,} tokens; held out: {len(corpus.validation_files)} files, "
-        f"{corpus.validation_tokens:,} tokens"
-    )
-    if corpus.bad_bytes:
-        console.print(f"{corpus.bad_bytes:,} bytes were no UTF-8 and became U+FFFD")
+    """Prints what text there is, and what was cut off."""
+    console.print(corpus.describe())

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-_PIECE = 1 << 20
+# Small enough that a tokenizer has pieces for each of its threads.
+_PIECE = 1 << 17
 # What the "surrogateescape" handler makes of a byte that is no UTF-8.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -48,22 +49,29 @@ def _is_binary(path: Path) -> bool:
         return b"\0" in file.read(8192)
 
 
-def _expand(source: str | Path) -> list[Path]:
-    """Returns the text files that a file, folder or glob stands for."""
+def paths_of(source: str | Path) -> list[Path]:
+    """Returns the files that a file, folder or glob stands for, hidden and empty ones of a folder
+    left out."""
     path = Path(source).expanduser()
     if path.is_file():
-        if _is_binary(path):
-            raise ValueError(f"'{path}' is not text: it has zero bytes.")
         return [path]
     if path.is_dir():
         inside = (p for p in sorted(path.rglob("*")) if p.is_file())
         visible = (
             p for p in inside if not any(n.startswith(".") for n in p.relative_to(path).parts)
         )
-        return [p for p in visible if p.stat().st_size and not _is_binary(p)]
+        return [p for p in visible if p.stat().st_size]
     # `Path.glob` cannot expand an absolute pattern.
     matches = (Path(match) for match in sorted(glob.glob(str(path), recursive=True)))  # noqa: PTH207
-    return [p for p in matches if p.is_file() and not _is_binary(p)]
+    return [p for p in matches if p.is_file()]
+
+
+def _expand(source: str | Path) -> list[Path]:
+    """Returns the text files that a file, folder or glob stands for."""
+    paths = paths_of(source)
+    if Path(source).expanduser().is_file() and _is_binary(paths[0]):
+        raise ValueError(f"'{paths[0]}' is not text: it has zero bytes.")
+    return [p for p in paths if not _is_binary(p)]
 
 
 def find_files(sources: str | Path | Sequence[str | Path]) -> list[TextFile]:
@@ -104,6 +112,12 @@ def standard_library() -> list[TextFile]:
     return [TextFile(p, 0, p.stat().st_size) for p in paths if p.stat().st_size]
 
 
+def check_share(validation_share: float) -> None:
+    """Raises a `ValueError` unless a share for validation leaves something to both parts."""
+    if not 0.0 < validation_share < 1.0:
+        raise ValueError(f"`validation_share` must be in (0, 1). Received: {validation_share!r}")
+
+
 def split_files(
     files: Sequence[TextFile], validation_share: float
 ) -> tuple[list[TextFile], list[TextFile]]:
@@ -121,8 +135,7 @@ def split_files(
     Raises:
         ValueError: If `validation_share` is out of range.
     """
-    if not 0.0 < validation_share < 1.0:
-        raise ValueError(f"`validation_share` must be in (0, 1). Received: {validation_share!r}")
+    check_share(validation_share)
     if len(files) == 1:
         return _cut(files[0], validation_share)
 
@@ -148,7 +161,7 @@ def _cut(file: TextFile, validation_share: float) -> tuple[list[TextFile], list[
 
 
 def read_pieces(file: TextFile, bad_bytes: BadBytes) -> Iterator[str]:
-    """Yields the text of a file in pieces of about a megabyte that end with a line.
+    """Yields the text of a file in pieces of about 128 KB that end with a line.
 
     Bytes that are no UTF-8 are replaced, and counted.
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import keras_hub
 import tokenizers
@@ -19,12 +18,6 @@ _SMALLEST = 256 + 1 + 1
 def _all_pieces(files: Iterable[TextFile]) -> Iterator[str]:
     for file in files:
         yield from read_pieces(file, BadBytes())
-
-
-def backend_of(tokenizer: Any) -> tokenizers.Tokenizer:
-    """Returns the `tokenizers.Tokenizer` behind a KerasHub byte-pair tokenizer."""
-    tokenizer("")  # KerasHub makes it on first use.
-    return tokenizer._tokenizer
 
 
 def train_tokenizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,78 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.data.encoding import encode_all, special_id
 from tfgptopt.data.files import BadBytes, TextFile, read_pieces
-from tfgptopt.data.tokenizer import backend_of
 
 # Windows held in memory to shuffle: 32 MB for 128 tokens each.
 _SHUFFLED = 1 << 16
 
 
 def _tokens(files: Sequence[TextFile], tokenizer: Any, bad: BadBytes) -> Iterator[np.ndarray]:
-    """Yields the tokens of files, each file closed by the end token."""
-    backend = backend_of(tokenizer)
-    end = np.asarray([tokenizer.end_token_id], np.int32)
+    """Yields the tokens of files, each file closed by the end token where there is one."""
+    end = special_id(tokenizer, "end")
+    closing = np.asarray([] if end is None else [end], np.int32)
     for file in files:
-        for piece in read_pieces(file, bad):
-            yield np.asarray(backend.encode(piece).ids, np.int32)
-        yield end
+        yield from encode_all(tokenizer, read_pieces(file, bad))
+        yield closing
+
+
+class WindowWriter:
+    """Writes windows of `sequence_length + 1` tokens to a file, int32, one after the other.
+
+    A token that is read and not learned stands there as `-2 - token`, and -1 fills windows up.
+
+    Args:
+        path: The file.
+        sequence_length: int. Inputs per window.
+
+    Attributes:
+        tokens: Tokens that were written, each once.
+        rows: Rows that were written, by `row`.
+        cut_tokens, cut_rows: What did not fit, and of how many rows.
+        dropped_rows: Rows of which nothing to learn was left; no part of them was written.
+    """
+
+    def __init__(self, path: Path, sequence_length: int) -> None:
+        self.tokens = self.rows = self.cut_tokens = self.cut_rows = self.dropped_rows = 0
+        self._length = sequence_length
+        self._rest = np.empty(0, np.int32)
+        self._stream = path.open("wb")
+
+    def pack(self, tokens: np.ndarray) -> None:
+        """Takes the next tokens of a long text, of which each window overlaps the next by one."""
+        self.tokens += len(tokens)
+        rest, length = np.concatenate([self._rest, tokens]), self._length
+        windows = max(0, (len(rest) - 1) // length)
+        for start in range(0, windows * length, length):
+            self._stream.write(rest[start : start + length + 1].tobytes())
+        self._rest = rest[windows * length :]
+
+    def learns(self, tokens: np.ndarray) -> bool:
+        """Returns whether a row has something to learn within a window."""
+        return bool((tokens[1 : self._length + 1] >= 0).any())
+
+    def row(self, tokens: np.ndarray) -> None:
+        """Takes tokens that have a window of their own, cut where they do not fit."""
+        kept = tokens[: self._length + 1]
+        self.cut_tokens += len(tokens) - len(kept)
+        self.cut_rows += len(tokens) > len(kept)
+        if not self.learns(tokens):
+            self.dropped_rows += 1
+            return
+        self.tokens += len(kept)
+        self.rows += 1
+        self._write_filled(kept)
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if len(self._rest) > 1:
+            self._write_filled(self._rest)
+        self._stream.close()
+
+    def _write_filled(self, tokens: np.ndarray) -> None:
+        fill = np.full(self._length + 1 - len(tokens), -1, np.int32)
+        self._stream.write(np.concatenate([tokens, fill]).tobytes())
 
 
 def write_windows(
@@ -34,13 +92,11 @@ def write_windows(
 ) -> tuple[int, int]:
     """Writes text as windows of `sequence_length + 1` tokens, each overlapping the next by one.
 
-    The last window is filled up with -1.
-
     Args:
         files: The text.
-        tokenizer: A KerasHub byte-pair tokenizer.
+        tokenizer: Any tokenizer of KerasHub.
         sequence_length: int. Inputs per window.
-        path: The file to write: int32, one window after the other.
+        path: The file to write; see `WindowWriter`.
 
     Returns:
         `(tokens, bad_bytes)`.
@@ -48,26 +104,21 @@ def write_windows(
     Raises:
         ValueError: If the text is shorter than one window.
     """
-    bad, total = BadBytes(), 0
-    rest = np.empty(0, np.int32)
-    with path.open("wb") as stream:
+    bad, writer = BadBytes(), WindowWriter(path, sequence_length)
+    with contextlib.closing(writer):
         for tokens in _tokens(files, tokenizer, bad):
-            total += len(tokens)
-            rest = np.concatenate([rest, tokens])
-            windows = max(0, (len(rest) - 1) // sequence_length)
-            for i in range(windows):
-                start = i * sequence_length
-                stream.write(rest[start : start + sequence_length + 1].tobytes())
-            rest = rest[windows * sequence_length :]
-        if total <= sequence_length:
-            raise ValueError(
-                f"The text has {total} tokens, and one window needs {sequence_length + 1}. Give "
-                f"more text, or a shorter window ({', '.join(str(f.path) for f in files[:3])})."
-            )
-        if len(rest) > 1:
-            fill = np.full(sequence_length + 1 - len(rest), -1, np.int32)
-            stream.write(np.concatenate([rest, fill]).tobytes())
-    return total, bad.count
+            writer.pack(tokens)
+    check_enough(writer, sequence_length, ", ".join(str(f.path) for f in files[:3]))
+    return writer.tokens, bad.count
+
+
+def check_enough(writer: WindowWriter, sequence_length: int, origin: str) -> None:
+    """Raises a `ValueError` if packed text is shorter than one window."""
+    if writer.tokens <= sequence_length:
+        raise ValueError(
+            f"The text has {writer.tokens} tokens, and one window needs {sequence_length + 1}. "
+            f"Give more text, or a shorter window ({origin})."
+        )
 
 
 def read_windows(
@@ -80,10 +131,10 @@ def read_windows(
     """Reads windows as batches for `fit`.
 
     Args:
-        path: A file that `write_windows` wrote.
+        path: A file of a `WindowWriter`.
         sequence_length: int. Inputs per window.
         batch_size: int. Windows per batch.
-        pad_token_id: int. Fills the last window. Defaults to `0`.
+        pad_token_id: int. Fills windows up. Defaults to `0`.
         shuffle_seed: int. Shuffles in an order that depends on it, another one each epoch, and
             drops the last incomplete batch. Defaults to `None`: in order, all batches.
 
@@ -100,10 +151,11 @@ def read_windows(
 
     def unpack(records: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor, tf.Tensor]:
         tokens = tf.reshape(tf.io.decode_raw(records, tf.int32), (-1, sequence_length + 1))
-        real = tf.cast(tokens >= 0, tf.int32)
-        tokens = tf.where(tokens >= 0, tokens, pad_token_id)
-        inputs = {"token_ids": tokens[:, :-1], "padding_mask": real[:, :-1]}
-        return inputs, tokens[:, 1:], tf.cast(real[:, 1:], tf.float32)
+        real, learned = tokens != -1, tokens >= 0
+        tokens = tf.where(learned, tokens, tf.where(real, -2 - tokens, pad_token_id))
+        mask = tf.cast(real[:, :-1], tf.int32)
+        inputs = {"token_ids": tokens[:, :-1], "padding_mask": mask}
+        return inputs, tokens[:, 1:], tf.cast(learned[:, 1:], tf.float32)
 
     dataset = dataset.batch(batch_size, drop_remainder=shuffled and count >= batch_size)
     batches = count // batch_size if shuffled and count >= batch_size else -(-count // batch_size)

@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
+
+from tfgptopt.file.fields import Fields, Plain
 
 METADATA_NAME = "tfgptopt"
 FORMAT_VERSION = 4
 
 CacheDtype = Literal["float32", "int8"]
 CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
-
-# Plain data, as JSON has it: settings of libraries that nothing here looks into.
-Plain = dict[str, object]
-_Value = TypeVar("_Value")
 
 
 class Signature(NamedTuple):
@@ -114,6 +113,23 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """How a chat is written out as text.
+
+    Attributes:
+        template: Jinja, as Hugging Face's tokenizers have it.
+        bos_token: What the template calls so, or `""`.
+        eos_token: What the template calls so, or `""`.
+        stop_tokens: What ends an answer.
+    """
+
+    template: str
+    bos_token: str = ""
+    eos_token: str = ""
+    stop_tokens: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Metadata:
     """What a file says of itself.
 
@@ -127,6 +143,9 @@ class Metadata:
         weights: How many there are, and a hash.
         tokenizer: JSON of the `tokenizers` library, or `None`.
         format_version: Version of the format.
+        sentencepiece: A SentencePiece model, or `None`; a file has this or `tokenizer`.
+        special_tokens: Names of tokens that are no text, as far as the tokenizer does not say.
+        chat: How a chat is written out, or `None`.
     """
 
     versions: Mapping[str, str]
@@ -138,6 +157,9 @@ class Metadata:
     weights: Weights
     tokenizer: str | None
     format_version: int = FORMAT_VERSION
+    sentencepiece: bytes | None = None
+    special_tokens: tuple[str, ...] = ()
+    chat: Chat | None = None
 
     def to_json(self) -> bytes:
         """Returns the metadata as a file holds them."""
@@ -147,7 +169,7 @@ class Metadata:
             "score": self.signatures.score,
         }
         source = self.source
-        about = {
+        about: Plain = {
             "format_version": self.format_version,
             "versions": dict(self.versions),
             "source": {
@@ -165,6 +187,12 @@ class Metadata:
             "weights": asdict(self.weights),
             "tokenizer": self.tokenizer,
         }
+        if self.sentencepiece is not None:
+            about["sentencepiece"] = base64.b64encode(self.sentencepiece).decode()
+        if self.special_tokens:
+            about["special_tokens"] = self.special_tokens
+        if self.chat is not None:
+            about["chat"] = asdict(self.chat)
         return json.dumps(about, ensure_ascii=False).encode()
 
     @classmethod
@@ -183,7 +211,7 @@ class Metadata:
             read = json.loads(data)
         except ValueError as error:
             raise ValueError(f"{origin} is damaged or was cut off ({error!r}).") from None
-        about = _Fields(read, "", origin)
+        about = Fields(read, "", origin)
         version = _check_version(about.get("format_version"), origin)
         source = about.section("source")
         return cls(
@@ -198,85 +226,10 @@ class Metadata:
             weights=_read_weights(about.section("weights")),
             tokenizer=about.maybe("tokenizer", lambda name: about.one(name, str)),
             format_version=version,
+            sentencepiece=_read_sentencepiece(about),
+            special_tokens=about.texts("special_tokens"),
+            chat=_read_chat(about.section("chat")) if about.get("chat") is not None else None,
         )
-
-
-class _Fields:
-    """An object of the JSON, whose fields are checked as they are read.
-
-    Args:
-        data: The object.
-        where: Its name in the metadata, with a dot behind it; empty for the whole.
-        origin: What an error message calls the file.
-    """
-
-    def __init__(self, data: object, where: str, origin: str) -> None:
-        if not isinstance(data, dict):
-            name = where.rstrip(".") or "metadata"
-            raise ValueError(f"{origin} is damaged: its {name} is no object.")
-        self._data = data
-        self._where = where
-        self._origin = origin
-
-    def get(self, name: str) -> object:
-        """Returns a field, or `None` where it is missing."""
-        return self._data.get(name)
-
-    def _there(self, name: str) -> object:
-        """Returns a field.
-
-        Raises:
-            ValueError: If it is missing.
-        """
-        if name not in self._data:
-            raise ValueError(f"{self._origin} is damaged: its metadata lacks {self._where}{name}.")
-        return self._data[name]
-
-    def wrong(self, name: str, expected: str) -> ValueError:
-        """Returns the error of a field that cannot be."""
-        value = repr(self._data.get(name))[:80]
-        return ValueError(
-            f"{self._origin} is damaged: {self._where}{name} in its metadata is {value}, and "
-            f"should be {expected}."
-        )
-
-    def section(self, name: str) -> _Fields:
-        """Returns a field that has fields."""
-        return _Fields(self._there(name), f"{self._where}{name}.", self._origin)
-
-    def one(self, name: str, kind: type[_Value]) -> _Value:
-        """Returns a field of a type.
-
-        Raises:
-            ValueError: If it is missing or of another type.
-        """
-        value = self._there(name)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.wrong(name, f"of type {kind.__name__}")
-        return value
-
-    def integer(self, name: str, least: int = 0) -> int:
-        """Returns an integer that is not too small.
-
-        Raises:
-            ValueError: If it is missing, too small or no integer.
-        """
-        value = self.one(name, int)
-        if value < least:
-            raise self.wrong(name, f"at least {least}")
-        return value
-
-    def maybe(self, name: str, read: Callable[[str], _Value]) -> _Value | None:
-        """Returns a field that may be null."""
-        return None if self._there(name) is None else read(name)
-
-    def plain(self, name: str) -> Plain:
-        """Returns an object as it is."""
-        return dict(self.section(name)._data)
-
-    def names_to(self, kind: type[_Value]) -> dict[str, _Value]:
-        """Returns all fields, which are of one type."""
-        return {name: self.one(name, kind) for name in self._data}
 
 
 def _check_version(version: object, origin: str) -> int:
@@ -295,7 +248,7 @@ def _check_version(version: object, origin: str) -> int:
     return version
 
 
-def _read_decoder(fields: _Fields) -> DecoderShape:
+def _read_decoder(fields: Fields) -> DecoderShape:
     """Returns what is said of the decoder.
 
     Raises:
@@ -317,7 +270,7 @@ def _read_decoder(fields: _Fields) -> DecoderShape:
     )
 
 
-def _read_signatures(fields: _Fields) -> Signatures:
+def _read_signatures(fields: Fields) -> Signatures:
     """Returns what can be called.
 
     Raises:
@@ -337,7 +290,7 @@ def _read_signatures(fields: _Fields) -> Signatures:
     return Signatures(decode, read("prefill"), read("score"))
 
 
-def _read_generation(fields: _Fields) -> GenerationDefaults:
+def _read_generation(fields: Fields) -> GenerationDefaults:
     """Returns the special tokens.
 
     Raises:
@@ -353,9 +306,32 @@ def _read_generation(fields: _Fields) -> GenerationDefaults:
     )
 
 
-def _read_weights(fields: _Fields) -> Weights:
+def _read_weights(fields: Fields) -> Weights:
     return Weights(
         parameters=fields.integer("parameters", 1),
         nonzero=fields.integer("nonzero"),
         sha256=fields.one("sha256", str),
+    )
+
+
+def _read_sentencepiece(fields: Fields) -> bytes | None:
+    """Returns the SentencePiece model, if there is one.
+
+    Raises:
+        ValueError: If it is no base64.
+    """
+    if fields.get("sentencepiece") is None:
+        return None
+    try:
+        return base64.b64decode(fields.one("sentencepiece", str), validate=True)
+    except ValueError:
+        raise fields.wrong("sentencepiece", "base64") from None
+
+
+def _read_chat(fields: Fields) -> Chat:
+    return Chat(
+        template=fields.one("template", str),
+        bos_token=fields.one("bos_token", str),
+        eos_token=fields.one("eos_token", str),
+        stop_tokens=fields.texts("stop_tokens"),
     )

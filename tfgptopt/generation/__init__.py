@@ -1,5 +1,6 @@
 """Text from an exported file. Imports neither TensorFlow nor Keras."""
 
+from tfgptopt.generation.chat import Chat
 from tfgptopt.generation.runtime import TFLiteCausalLM
 from tfgptopt.generation.samplers import (
     Greedy,
@@ -10,8 +11,11 @@ from tfgptopt.generation.samplers import (
     TopP,
 )
 from tfgptopt.generation.session import Session
+from tfgptopt.generation.templates import ChatTemplate
 
 __all__ = [
+    "Chat",
+    "ChatTemplate",
     "Greedy",
     "MinP",
     "Random",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import tokenizers
 
 from tfgptopt.file.metadata import Metadata
+from tfgptopt.generation.templates import TURN_TOKENS
+from tfgptopt.generation.tokenizing import Json, SentencePiece, TextTokenizer
 
 Prompt = str | Sequence[int] | np.ndarray
 StopLike = str | int | Sequence[str | int] | None
@@ -23,64 +25,63 @@ class Stop:
 
 
 class Codec:
-    """Encodes prompts and decodes tokens.
+    """Encodes prompts and decodes tokens. The tokenizer is read when it is first needed.
 
     Args:
         metadata: Of the file.
-
-    Raises:
-        ValueError: If the tokenizer has more tokens than the model.
     """
 
     def __init__(self, metadata: Metadata) -> None:
         self.vocabulary_size = metadata.decoder.vocabulary_size
         self.start_token_id = metadata.generation.start_token_id
         self.end_token_ids = frozenset(metadata.generation.end_token_ids)
-        blob = metadata.tokenizer
-        self._tokenizer = tokenizers.Tokenizer.from_str(blob) if blob else None
-        size = self._tokenizer.get_vocab_size() if self._tokenizer else 0
-        known = self.vocabulary_size
-        if size > known:
-            raise ValueError(
-                f"The file's tokenizer has {size} tokens, and its model only {known}. "
-                "Export the model with the tokenizer that it was trained with."
-            )
+        self._metadata = metadata
 
-    @property
-    def tokenizer(self) -> tokenizers.Tokenizer:
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer:
         """The tokenizer.
 
         Raises:
-            ValueError: If the file has none.
+            ValueError: If the file has none, or it has more tokens than the model.
         """
-        if self._tokenizer is None:
+        found, known = _tokenizer_of(self._metadata), self.vocabulary_size
+        if found is None:
             raise ValueError(
                 "The file has no tokenizer: the model was exported without a preprocessor. "
                 "Give lists of token ids, and no text."
             )
-        return self._tokenizer
+        if found.size > known:
+            raise ValueError(
+                f"The file's tokenizer has {found.size} tokens, and its model only {known}. "
+                "Export the model with the tokenizer that it was trained with."
+            )
+        return found
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, special_tokens: bool = False) -> list[int]:
         """Returns the token ids of a text, without a start token.
+
+        Args:
+            text: The text.
+            special_tokens: Whether names of special tokens in it are those. Defaults to `False`:
+                they are text.
 
         Raises:
             ValueError: If the text cannot be encoded, or there is no tokenizer.
         """
+        tokenizer = self.tokenizer
         try:
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
-            lossless = self.tokenizer.decode(ids, skip_special_tokens=False) == text
+            ids = tokenizer.encode(text, special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             raise ValueError(f"The prompt is no valid Unicode text: {error}") from None
-        if not lossless:
+        if tokenizer.lacks(text, ids):
             raise ValueError("The prompt has characters that the tokenizer's vocabulary lacks.")
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens."""
-        text: str = self.tokenizer.decode(list(ids))
-        return text
+        return self.tokenizer.decode(ids)
 
-    def encode(self, prompt: Prompt, start: bool = True) -> list[int]:
+    def encode(self, prompt: Prompt, start: bool = True, special_tokens: bool = False) -> list[int]:
         """Checks a prompt and returns its ids; a text gets the start token if `start` is true.
 
         Raises:
@@ -90,12 +91,18 @@ class Codec:
             raise ValueError(
                 "A prompt is text or a list of token ids. Received bytes: decode them."
             )
-        if len(prompt) == 0:
-            raise ValueError("The prompt is empty. Give at least one character or token id.")
+        begins = start and isinstance(prompt, str) and self.start_token_id is not None
+        if len(prompt) == 0 and not begins:
+            raise ValueError(
+                "The prompt is empty, and no start token begins it. Give at least one character "
+                "or token id."
+            )
         if isinstance(prompt, str):
-            ids = self.tokenize(prompt)
+            ids = self.tokenize(prompt, special_tokens) if prompt else []
             if start and self.start_token_id is not None:
                 ids = [self.start_token_id, *ids]
+            if not ids:
+                raise ValueError(f"The prompt {prompt!r} is empty to the tokenizer: it has no ids.")
         else:
             ids = [int(token) for token in prompt]
         wrong = [token for token in ids if not 0 <= token < self.vocabulary_size]
@@ -132,3 +139,13 @@ class Codec:
         special = (self.tokenizer.token_to_id(text) for text in texts)
         named = {token for token in special if token is not None}
         return Stop(frozenset({int(i) for i in ids} | named) | (frozenset() if ids else end), texts)
+
+
+def _tokenizer_of(metadata: Metadata) -> TextTokenizer | None:
+    """Returns the tokenizer of a file, if it has one."""
+    names = metadata.special_tokens or TURN_TOKENS
+    if metadata.sentencepiece is not None:
+        return SentencePiece(metadata.sentencepiece, names)
+    if metadata.tokenizer is not None:
+        return Json(metadata.tokenizer, names)
+    return None

@@ -45,7 +45,7 @@ class TextDecoder:
 
     def __init__(self, codec: Codec, prompt: Sequence[int]) -> None:
         self._codec = codec
-        self._shown = list(prompt[-_CONTEXT_TOKENS:])
+        self._shown = self._context(list(prompt))
         self._pending: list[int] = []
 
     @property
@@ -65,9 +65,16 @@ class TextDecoder:
         piece = self.rest()
         if piece.endswith(_HALF):
             return ""
-        self._shown = (self._shown + self._pending)[-_CONTEXT_TOKENS:]
+        self._shown = self._context(self._shown + self._pending)
         self._pending = []
         return piece
+
+    def _context(self, tokens: list[int]) -> list[int]:
+        """Returns the last tokens; so many that there is text, which one begins without a space."""
+        count = _CONTEXT_TOKENS
+        while count < len(tokens) and not self._codec.detokenize(tokens[-count:]).strip():
+            count *= 2
+        return tokens[-count:]
 
 
 class StopFinder:
@@ -129,8 +136,8 @@ class Continuation:
             self.tokens += self._until_stop_token()
         return self.tokens
 
-    def pieces(self, flush: bool = False) -> Iterator[str]:
-        """Yields text as it comes; with `flush`, also a last character that is not whole."""
+    def pieces(self) -> Iterator[str]:
+        """Yields text as it comes; a last character that is not whole is U+FFFD."""
         decoder = TextDecoder(self._codec, self._prompt)
         finder = StopFinder(self._stop.texts)
         shown: list[str] = []
@@ -148,7 +155,10 @@ class Continuation:
                 yield piece
             if found:
                 return
-        last = finder.held + (decoder.rest() if flush else "")
+        last, found = finder.add(decoder.rest())
+        if found:
+            self._cut(ends, "".join([*shown, last]))
+        last += finder.held
         if last:
             yield last
 

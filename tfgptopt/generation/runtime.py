@@ -14,18 +14,20 @@ import numpy as np
 from tfgptopt.file.container import read_container
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
+from tfgptopt.generation.chat import Chat
 from tfgptopt.generation.codec import Codec, Prompt, StopLike
 from tfgptopt.generation.continuing import Continuation, sampled_tokens
 from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.session import Session
+from tfgptopt.generation.templates import KNOWN, ChatTemplate, get_template
 from tfgptopt.generation.weight_cache import cache_folder
 
 
 class TFLiteCausalLM:
     """Generates text with a file that `tfgptopt.export` wrote.
 
-    It needs numpy, tokenizers and ai-edge-litert, and neither TensorFlow nor Keras. Threads may
-    share it; they take turns at each token.
+    It needs numpy, tokenizers, sentencepiece and ai-edge-litert, and neither TensorFlow nor
+    Keras. Threads may share it; they take turns at each token.
 
     A prompt that begins like the one before it is read from where they differ.
 
@@ -81,13 +83,18 @@ class TFLiteCausalLM:
         """Number of tokens that the model knows."""
         return self._engine.vocabulary_size
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize(self, text: str, special_tokens: bool = False) -> list[int]:
         """Returns the token ids of a text, without a start token.
+
+        Args:
+            text: The text.
+            special_tokens: bool. Whether names of special tokens in it are those. Defaults to
+                `False`: they are text.
 
         Raises:
             ValueError: If the file has no tokenizer, or the text has characters it cannot encode.
         """
-        return self._codec.tokenize(text)
+        return self._codec.tokenize(text, special_tokens)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Returns the text of token ids, without special tokens.
@@ -105,11 +112,13 @@ class TFLiteCausalLM:
         stop: StopLike = "auto",
         strip_prompt: bool = False,
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Any:
         """Continues prompts.
 
         Args:
-            prompts: A text, a list of token ids, or a list of those.
+            prompts: A text, a list of token ids, or a list of those. `""` begins with the start
+                token, if the model has one.
             max_length: int. Tokens of prompt and continuation together, the start token that a
                 text gets included. Defaults to `None`: the whole context.
             sampler: `"greedy"`, `"random"`, `"top_k"`, `"top_p"`, `"min_p"`; or a sampler such as
@@ -120,6 +129,9 @@ class TFLiteCausalLM:
                 What stops is not part of the result. Defaults to `"auto"`.
             strip_prompt: bool. Return only what is new. Defaults to `False`.
             seed: int. Seed of the sampler. Defaults to `None`: another result at each call.
+            special_tokens: bool. Whether names of special tokens in a text, such as
+                `<start_of_turn>`, are those tokens. Defaults to `False`: what a person typed is
+                text.
 
         Returns:
             What was given: a text for a text, ids for ids, a list for a list.
@@ -131,14 +143,14 @@ class TFLiteCausalLM:
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
         single = _is_single(prompts)
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
-        prepared = [self._prepare(prompt, max_length) for prompt in batch]
+        prepared = [self._prepare(prompt, max_length, special_tokens) for prompt in batch]
         results: list[str | list[int]] = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
             with self._cache() as cache:
                 new = sampled_tokens(self._engine, cache, ids, length, chosen, seed)
                 continuation = Continuation(new, self._codec, ids, ends)
                 if isinstance(prompt, str):
-                    text = "".join(continuation.pieces(flush=True))
+                    text = "".join(continuation.pieces())
                     results.append(text if strip_prompt else prompt + text)
                 else:
                     tokens = continuation.run()
@@ -152,12 +164,13 @@ class TFLiteCausalLM:
         sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
         stop: StopLike = "auto",
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Iterator[str]:
         """Yields the continuation of a text as it comes.
 
         Args:
             prompt: The text to continue.
-            max_length, sampler, stop, seed: As for `generate`.
+            max_length, sampler, stop, seed, special_tokens: As for `generate`.
 
         Yields:
             Pieces of text, without the prompt: whole characters, and nothing of a stop text.
@@ -168,7 +181,7 @@ class TFLiteCausalLM:
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
-        ids, length = self._prepare(prompt, max_length)
+        ids, length = self._prepare(prompt, max_length, special_tokens)
 
         def pieces() -> Iterator[str]:
             with self._cache() as cache:
@@ -177,12 +190,13 @@ class TFLiteCausalLM:
 
         return pieces()
 
-    def score(self, prompt: Prompt) -> np.ndarray:
+    def score(self, prompt: Prompt, special_tokens: bool = False) -> np.ndarray:
         """Returns how likely each token of a text is, given those before it.
 
         Args:
             prompt: A text or a list of token ids, longer than the context by one token at most
                 (the last is not read, only predicted).
+            special_tokens: As for `generate`.
 
         Returns:
             float32 array of natural logarithms of probabilities, one for each token but the first
@@ -191,7 +205,7 @@ class TFLiteCausalLM:
         Raises:
             ValueError: If the prompt is empty, too long or cannot be encoded.
         """
-        ids = self._codec.encode(prompt)
+        ids = self._codec.encode(prompt, special_tokens=special_tokens)
         self._check_length(ids, self.context_length + 1)
         with self._cache() as cache:
             logits = self._engine.score(cache, ids[:-1])
@@ -204,6 +218,26 @@ class TFLiteCausalLM:
     def session(self) -> Session:
         """Returns a text that grows by turns, as in a chat, with a KV cache of its own."""
         return Session(self._engine, self._codec, self._engine.new_cache(), [])
+
+    def chat(self, system: str | None = None, template: ChatTemplate | str | None = None) -> Chat:
+        """Returns a chat, which takes messages and keeps its KV cache between them.
+
+        Args:
+            system: What the model is told first. Defaults to `None`: nothing.
+            template: A `ChatTemplate`, the name of a known one (`"gemma"`, `"llama3"`, `"chatml"`,
+                `"qwen"`, `"smollm"`, `"phi3"`), or Jinja. Defaults to `None`: the file's own.
+
+        Raises:
+            ValueError: If the file has no template and none is given, or no tokenizer.
+        """
+        chat = self.metadata.chat
+        if template is None and chat is None:
+            raise ValueError(
+                "The file has no chat template: its model had none, or is not one for chats. Give "
+                f"`template`: one of {', '.join(KNOWN)}, Jinja, or a `ChatTemplate`."
+            )
+        own = None if chat is None else ChatTemplate.from_metadata(chat)
+        return Chat(self.session(), self._codec, get_template(template or own or ""), system)
 
     def reset(self) -> None:
         """Forgets the last prompt, which is kept for the next one that begins like it."""
@@ -234,13 +268,15 @@ class TFLiteCausalLM:
                 f"{self.context_length}. Shorten the prompt."
             )
 
-    def _prepare(self, prompt: Prompt, max_length: int | None) -> tuple[list[int], int]:
+    def _prepare(
+        self, prompt: Prompt, max_length: int | None, special_tokens: bool
+    ) -> tuple[list[int], int]:
         """Checks a prompt and returns its ids and the length to stop at.
 
         Raises:
             ValueError: If it cannot be encoded, or the length is out of range.
         """
-        ids = self._codec.encode(prompt)
+        ids = self._codec.encode(prompt, special_tokens=special_tokens)
         self._check_length(ids, self.context_length)
         length = self.context_length if max_length is None else max_length
         if not len(ids) <= length <= self.context_length:

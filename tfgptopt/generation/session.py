@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
-from tfgptopt.generation.codec import Codec, StopLike
+from tfgptopt.generation.codec import Codec, Stop, StopLike
 from tfgptopt.generation.continuing import Continuation, sampled_tokens
 from tfgptopt.generation.engine import Engine
 
@@ -43,7 +43,7 @@ class Session:
         if turn is not None:
             tokens += turn.tokens
             if turn.tail:
-                tokens += self._codec.tokenizer.encode(turn.tail, add_special_tokens=False).ids
+                tokens += self._codec.tokenizer.encode(turn.tail, special_tokens=False)
         return tokens
 
     @property
@@ -62,6 +62,7 @@ class Session:
         sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
         stop: StopLike = "auto",
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> str:
         """Appends a text and its continuation to the session, and returns the continuation.
 
@@ -69,8 +70,8 @@ class Session:
             text: What comes next. The first text gets the model's start token, if it has one.
             max_new_tokens: int. Most tokens to continue with. Defaults to `None`: until the
                 context is full.
-            sampler, stop, seed: As for `TFLiteCausalLM.generate`. What stops the continuation is
-                not kept: in a chat, begin the next text with it.
+            sampler, stop, seed, special_tokens: As for `TFLiteCausalLM.generate`. What stops the
+                continuation is not kept: in a chat, begin the next text with it.
 
         Returns:
             The continuation.
@@ -80,7 +81,7 @@ class Session:
                 or an argument is out of range. The session is then as it was.
             RuntimeError: If another thread is using the session.
         """
-        return "".join(self.stream(text, max_new_tokens, sampler, stop, seed))
+        return "".join(self.stream(text, max_new_tokens, sampler, stop, seed, special_tokens))
 
     def stream(
         self,
@@ -89,6 +90,7 @@ class Session:
         sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
         stop: StopLike = "auto",
         seed: int | None = None,
+        special_tokens: bool = False,
     ) -> Iterator[str]:
         """Appends a text to the session, and yields its continuation as it comes.
 
@@ -96,7 +98,7 @@ class Session:
         ends a stream that is still open.
 
         Args:
-            text, max_new_tokens, sampler, stop, seed: As for `generate`.
+            text, max_new_tokens, sampler, stop, seed, special_tokens: As for `generate`.
 
         Yields:
             Pieces of text: whole characters, and nothing of a stop text.
@@ -104,13 +106,47 @@ class Session:
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
         with self._lock:
             self._end_turn()
-            tokens = self.tokens + self._encode(text)
-            length = self._length(len(tokens), max_new_tokens)
-            new = sampled_tokens(self._engine, self._cache, tokens, length, chosen, seed)
-            self._tokens = tokens
-            self._continuation = Continuation(new, self._codec, tokens, ends)
-            self._turn = self._continuation.pieces()
-            return self._turn
+            tokens = self.tokens + self._encode(text, special_tokens)
+            return self._begin(tokens, max_new_tokens, chosen, ends, seed)
+
+    def begin(
+        self,
+        tokens: list[int],
+        max_new_tokens: int | None,
+        sampler: Sequence[samplers.Sampler],
+        stop: Stop,
+        seed: int | None,
+    ) -> Iterator[str]:
+        """Continues tokens that take the place of the text so far; what is alike is not read again.
+
+        Args:
+            tokens: The whole text.
+            max_new_tokens, seed: As for `stream`.
+            sampler: The samplers.
+            stop: What ends the continuation.
+
+        Yields:
+            Pieces of text, as `stream`.
+        """
+        with self._lock:
+            self._end_turn()
+            return self._begin(tokens, max_new_tokens, sampler, stop, seed)
+
+    def _begin(
+        self,
+        tokens: list[int],
+        max_new_tokens: int | None,
+        sampler: Sequence[samplers.Sampler],
+        stop: Stop,
+        seed: int | None,
+    ) -> Iterator[str]:
+        """Begins to continue a text, which takes the place of the one so far."""
+        length = self._length(len(tokens), max_new_tokens)
+        new = sampled_tokens(self._engine, self._cache, tokens, length, sampler, seed)
+        self._tokens = tokens
+        self._continuation = Continuation(new, self._codec, tokens, stop)
+        self._turn = self._continuation.pieces()
+        return self._turn
 
     def reset(self) -> None:
         """Forgets the text. The cache stays, for what begins with the same tokens."""
@@ -141,7 +177,7 @@ class Session:
                 ) from None
             self._turn = None
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, special_tokens: bool) -> list[int]:
         """Returns the ids of what comes next.
 
         Raises:
@@ -149,7 +185,7 @@ class Session:
         """
         if not isinstance(text, str):
             raise ValueError(f"A session continues text. Received: {type(text).__name__}")
-        return self._codec.encode(text, start=not self.tokens)
+        return self._codec.encode(text, not self.tokens, special_tokens)
 
     def _length(self, size: int, max_new_tokens: int | None) -> int:
         """Returns the number of tokens to stop at.

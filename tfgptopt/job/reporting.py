@@ -203,10 +203,8 @@ def write_report(outcome: Outcome, path: Path) -> None:
         recipe=yaml.safe_dump(outcome.recipe.to_config(), sort_keys=False),
         sample=outcome.sample,
         facts={
-            "Training text": f"{len(corpus.training_files)} files, "
-            f"{corpus.training_bytes:,} bytes, {corpus.training_tokens:,} tokens",
-            "Held-out text": f"{len(corpus.validation_files)} files, "
-            f"{corpus.validation_tokens:,} tokens",
+            "Training text": corpus.training_words,
+            "Held-out text": corpus.validation_words,
             "Bytes that were no UTF-8": f"{corpus.bad_bytes:,}",
             "Devices": outcome.strategy,
             "tfgptopt": tfgptopt.__version__,

@@ -12,8 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 import tfgptopt
+from tfgptopt.data.chats import template_of
+from tfgptopt.data.portable import Portable
 from tfgptopt.exporting.tflite.decoder_graph import Step
-from tfgptopt.exporting.tokenizers import end_token_ids, tokenizer_json
+from tfgptopt.exporting.tokenizers import end_token_ids, store_tokenizer
 from tfgptopt.file.metadata import (
     CacheDtype,
     DecoderShape,
@@ -24,6 +26,7 @@ from tfgptopt.file.metadata import (
     Source,
     Weights,
 )
+from tfgptopt.generation.templates import TURN_TOKENS
 from tfgptopt.model.techniques import techniques_of
 
 # Of models that have any number of positions: KerasHub's own default length of a text.
@@ -124,6 +127,9 @@ def describe(
     tokenizer = getattr(preprocessor, "tokenizer", None)
     backbone = getattr(model, "backbone", model)
     starts = getattr(preprocessor, "add_start_token", False)
+    template = template_of(model)
+    names = (*TURN_TOKENS, *(template.names if template else ()))
+    stored = Portable() if tokenizer is None else store_tokenizer(tokenizer, names)
     techniques = [technique.to_config() for technique in techniques_of(model)]
     return Metadata(
         versions={
@@ -146,5 +152,8 @@ def describe(
         ),
         recipe={"techniques": techniques} if techniques else None,
         weights=weights,
-        tokenizer=None if tokenizer is None else tokenizer_json(tokenizer),
+        tokenizer=stored.json,
+        sentencepiece=stored.sentencepiece,
+        special_tokens=stored.special_tokens,
+        chat=None if template is None else template.to_metadata(),
     )
