@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import keras
 
@@ -95,7 +95,7 @@ class Pruning(keras.callbacks.Callback):
             technique: The technique.
             calibration: Data for a score that needs some and has none. Defaults to `None`.
         """
-        score = technique.score
+        score = cast(Score, technique.score)  # SparseGPT is refused where steps are made.
         if isinstance(score, Wanda) and score.data is None:
             score = Wanda(calibration)
         return cls(

@@ -119,7 +119,7 @@ def test_what_contributing_shows_is_short_python():
     assert len(codes) == 5
     for code in codes:
         compile(code, "CONTRIBUTING.md", "exec")
-        assert len(code.strip().splitlines()) <= 16
+        assert len([line for line in code.splitlines() if line.strip()]) <= 15
     names: dict[str, object] = {}
     exec("import dataclasses, numpy as np, tensorflow as tf, tfgptopt", names)
     exec("from tfgptopt.pruning import *", names)

@@ -18,6 +18,21 @@ from tfgptopt.pruning.nm import NM
 from tfgptopt.pruning.unstructured import Unstructured
 
 
+__all__ = [
+    "NM",
+    "Block",
+    "Columns",
+    "Pattern",
+    "Rows",
+    "Unstructured",
+    "check_pattern",
+    "check_reaches",
+    "deserialize_pattern",
+    "register_pattern",
+    "serialize_pattern",
+]
+
+
 @runtime_checkable
 class Pattern(Protocol):
     """What a pattern has to answer."""
