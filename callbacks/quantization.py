@@ -96,7 +96,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             # Whatever loads a checkpoint later, kept scales find their place.
             quantizers.attach(target, spec)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._round_anew()  # After a `fit` that was interrupted.
         last = last_mask_step(self.model, self._iterations(), self.params)
         if last is not None and last < self.technique.start_step:
@@ -106,7 +106,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
                 stacklevel=2,
             )
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         # Not when the training begins: another callback may still fail there.
         self._dress_if_due()
         self._learn_scales()
@@ -172,14 +172,14 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             self._updates.close()
             self._updates = None
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self._waiting:
             self._dress_if_due()
             self._round_frozen_once()
         if self.technique.freeze_step is not None and not self._frozen:
             self._freeze_if_due()
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         # A run that is resumed behind its last epoch began none.
         self._dress_if_due()
         self._freeze_if_due()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import keras_hub
 
@@ -117,7 +115,7 @@ def read_decoder(model: keras.Layer) -> DecoderSpec:
 
 def read_known(model: keras.Layer) -> DecoderSpec:
     """Reads a model that `why_unreadable` has nothing against."""
-    backbone: Any = getattr(model, "backbone", model)
+    backbone: keras.Model = getattr(model, "backbone", model)
     layout = layout_of(backbone)
     assert layout is not None
     return read_with(backbone, layout, _ARITHMETIC.get(type(backbone), Arithmetic()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import keras
 import keras_hub
 import numpy as np
 
@@ -13,34 +14,34 @@ from tfgptopt.decoder.reading import alibi_slopes, as_floats, read_rotary
 from tfgptopt.decoder.spec import Attention, Rotary
 
 
-def _check_norms_first(block: Any) -> None:
+def _check_norms_first(block: keras.Layer) -> None:
     if not block.normalize_first:
         raise ValueError(f"{block.path}: only norms before the branches can be exported.")
 
 
-def _bloom(block: Any, attention: Attention) -> Attention:
+def _bloom(block: keras.Layer, attention: Attention) -> Attention:
     return replace(attention, alibi=alibi_slopes(attention.num_heads))
 
 
-def _falcon(block: Any, attention: Attention) -> Attention:
+def _falcon(block: keras.Layer, attention: Attention) -> Attention:
     # Falcon adds the bias before it scales the products.
     return replace(attention, alibi=alibi_slopes(attention.num_heads) * attention.scale)
 
 
-def _mistral(block: Any, attention: Attention) -> Attention:
+def _mistral(block: keras.Layer, attention: Attention) -> Attention:
     return replace(attention, window=block.sliding_window)
 
 
-def _qwen(block: Any, attention: Attention) -> Attention:
+def _qwen(block: keras.Layer, attention: Attention) -> Attention:
     window = block.sliding_window_size if block.use_sliding_window_attention else None
     return replace(attention, window=window)
 
 
-def _qwen3(block: Any, attention: Attention) -> Attention:
+def _qwen3(block: keras.Layer, attention: Attention) -> Attention:
     return replace(attention, window=block.sliding_window_size or None)
 
 
-def _gemma(block: Any, attention: Attention) -> Attention:
+def _gemma(block: keras.Layer, attention: Attention) -> Attention:
     # The attention layer does not get every setting of the backbone: its own are what it computes.
     # Gemma 1 and 2 interleave the turned halves, of queries and keys alike: no product differs.
     inner, scale = block.attention, attention.scale
@@ -54,7 +55,7 @@ def _gemma(block: Any, attention: Attention) -> Attention:
     )
 
 
-def _check_gemma3(backbone: Any) -> None:
+def _check_gemma3(backbone: keras.Model) -> None:
     refused = {
         "a vision encoder (give `vision_encoder=None`)": backbone.vision_encoder is not None,
         "`use_bidirectional_attention=True`": backbone.use_bidirectional_attention,
@@ -65,13 +66,13 @@ def _check_gemma3(backbone: Any) -> None:
             raise ValueError(f"A Gemma 3 with {what} cannot be exported as a decoder of text.")
 
 
-def _gpt_neo_x_rotary(attention: Any, rotary: Any, head_dim: int) -> Rotary:
+def _gpt_neo_x_rotary(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary:
     # With a cache, KerasHub 0.32 turns the query of each new token as if it stood at position 0.
     # The file computes what the model's own call and its training compute.
     return read_rotary(rotary, attention.rotary_dim)
 
 
-def _phi3_rotary(attention: Any, rotary: Any, head_dim: int) -> Rotary:
+def _phi3_rotary(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary:
     """Reads rotations of any scaling.
 
     With "su" scaling KerasHub turns by other angles as soon as a text is longer than the model was
@@ -89,7 +90,7 @@ def _phi3_rotary(attention: Any, rotary: Any, head_dim: int) -> Rotary:
     )
 
 
-def _smollm3_rotary(attention: Any, rotary: Any, head_dim: int) -> Rotary | None:
+def _smollm3_rotary(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary | None:
     # KerasHub does not look at `layer_types`: all layers attend to the whole text, here as there.
     frequencies = as_floats(rotary.inv_freq)
     if attention.use_rope and 2 * frequencies.size != head_dim:

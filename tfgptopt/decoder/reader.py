@@ -30,15 +30,15 @@ from tfgptopt.decoder.spec import (
 from tfgptopt.families import Layout, Part, follow
 
 
-def _rotary_of(attention: Any, rotary: Any, head_dim: int) -> Rotary | None:
+def _rotary_of(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary | None:
     return read_rotary(rotary, head_dim)
 
 
-def _as_it_is(block: Any, attention: Attention) -> Attention:
+def _as_it_is(block: keras.Layer, attention: Attention) -> Attention:
     return attention
 
 
-def _accept(layer: Any) -> None:
+def _accept(layer: keras.Layer) -> None:
     """Refuses nothing."""
 
 
@@ -66,7 +66,7 @@ class Arithmetic:
 class _Reader:
     """Reads one backbone."""
 
-    backbone: Any
+    backbone: keras.Model
     layout: Layout
     arithmetic: Arithmetic
 
@@ -92,15 +92,15 @@ class _Reader:
             context_length=None if positions is None else backbone.max_sequence_length,
         )
 
-    def _norm(self, layer: Any) -> Norm:
+    def _norm(self, layer: keras.Layer) -> Norm:
         return read_norm(layer, self.layout.norm_offset)
 
-    def _norm_at(self, part: Part | None, block: Any) -> Norm | None:
+    def _norm_at(self, part: Part | None, block: keras.Layer) -> Norm | None:
         """Returns a norm that only some families, or some of their models, have."""
         layer = part.of(block) if part else None
         return None if layer is None else self._norm(layer)
 
-    def _block(self, block: Any) -> Block:
+    def _block(self, block: keras.Layer) -> Block:
         layout = self.layout
         self.arithmetic.check_block(block)
         return Block(
@@ -113,7 +113,7 @@ class _Reader:
             parallel=layout.parallel,
         )
 
-    def _attention(self, block: Any) -> Attention:
+    def _attention(self, block: keras.Layer) -> Attention:
         layout = self.layout
         heads = int(follow(self.backbone, layout.heads))
         query, key, value = self._projections(block, heads)
@@ -136,7 +136,7 @@ class _Reader:
             key_norm=self._norm_at(layout.key_norm, block),
         )
 
-    def _projections(self, block: Any, heads: int) -> tuple[Matrix, Matrix, Matrix]:
+    def _projections(self, block: keras.Layer, heads: int) -> tuple[Matrix, Matrix, Matrix]:
         """Returns the projections to queries, keys and values."""
         layout = self.layout
         if layout.query and layout.key and layout.value:
@@ -153,7 +153,7 @@ class _Reader:
         )
         return query, key, value
 
-    def _feedforward(self, block: Any) -> FeedForward:
+    def _feedforward(self, block: keras.Layer) -> FeedForward:
         layout, activation = self.layout, self.arithmetic.activation
         if layout.activation:
             activation = read_activation(follow(block, layout.activation))
@@ -171,7 +171,7 @@ class _Reader:
         )
 
 
-def read_with(backbone: Any, layout: Layout, arithmetic: Arithmetic) -> DecoderSpec:
+def read_with(backbone: keras.Model, layout: Layout, arithmetic: Arithmetic) -> DecoderSpec:
     """Reads a backbone.
 
     Args:

@@ -23,7 +23,7 @@ class View:
         attention: Layer ids to attention maps, `(batch, heads, tokens, tokens)`, rows sum to 1.
     """
 
-    logits: Any = None
+    logits: tf.Tensor = None
     hidden: dict[int, tf.Tensor] = field(default_factory=dict)
     attention: dict[int, tf.Tensor] = field(default_factory=dict)
 
@@ -72,7 +72,7 @@ def attention_inside(block: keras.Layer) -> keras.Layer:
 def _watched(layer: keras.Layer, view: View) -> Override:
     call = layer.call
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: object, **kwargs: object) -> Any:
         result = call(*args, **kwargs)
         view.hidden[id(layer)] = result[0] if isinstance(result, tuple) else result
         return result
@@ -84,7 +84,7 @@ def _watched_attention(layer: keras.Layer, view: View) -> Override:
     if isinstance(layer, keras.layers.MultiHeadAttention):
         compute = layer._compute_attention
 
-        def computed(*args: Any, **kwargs: Any) -> Any:
+        def computed(*args: object, **kwargs: object) -> Any:
             # Else Keras takes a fused kernel, which has no map to show.
             result = compute(*args, **{**kwargs, "return_attention_scores": True})
             view.attention[id(layer)] = result[1]
@@ -93,7 +93,7 @@ def _watched_attention(layer: keras.Layer, view: View) -> Override:
         return layer, "_compute_attention", computed
     call = layer.call
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: object, **kwargs: object) -> Any:
         result = call(*args, **kwargs)
         # Gemma has an axis of groups and one of heads in each.
         heads, shape = math.prod(result.shape[1:-2]), tf.shape(result)
@@ -104,8 +104,8 @@ def _watched_attention(layer: keras.Layer, view: View) -> Override:
 
 
 def look(
-    model: Any,
-    inputs: Any,
+    model: keras.Model,
+    inputs: tf.Tensor,
     hidden: Sequence[keras.Layer] = (),
     attention: Sequence[keras.Layer] = (),
     training: bool = False,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 
 from tfgptopt.families.kerashub import LAYOUTS
@@ -49,7 +47,7 @@ def register(backbone_class: type[keras.Model], layout: Layout) -> None:
     _LAYOUTS[backbone_class] = layout
 
 
-def layout_of(model: Any) -> Layout | None:
+def layout_of(model: keras.Model) -> Layout | None:
     """Returns how a model, or its backbone, is laid out; `None` if its family is not known."""
     return _LAYOUTS.get(type(getattr(model, "backbone", model)))
 
@@ -60,7 +58,7 @@ def known_families(shrinks: bool = False) -> list[str]:
     return sorted(family.__name__.removesuffix("Backbone") for family in found)
 
 
-def blocks_of(model: Any) -> list[keras.Layer]:
+def blocks_of(model: keras.Model) -> list[keras.Layer]:
     """Returns the decoder layers of a model, or nothing if its family keeps them elsewhere."""
     layout = layout_of(model)
     path = layout.blocks if layout else "transformer_layers"

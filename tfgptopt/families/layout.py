@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import keras
+
 Axis = Literal["width", "heads", "kv_heads", "head_dim", "feedforward", "vocabulary", "context"]
 Axes = tuple[Axis, ...]
 Kind = Literal["query", "reads", "writes", "inner", "norm", "post_norm"]
 
 
-def follow(owner: Any, path: str) -> Any:
+def follow(owner: keras.Layer, path: str) -> Any:
     """Returns what a path of attributes leads to, or `None` if one is missing on the way.
 
     An empty path leads to the owner itself.
@@ -37,7 +39,7 @@ class Part:
     bias: Axes = ()
     kind: Kind = "reads"
 
-    def of(self, block: Any) -> Any:
+    def of(self, block: keras.Layer) -> Any:
         """Returns the layer, or `None` if this block has none."""
         return follow(block, self.path)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 import tensorflow as tf
 
 
-def _is_finite(variable: Any) -> bool:
+def _is_finite(variable: keras.Variable) -> bool:
     values = tf.convert_to_tensor(variable.value)
     if not values.dtype.is_floating:
         return True

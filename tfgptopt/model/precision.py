@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import keras
 import tensorflow as tf
 
 
-def is_half(variable: Any) -> bool:
+def is_half(variable: keras.Variable) -> bool:
     """Returns whether a variable is stored in 16 bits, which hold no grid of integers exactly."""
     return keras.backend.standardize_dtype(variable._dtype) in ("bfloat16", "float16")
 

@@ -39,7 +39,7 @@ class Target:
     """
 
     layer: keras.Layer
-    variable: Any
+    variable: keras.Variable
     path: str
     role: Role
     input_axes: tuple[int, ...]

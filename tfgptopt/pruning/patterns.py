@@ -17,7 +17,6 @@ from tfgptopt.pruning.blocks import Block, Columns, Rows
 from tfgptopt.pruning.nm import NM
 from tfgptopt.pruning.unstructured import Unstructured
 
-
 __all__ = [
     "NM",
     "Block",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -25,13 +25,13 @@ class Integers:
         grid: Which weights share a scale.
     """
 
-    variable: Any
+    variable: keras.Variable
     integers: np.ndarray
     scale: np.ndarray
     grid: Grid
 
 
-def read_integers(layer: Any) -> list[Integers]:
+def read_integers(layer: keras.Layer) -> list[Integers]:
     """Reads the weights of a dressed or finalized layer as the integers that training saw.
 
     Args:
@@ -62,7 +62,7 @@ def read_integers(layer: Any) -> list[Integers]:
     return found
 
 
-def _gives(variable: Any, integers: tf.Tensor, scale: tf.Tensor, grid: Grid) -> bool:
+def _gives(variable: keras.Variable, integers: tf.Tensor, scale: tf.Tensor, grid: Grid) -> bool:
     """Returns whether integers and scales are what a variable holds, in its own precision."""
     values = tf.convert_to_tensor(variable.value)
     expected = tf.cast(rounding.dequantize(integers, scale, grid), values.dtype)

@@ -33,7 +33,9 @@ class Quantizer(keras.layers.Layer):
         method: How its scale is found: `"absmax"`, `"mse"` or `"learned"`.
     """
 
-    def __init__(self, layer: keras.Layer, variable: Any, grid: Grid, method: str) -> None:
+    def __init__(
+        self, layer: keras.Layer, variable: keras.Variable, grid: Grid, method: str
+    ) -> None:
         super().__init__(name="quantizer")
         self.built = True
         # Not through Keras' own __setattr__: the variables are the layer's, or nobody's.
