@@ -64,7 +64,14 @@ class _Together(abc.ABC):
         """Returns rows and columns of a block of a matrix."""
 
     def check(self, shape: tuple[int, int], path: str) -> None:
-        """Raises if a weight cannot have the pattern."""
+        """Raises if a block is larger than a weight."""
+        rows, columns = self._size(shape)
+        if rows > shape[0] or columns > shape[1]:
+            raise ValueError(
+                f"A block of {rows} x {columns} does not fit into {path}, which has "
+                f"{shape[0]} inputs and {shape[1]} outputs. Choose a smaller block, or leave it "
+                "out with `targets`."
+            )
 
     def holds(self, kept: np.ndarray) -> bool:
         """Returns whether a numpy mask `(inputs, outputs)` has only whole blocks."""
@@ -110,15 +117,6 @@ class Block(_Together):
 
     def _size(self, shape: Sequence[int]) -> tuple[int, int]:
         return self.rows, self.columns
-
-    def check(self, shape: tuple[int, int], path: str) -> None:
-        """Raises if a block is larger than a weight."""
-        if self.rows > shape[0] or self.columns > shape[1]:
-            raise ValueError(
-                f"A block of {self.rows} x {self.columns} does not fit into {path}, which has "
-                f"{shape[0]} inputs and {shape[1]} outputs. Choose a smaller block, or leave it "
-                "out with `targets`."
-            )
 
 
 @dataclass(frozen=True)
