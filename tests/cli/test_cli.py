@@ -39,7 +39,7 @@ def file(trained, tmp_path_factory) -> Path:
 def test_help_names_every_command():
     result = run("--help")
     assert result.returncode == 0
-    for command in ("demo", "optimize", "export", "generate", "bench"):
+    for command in ("demo", "optimize", "export", "generate", "chat", "bench"):
         assert command in result.stdout
 
 
@@ -132,7 +132,6 @@ def test_generate_combines_sampler_options_and_stops(file):
     ("arguments", "message"),
     [
         (["generate", "{tmp}/none.tflite", "x"], "There is no file"),
-        (["generate", "{file}", ""], "prompt is empty"),
         (["generate", "{file}", "x", "--max-length", "999"], "`max_length` counts the prompt"),
         (["generate", "{file}", "x", "--sampler", "beam"], "must be one of greedy, random, top_k"),
         (["export", "{tmp}/no/preset", "{tmp}/x.tflite"], "There is no preset folder"),

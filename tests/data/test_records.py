@@ -73,9 +73,6 @@ class Frame:
 
     columns = ("prompt", "response")
 
-    def to_dict(self):
-        raise AssertionError
-
     def itertuples(self, index, name):
         return ((pair["prompt"], pair["response"]) for pair in PAIRS)
 
@@ -152,6 +149,7 @@ def test_bad_sources(tmp_path, gemma, corpus):
         (tmp_path, "give one kind of source"),
         ({"train": PAIRS}, "A dictionary has lists of one length"),
         ({"text": "abc"}, "A dictionary has lists of one length"),
+        (["one text\n", "two"], "A text is no name of a file: 'one text"),
         (7, "an iterable of texts or dictionaries. Received: int"),
         ([{"messages": [{"role": "assistant", "content": "a"}, USER]}] * 3, "refuses the messages"),
     ]:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import sentencepiece
 from decoder.families import FAMILIES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import tfgptopt
 from tfgptopt.exporting.tokenizers import end_token_ids, store_tokenizer
@@ -113,6 +115,33 @@ def test_any_rule_gives_the_tokens_of_kerashub_for_any_text(rule, tmp_path):
         session = lm.session()
         made = session.generate(prompt, max_new_tokens=4, stop=None)
         assert session.tokens[1:-4] == ids_of(tokenizer, prompt) and isinstance(made, str)
+
+
+@pytest.fixture(scope="module")
+def pairs_of_tokenizers(corpus):
+    """KerasHub's tokenizers and what a file makes of them."""
+    made = [
+        keras_hub.tokenizers.SentencePieceTokenizer(
+            proto=train(normalization_rule_name=rule, byte_fallback=True, vocab_size=600)
+        )
+        for rule in RULES
+    ]
+    gpt = corpus.tokenizer
+    made += [
+        keras_hub.tokenizers.BytePairTokenizer(gpt.vocabulary, gpt.merges, add_prefix_space=prefix)
+        for prefix in (False, True)
+    ]
+    return [(tokenizer, store_tokenizer(tokenizer).load()) for tokenizer in made]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(st.one_of(st.sampled_from(" \t\n▁aB<"), st.characters(exclude_categories=["Cs"]))))
+def test_any_text_has_the_ids_of_kerashub(pairs_of_tokenizers, text):
+    for tokenizer, stored in pairs_of_tokenizers:
+        ids = stored.encode(text, special_tokens=True)
+        assert ids == ids_of(tokenizer, text)
+        assert stored.encode(text, special_tokens=False) == ids
+        assert not stored.lacks(text, ids)
 
 
 def test_only_an_unknown_token_is_refused(tmp_path):

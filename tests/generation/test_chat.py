@@ -1,6 +1,8 @@
 """Chats with a file: from a JSON Lines file to answers, and what a template must keep apart."""
 
 import json
+import re
+from pathlib import Path
 
 import keras
 import keras_hub
@@ -203,6 +205,26 @@ def test_templates_of_folders_and_models(tmp_path, tuned):
         ChatTemplate("{{ raise_exception('no') }}").render(CHATS[0])
     with pytest.raises(ValueError, match=r"(?i)the chat template"):
         ChatTemplate("{{ messages.__class__.__mro__ }}{{ ''.__class__ }}").render(CHATS[0])
+
+
+def test_the_examples_of_the_documents(tuned, chatty, tmp_path, monkeypatch, capsys):
+    docs = Path(__file__).parents[2] / "docs"
+    blocks = [
+        block
+        for name in ("data.md", "generation.md")
+        for block in re.findall(r"```python\n(.*?)```", (docs / name).read_text("utf-8"), re.S)
+    ]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").mkdir()
+    for name in "ab":
+        (tmp_path / "notes" / f"{name}.md").write_text("some words " * 200, "utf-8")
+    lines = (json.dumps({"messages": chat}) for chat in CHATS)
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines), "utf-8")
+    exec(blocks[0] + blocks[1], {"model": tuned[0]})
+    set_template(tuned[0], None)
+    exec(blocks[3], {"lm": chatty})
+    printed = capsys.readouterr().out
+    assert "records" in printed and "<|im_end|>" in printed and "'role': 'assistant'" in printed
 
 
 def test_tokens_of_training_are_those_of_a_chat(chatty):

@@ -1,5 +1,6 @@
 """Text from tokens: whole characters, and stop texts across borders of tokens."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,6 +47,29 @@ def test_only_whole_characters_are_shown(lm):
     assert [piece for piece in shown if piece] == ["é", "漢", "🙂", "!"]
     assert decoder.add(lm.tokenize("漢")[0]) == "" and not decoder.whole
     assert decoder.rest() == "\ufffd"
+
+
+def test_a_last_character_that_is_not_whole_is_shown_by_streams_too(lm, monkeypatch):
+    half = lm.tokenize("a漢")[:-1]
+    made = Continuation(iter(half), lm._codec, lm.tokenize("x"), Stop())
+    assert "".join(made.pieces()) == "a\ufffd"
+    found = Continuation(iter(half), lm._codec, lm.tokenize("x"), Stop(texts=("\ufffd",)))
+    assert "".join(found.pieces()) == "a"
+    logits = np.eye(lm.vocabulary_size, dtype=np.float32)[half]
+
+    def decode(cache, token):
+        cache.tokens.append(token)
+        return logits[max(0, len(cache.tokens) - 2)]  # Behind the start token and "x".
+
+    monkeypatch.setattr(lm._engine, "decode", decode)
+    length = 2 + len(half)
+    lm.reset()
+    streamed = "".join(lm.stream("x", max_length=length, stop=None))
+    lm.reset()
+    assert streamed == lm.generate("x", max_length=length, strip_prompt=True, stop=None)
+    assert streamed == lm.session().generate("x", max_new_tokens=len(half), stop=None)
+    assert streamed == "a\ufffd"
+    lm.reset()
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from tfgptopt.generation.samplers import Sampler
+
+SamplerName = Annotated[
+    str | None,
+    typer.Option(help="greedy, random, top_k, top_p or min_p. Default: greedy, or what follows."),
+]
+Temperature = Annotated[
+    float | None, typer.Option(help="Above 1 for more variety, below for less.")
+]
+TopKOption = Annotated[int | None, typer.Option("--top-k", help="Draw from so many tokens.")]
+TopPOption = Annotated[
+    float | None,
+    typer.Option("--top-p", help="Draw from tokens with so much probability together."),
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option("--min-p", help="Draw from tokens this share as likely as the likeliest."),
+]
 
 
 def generate(
@@ -16,22 +36,11 @@ def generate(
     max_length: Annotated[
         int | None, typer.Option(help="Tokens, prompt included. Default: the whole context.")
     ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="greedy, random, top_k, top_p or min_p. Default: greedy, or what follows."
-        ),
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="Above 1 for more variety, below for less.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from so many tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens with so much probability together.")
-    ] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Draw from tokens this share as likely as the likeliest.")
-    ] = None,
+    sampler: SamplerName = None,
+    temperature: Temperature = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    min_p: MinPOption = None,
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1, tokens of the text so far get less likely.")
     ] = None,
@@ -40,18 +49,36 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.")] = None,
+    special_tokens: Annotated[
+        bool,
+        typer.Option(
+            "--special-tokens", help="Names of special tokens in the prompt are those, not text."
+        ),
+    ] = False,
 ) -> None:
     """Continue a text with an exported file. Needs neither TensorFlow nor Keras."""
-    from tfgptopt.generation import (
-        MinP,
-        Random,
-        RepetitionPenalty,
-        TFLiteCausalLM,
-        TopK,
-        TopP,
-        samplers,
-    )
-    from tfgptopt.generation.samplers import Sampler
+    from tfgptopt.generation import TFLiteCausalLM
+
+    chain = chain_of(sampler, temperature, top_k, top_p, min_p, repetition_penalty)
+    lm = TFLiteCausalLM(file, threads)
+    pieces = lm.stream(prompt, max_length, chain, stop or "auto", seed, special_tokens)
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def chain_of(
+    sampler: str | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+) -> list[Sampler]:
+    """Returns the samplers that the options stand for, greedy without any."""
+    from tfgptopt.generation import MinP, Random, RepetitionPenalty, TopK, TopP, samplers
 
     settings: list[tuple[Callable[..., Sampler], float | None]] = [
         (Random, temperature),
@@ -64,10 +91,4 @@ def generate(
         chain += samplers.get(sampler or "greedy")
     if repetition_penalty is not None:
         chain.insert(0, RepetitionPenalty(repetition_penalty))
-    lm = TFLiteCausalLM(file, threads)
-    pieces = lm.stream(prompt, max_length, chain, stop or "auto", seed)
-    sys.stdout.write(prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    return chain

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tfgptopt.cli.bench import bench
+from tfgptopt.cli.chat import chat
 from tfgptopt.cli.demo import demo
 from tfgptopt.cli.export import export
 from tfgptopt.cli.generate import generate
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, optimize, export, generate, bench):
+for command in (demo, optimize, export, generate, chat, bench):
     app.command()(command)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 # Small enough that a tokenizer has pieces for each of its threads.
 _PIECE = 1 << 17
+_LONGEST_NAME = 1000
 # What the "surrogateescape" handler makes of a byte that is no UTF-8.
 _ESCAPED = re.compile("[\udc80-\udcff]")
 _NOT_CORPUS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -51,7 +52,16 @@ def _is_binary(path: Path) -> bool:
 
 def paths_of(source: str | Path) -> list[Path]:
     """Returns the files that a file, folder or glob stands for, hidden and empty ones of a folder
-    left out."""
+    left out.
+
+    Raises:
+        ValueError: If it is no name of a file.
+    """
+    if "\n" in str(source) or len(str(source)) > _LONGEST_NAME:
+        raise ValueError(
+            f"A text is no name of a file: {str(source)[:40]!r}... Give texts as dictionaries, "
+            "[{'text': ...}]."
+        )
     path = Path(source).expanduser()
     if path.is_file():
         return [path]

@@ -139,7 +139,9 @@ def _items(source: Any) -> Iterator[Any]:
             yield from _unbatched(element)
     elif isinstance(source, Mapping):
         yield from _rows_of(source)
-    elif hasattr(source, "to_dict") and hasattr(source, "columns"):  # A data frame.
+    elif hasattr(source, "iter_rows"):  # A frame of polars.
+        yield from source.iter_rows(named=True)
+    elif hasattr(source, "itertuples") and hasattr(source, "columns"):  # A frame of pandas.
         columns = list(source.columns)
         for values in source.itertuples(index=False, name=None):
             yield dict(zip(columns, values, strict=True))
