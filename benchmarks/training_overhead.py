@@ -4,6 +4,7 @@ Steps of the variants take turns within one run, so that a change of the machine
 
     python benchmarks/training_overhead.py
     python benchmarks/training_overhead.py --tfmot
+    python benchmarks/training_overhead.py --lora --vocabulary 50257 --batch 4 --length 64
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import keras_hub
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tfgptopt.callbacks import QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.model.targets import select
@@ -57,6 +59,33 @@ def both(model: keras.Model) -> None:
     tfgptopt.quantize_aware(model, Int8())
 
 
+def in_fit(model: keras.Model) -> None:
+    """Does what the callback does at the start of a `fit`."""
+    callback = QuantizationAwareTraining(Int8())
+    callback.set_params({})
+    callback.set_model(model)
+    callback.on_train_begin()
+    callback.on_epoch_begin(0)
+
+
+def lora(model: keras.Model) -> None:
+    """Freezes the model and adds adapters."""
+    model.backbone.enable_lora(8)
+    model.compile(optimizer=keras.optimizers.AdamW(1e-4), jit_compile=model.jit_compile)
+
+
+def lora_in_fit(model: keras.Model) -> None:
+    """Adapters, and int8 as the callback trains it."""
+    lora(model)
+    in_fit(model)
+
+
+LORA: dict[str, Callable[[keras.Model], Any]] = {
+    "plain": lambda model: None,
+    "int8 in fit": in_fit,
+    "LoRA": lora,
+    "LoRA and int8 in fit": lora_in_fit,
+}
 VARIANTS: dict[str, Callable[[keras.Model], Any]] = {
     "plain": lambda model: None,
     "pruning": prune,
@@ -75,7 +104,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--lora", action="store_true", help="adapters, frozen weights rounded once")
     parser.add_argument("--jit-compile", action="store_true")
     parser.add_argument("--tfmot", action="store_true", help="compare with tfmot's wrappers")
     arguments = parser.parse_args()
@@ -83,22 +114,29 @@ def main() -> None:
     if arguments.tfmot:
         compare_with_tfmot(console, arguments)
         return
-    tokens = np.random.default_rng(0).integers(0, arguments.vocabulary, (arguments.batch, 129))
+    shape = (arguments.batch, arguments.length)
+    tokens = np.random.default_rng(0).integers(0, arguments.vocabulary, (shape[0], shape[1] + 1))
     inputs = {
         "token_ids": tokens[:, :-1].astype(np.int32),
-        "padding_mask": np.ones((arguments.batch, 128), np.int32),
+        "padding_mask": np.ones(shape, np.int32),
     }
     models = {}
-    for name, dress in VARIANTS.items():
+    variants = LORA if arguments.lora else VARIANTS
+    for name, dress in variants.items():
         models[name] = make_model(
             arguments.layers, arguments.width, arguments.vocabulary, arguments.jit_compile
         )
         dress(models[name])
-    times = take_turns(models, inputs, tokens[:, 1:], arguments.steps)
-    table = Table("variant", "ms per step", "times plain")
+    clock = time.process_time if arguments.lora else time.perf_counter
+    times = take_turns(models, inputs, tokens[:, 1:], arguments.steps, clock)
+    what = "ms of CPU per step" if arguments.lora else "ms per step"
+    table = Table("variant", what, "times plain")
     for name, median in times.items():
-        table.add_row(name, f"{median:.1f}", f"{median / times['plain']:.3f}")
+        base = times["LoRA" if name.startswith("LoRA") else "plain"]
+        table.add_row(name, f"{median:.1f}", f"{median / base:.3f}")
     console.print(table)
+    if arguments.lora:
+        return
     console.print(f"bytes of masks per pruned weight: {mask_bytes(models['pruning']):.2f}")
 
 
@@ -154,7 +192,13 @@ def compare_with_tfmot(console: Console, arguments: argparse.Namespace) -> None:
     console.print(table)
 
 
-def take_turns(models: dict[str, Any], x: Any, y: Any, steps: int) -> dict[str, float]:
+def take_turns(
+    models: dict[str, Any],
+    x: Any,
+    y: Any,
+    steps: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
     """Returns the median milliseconds of a training step of each model."""
     for model in models.values():
         for _ in range(2):
@@ -162,9 +206,9 @@ def take_turns(models: dict[str, Any], x: Any, y: Any, steps: int) -> dict[str, 
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(steps):
         for name, model in models.items():
-            start = time.perf_counter()
+            start = clock()
             model.train_on_batch(x, y)
-            times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (clock() - start))
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import keras
 from rich.console import Console
@@ -48,7 +47,7 @@ class TrainingProgress(keras.callbacks.Callback):
         self._done = self._epoch_start = self._timed_from = 0
         self._seen = (0, 0.0)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._first_step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
         steps, epochs = self.params.get("steps"), self.params.get("epochs") or 1
         self._done = 0
@@ -65,7 +64,7 @@ class TrainingProgress(keras.callbacks.Callback):
         self._bar.start()
         self._started = time.perf_counter()
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         assert self._bar is not None
         before, done = self._done, self._epoch_start + batch + 1
         self._done = done
@@ -80,11 +79,11 @@ class TrainingProgress(keras.callbacks.Callback):
         if done // self.every > before // self.every or done == self._bar.tasks[0].total:
             self._record(done, batch + 1, logs)
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._seen = (0, 0.0)
         self._epoch_start = self._done
 
-    def _record(self, done: int, in_epoch: int, logs: dict[str, Any]) -> None:
+    def _record(self, done: int, in_epoch: int, logs: dict[str, float]) -> None:
         """Adds an entry. Keras gives the mean loss of the epoch so far, this keeps the change."""
         total = float(logs.get("loss", float("nan"))) * in_epoch
         before, total_before = self._seen
@@ -92,6 +91,6 @@ class TrainingProgress(keras.callbacks.Callback):
         self._seen = (in_epoch, total)
         self.history.append((self._first_step + done, loss, float(logs.get("sparsity", 0.0))))
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         if self._bar is not None:
             self._bar.stop()

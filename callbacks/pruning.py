@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import keras
 
@@ -95,7 +95,7 @@ class Pruning(keras.callbacks.Callback):
             technique: The technique.
             calibration: Data for a score that needs some and has none. Defaults to `None`.
         """
-        score = technique.score
+        score = cast(Score, technique.score)  # SparseGPT is refused where steps are made.
         if isinstance(score, Wanda) and score.data is None:
             score = Wanda(calibration)
         return cls(
@@ -151,7 +151,7 @@ class Pruning(keras.callbacks.Callback):
             pruner.check_not_taken()
         self._ready().step()
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         # The model is changed when the first epoch begins: another callback may still fail here.
         pruner = self._ready()
         mask_state(self.model).claim(pruner.targets, self)
@@ -177,27 +177,27 @@ class Pruning(keras.callbacks.Callback):
                 stacklevel=2,
             )
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert self._pruner is not None
         self._pruner.attach()
         self._epoch_start = self._iterations()
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         assert self._pruner is not None
         # Batches run ahead of the optimizer, never behind it: without a firing up to here there
         # is no need to wait for the device to read its step.
         if self._pruner.due(self._epoch_start + batch):
             self._pruner.advance(self._iterations())
 
-    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if logs is not None:
             logs["sparsity"] = self.sparsity
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         # A run that is resumed behind its last epoch began none.
         if self._pruner is not None:
             self._pruner.attach()
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         if logs is not None:
             logs["sparsity"] = self.sparsity

@@ -9,6 +9,7 @@ import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
 from tfgptopt.model.changing import changing
+from tfgptopt.model.current import full_precision, has_adapters
 from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.quantization import layers, quantizers
@@ -95,7 +96,8 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             # Whatever loads a checkpoint later, kept scales find their place.
             quantizers.attach(target, spec)
 
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._round_anew()  # After a `fit` that was interrupted.
         last = last_mask_step(self.model, self._iterations(), self.params)
         if last is not None and last < self.technique.start_step:
             warnings.warn(
@@ -104,11 +106,38 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
                 stacklevel=2,
             )
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         # Not when the training begins: another callback may still fail there.
         self._dress_if_due()
         self._learn_scales()
         self._freeze_if_due()
+        self._round_frozen_once()
+
+    def _round_frozen_once(self) -> None:
+        """Keeps the rounded form of weights that this training does not change."""
+        if self._waiting:
+            return
+        trained = {id(variable) for variable in self.model.trainable_variables}
+        found = [
+            quantizer
+            for target, _ in self._chosen
+            if not has_adapters(target.layer)
+            for quantizer in quantizers.quantizers_of(target.layer)
+            if id(quantizer.variable) not in trained and quantizer.given is None
+        ]
+        if found:
+            with changing(self.model):
+                for quantizer in found:
+                    quantizer.give(quantizer.rounded(full_precision(quantizer.variable)))
+
+    def _round_anew(self) -> None:
+        chosen = [target.layer for target, _ in self._chosen]
+        found = [one for layer in chosen for one in quantizers.quantizers_of(layer)]
+        given = [one for one in found if one.given is not None]
+        if given:
+            with changing(self.model):
+                for quantizer in given:
+                    quantizer.give(None)
 
     def _dress_if_due(self) -> None:
         if self._waiting and self._iterations() >= self.technique.start_step:
@@ -143,14 +172,16 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             self._updates.close()
             self._updates = None
 
-    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self._waiting:
             self._dress_if_due()
+            self._round_frozen_once()
         if self.technique.freeze_step is not None and not self._frozen:
             self._freeze_if_due()
 
-    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         # A run that is resumed behind its last epoch began none.
         self._dress_if_due()
         self._freeze_if_due()
         self._stop_learning()
+        self._round_anew()

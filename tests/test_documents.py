@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 
@@ -111,3 +112,19 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     ).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+def test_what_contributing_shows_is_short_python():
+    codes = blocks("CONTRIBUTING.md")
+    assert len(codes) == 5
+    for code in codes:
+        compile(code, "CONTRIBUTING.md", "exec")
+        assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    names: dict[str, object] = {}
+    exec("import dataclasses, numpy as np, tensorflow as tf, tfgptopt", names)
+    exec("from tfgptopt.pruning import *", names)
+    exec(codes[0].replace("diagonals", "shown"), names)
+    pattern = names["Diagonals"]()
+    assert isinstance(pattern, names["Pattern"])
+    (mask,) = pattern.masks([np.ones((3, 4), np.float32)], [0.5])
+    assert pattern.holds(np.asarray(mask)) and np.asarray(mask).mean() == 0.5

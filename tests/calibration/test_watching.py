@@ -4,9 +4,11 @@ import pytest
 import tensorflow as tf
 from conftest import make_gpt, random_batch
 
-import tfgptopt
+import tfgptopt.pruning
+from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.blocks import block_by_block, targets_by_block
 from tfgptopt.calibration.statistics import Grams
-from tfgptopt.calibration.watching import batches_of, block_by_block, blocks_of, observe_all
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import select
 
 
@@ -72,7 +74,7 @@ def test_a_block_sees_what_changed_blocks_before_it_give(chain):
     observe_all(
         model, targets, data, lambda t, rows: again.setdefault(t.path, []).append(rows.numpy())
     )
-    firsts = [members[0].path for members in blocks_of(model, targets)]
+    firsts = [members[0].path for members in targets_by_block(model, targets)]
     assert len(firsts) == 2
     for path in firsts:
         np.testing.assert_allclose(found[path], again[path], atol=1e-5)

@@ -82,3 +82,35 @@ def test_bad_input():
     with pytest.raises(ValueError, match="matches none"):
         fit(model, [QuantizationAwareTraining(Int8(), targets="nothing")])
     assert not any(dressed(model))
+
+
+def test_frozen_weights_are_rounded_once_and_count_as_ever():
+    """With LoRA, what is frozen keeps its rounded form while `fit` runs, and not behind it."""
+    from tfgptopt.quantization.quantizers import quantizers_of
+
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            found = [q for layer in self.model._flatten_layers() for q in quantizers_of(layer)]
+            seen.append(sum(q.given is not None for q in found))
+
+    losses = {}
+    for watched in (True, False):
+        keras.utils.set_random_seed(0)
+        model = make_gpt()
+        model.backbone.enable_lora(2)
+        model.compile(optimizer=keras.optimizers.Adam(1e-2), weighted_metrics=[])
+        if watched:
+            callbacks = [QuantizationAwareTraining(Int8()), Watch()]
+        else:
+            tfgptopt.quantize_aware(model, Int8())  # Rounds at every step.
+            callbacks = []
+        history = model.fit(*random_batch(), epochs=3, verbose=0, callbacks=callbacks)
+        losses[watched] = history.history["loss"]
+        inputs, _ = random_batch(seed=5)
+        losses[watched].append(float(np.sum(model.predict(inputs, verbose=0) ** 2)))
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-6)
+    # The table and both feed-forward kernels of two layers, keys and outputs of attention.
+    assert min(seen) == max(seen) == 9
+    assert all(q.given is None for layer in model._flatten_layers() for q in quantizers_of(layer))

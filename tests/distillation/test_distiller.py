@@ -11,6 +11,7 @@ from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.distillation import AttentionMaps, Distiller, HardLabels, HiddenStates, LogitsKL
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.quantization import Int8
 from tfgptopt.quantization.layers import is_dressed
@@ -317,3 +318,16 @@ def test_a_file_is_not_touched_by_saving_as_a_whole(tmp_path):
             distiller.fit(data(), verbose=0, callbacks=given)
     distiller.fit(data(), verbose=0, callbacks=keras.callbacks.TerminateOnNaN())
     assert path.read_bytes() == before
+
+
+def test_the_student_remembers_what_it_was_taught():
+    student = make_gpt()
+    distiller = compiled(student, make_gpt(), [LogitsKL(2.0), HardLabels(lambda step: 1.0)])
+    assert Distill.found_on(student) == []
+    for _ in range(2):
+        distiller.fit(data(), epochs=1, verbose=0)
+    (found,) = Distill.found_on(student)
+    # A function cannot be written down.
+    assert found == Distill(None, (LogitsKL(2.0),))
+    config = found.to_config()
+    assert config.pop("name") == "distill" and Distill.from_config(config) == found

@@ -7,11 +7,12 @@ import pytest
 from conftest import make_gpt
 
 from tfgptopt.distillation import HiddenStates
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.job.optimizing import check_fit, check_recipe, optimize
 from tfgptopt.model.targets import select
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import QuantizeAware, Recipe
-from tfgptopt.recipe.stages import Distill, Shrink
+from tfgptopt.shrinking.technique import Shrink
 from tfgptopt.training.planning import Training, compile_model
 
 
@@ -121,12 +122,14 @@ def test_bad_jobs_touch_nothing(corpus, tmp_path):
     ("techniques", "message"),
     [
         ((Shrink(depth=9),), "depth=2; it can be shrunk"),
+        ((Shrink(vocabulary=0.5),), "cannot shrink the vocabulary"),
+        ((Distill(None),), "needs `steps`"),
         ((Shrink(depth=1), Distill(9, (HiddenStates({1: 1}),))), "layer"),
         ((Shrink(feedforward=40), QuantizeAware(Int4(block_size=32))), "must divide the inputs"),
         ((Shrink(depth=1), QuantizeAware(Int8(), targets="transformer_layer_1")), "matches none"),
         ((Shrink(context=8), QuantizeAware(Int8())), "only 8"),
     ],
-    ids=["depth", "losses", "block_size", "targets", "positions"],
+    ids=["depth", "vocabulary", "steps", "losses", "block_size", "targets", "positions"],
 )
 def test_what_does_not_fit_a_later_stage_is_found_before_training(
     techniques, message, corpus, tmp_path, monkeypatch

@@ -208,3 +208,15 @@ def test_products_with_blocks_are_those_of_litert(block):
         graph.output("y", op.fully_connected(graph, x, one))
         run = Interpreter(model_content=bytes(model.pack())).get_signature_runner("serve")
         np.testing.assert_allclose(run(x=inputs)["y"], expected, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    hnp.arrays(np.float32, (7, 3), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
+    st.sampled_from([2, 4, 8]),
+)
+def test_the_largest_weight_needs_no_clipping(weights, bits):
+    grid = Grid(bits, (0,))
+    integers, scale = rounding.quantize(tf.constant(weights), grid)
+    clipped, _ = rounding.quantize(tf.constant(weights), grid, scale)
+    np.testing.assert_array_equal(integers, clipped)

@@ -7,11 +7,12 @@ from tfgptopt.callbacks import Pruning, QuantizationAwareTraining, from_recipe
 import tfgptopt
 from tfgptopt.decoder import read_decoder
 from tfgptopt.distillation import HardLabels, HiddenStates, LogitsKL
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity, PolynomialDecay, Unstructured, Wanda
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import Prune, QuantizeAware, Recipe, recipe_of
-from tfgptopt.recipe.stages import Distill, Shrink
+from tfgptopt.shrinking.technique import Shrink
 
 RECIPE = Recipe(
     (
@@ -162,7 +163,7 @@ BAD_STAGES = {
     "twice": ([{"name": "distill"}, {"name": "distill"}], "each technique once"),
     "nothing": ([{"name": "shrink"}], "Give what to shrink"),
     "budget": ([{"name": "shrink", "depth": 1, "latency": 0.5}], "or one budget"),
-    "vocabulary": ([{"name": "shrink", "vocabulary": 0.5}], "unexpected keyword"),
+    "shrink field": ([{"name": "shrink", "tokens": 0.5}], "unexpected keyword"),
     "steps": ([{"name": "distill", "steps": 0}], "int >= 1"),
     "losses": ([{"name": "distill", "losses": []}], "is empty"),
     "loss": ([{"name": "distill", "losses": [{"name": "mse"}]}], "A loss is named"),

@@ -11,6 +11,8 @@ from tfgptopt.quantization import Int8
 from tfgptopt.shrinking import search, shape_of
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.shapes import count_parameters
+from tfgptopt.shrinking.shrinker import fill, prepare
+from tfgptopt.shrinking.technique import Shrink
 
 NAMES = ["GPT2", "OPT", "Llama", "Llama3", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma 2"]
 
@@ -220,3 +222,23 @@ def test_what_families_cannot_have():
     model.quantize("int8")
     with pytest.raises(ValueError, match="quantized by Keras"):
         tfgptopt.shrink(model, depth=1, calibration=batch())
+
+
+def test_a_smaller_model_remembers_how_it_was_shrunk():
+    model = make("GPT2")
+    small = tfgptopt.shrink(model, feedforward=0.5, calibration=batch())
+    smaller = tfgptopt.shrink(small, context=64)
+    assert Shrink.found_on(model) == []
+    assert Shrink.found_on(smaller) == [Shrink(feedforward=0.5), Shrink(context=64)]
+    config = Shrink.found_on(small)[0].to_config()
+    assert config == {"name": "shrink", "feedforward": 0.5, "depth_score": "influence"}
+
+
+def test_a_prepared_model_is_filled_with_what_shrinking_gives():
+    model, request = make("Llama"), Shrink(depth=1, feedforward=24)
+    small = prepare(model, request)
+    fill(model, small, request, batch())
+    wanted = tfgptopt.shrink(model, depth=1, feedforward=24, calibration=batch())
+    for ours, theirs in zip(small.get_weights(), wanted.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert Shrink.found_on(small) == Shrink.found_on(wanted) == [request]

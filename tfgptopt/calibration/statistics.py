@@ -88,7 +88,11 @@ class SquaredSums:
 
 
 def check_finite(target: Target, statistics: np.ndarray) -> None:
-    """Raises unless the statistics of a target are finite."""
+    """Raises unless the statistics of a target are finite.
+
+    Raises:
+        ValueError: If they are not.
+    """
     if not np.isfinite(statistics).all():
         raise ValueError(
             f"What goes into {target.path} is NaN or infinite on the calibration data."

@@ -1,14 +1,12 @@
-"""DecoderSpec: one plain description of a GPT, and the readers that write it."""
+"""DecoderSpec: one plain description of a GPT, and the reader that writes it."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import keras
 import keras_hub
 
-from tfgptopt.decoder import bloom, gemma, gpt2, gpt_neo_x, llama, smollm3
+from tfgptopt.decoder.kerashub import ARITHMETIC
+from tfgptopt.decoder.reader import Arithmetic, read_with
 from tfgptopt.decoder.spec import (
     Attention,
     Block,
@@ -18,8 +16,10 @@ from tfgptopt.decoder.spec import (
     Norm,
     Rotary,
 )
+from tfgptopt.families import known_families, layout_of
 
 __all__ = [
+    "Arithmetic",
     "Attention",
     "Block",
     "DecoderSpec",
@@ -28,60 +28,64 @@ __all__ = [
     "Norm",
     "Rotary",
     "check_readable",
-    "has_reader",
+    "is_decoder_only",
     "read_decoder",
+    "read_known",
+    "register",
+    "why_unreadable",
 ]
 
-_READERS: dict[type, Callable[[Any], dict[str, Any]]] = {
-    keras_hub.models.BloomBackbone: bloom.read_bloom,
-    keras_hub.models.FalconBackbone: bloom.read_falcon,
-    keras_hub.models.GPT2Backbone: gpt2.read_gpt2,
-    keras_hub.models.GPTNeoXBackbone: gpt_neo_x.read_gpt_neo_x,
-    keras_hub.models.Gemma3Backbone: gemma.read_gemma3,
-    keras_hub.models.GemmaBackbone: gemma.read_gemma,
-    keras_hub.models.Llama3Backbone: llama.read_llama,
-    keras_hub.models.LlamaBackbone: llama.read_llama,
-    keras_hub.models.MistralBackbone: llama.read_mistral,
-    keras_hub.models.OPTBackbone: gpt2.read_opt,
-    keras_hub.models.Phi3Backbone: llama.read_phi3,
-    keras_hub.models.Qwen3Backbone: llama.read_qwen3,
-    keras_hub.models.QwenBackbone: llama.read_qwen,
-    keras_hub.models.SmolLM3Backbone: smollm3.read_smollm3,
-}
+_ARITHMETIC: dict[type, Arithmetic] = dict(ARITHMETIC)
 
 
-def _why_unreadable(model: keras.Layer) -> str | None:
-    """Returns why no reader fits a model, or `None` if one does."""
-    backbone = getattr(model, "backbone", model)
-    if type(backbone) not in _READERS:
+def register(backbone_class: type[keras.Model], arithmetic: Arithmetic) -> None:
+    """Says what a family computes beyond the layout that `tfgptopt.families.register` was given.
+
+    Args:
+        backbone_class: The class that the layout is registered for.
+        arithmetic: Windows, soft caps, scalings and the like. A family without any needs no entry.
+
+    Raises:
+        ValueError: If it is no `Arithmetic`.
+    """
+    if not isinstance(arithmetic, Arithmetic):
+        raise ValueError(f"Expected a tfgptopt.decoder.Arithmetic. Received: {arithmetic!r}")
+    _ARITHMETIC[backbone_class] = arithmetic
+
+
+def is_decoder_only(model: keras.Layer) -> bool:
+    """Returns whether a model is a causal LM of KerasHub without an encoder in front of it."""
+    # There, BART and T5 are causal LMs too.
+    models = keras_hub.models
+    return isinstance(model, models.CausalLM) and not isinstance(model, models.Seq2SeqLM)
+
+
+def why_unreadable(model: keras.Layer) -> str | None:
+    """Returns why a model cannot be read as a decoder, or `None` if it can."""
+    backbone, layout = getattr(model, "backbone", model), layout_of(model)
+    if layout is None:
         return f"there is no reader for {type(backbone).__name__}"
-    if model is not backbone and not isinstance(model, keras_hub.models.CausalLM):
+    if model is not backbone and not is_decoder_only(model):
         return f"{type(model).__name__} is no causal language model"
-    # A layer of somebody else may compute anything.
-    known = ("keras", "keras_hub", "tfgptopt")
+    # A layer of somebody else may compute anything, unless the layout answers for it.
+    known, described = ("keras", "keras_hub", "tfgptopt"), (type(backbone), *layout.own_layers)
     for layer in (model, *model._flatten_layers(include_self=False)):
-        if type(layer).__module__.split(".")[0] not in known:
+        if type(layer).__module__.split(".")[0] not in known and type(layer) not in described:
             return f"it has a layer of its own, {type(layer).__name__} '{layer.path or layer.name}'"
     return None
 
 
-def has_reader(model: keras.Layer) -> bool:
-    """Returns whether a model is of a family with a reader."""
-    return _why_unreadable(model) is None
-
-
 def check_readable(model: keras.Layer) -> None:
-    """Raises unless the model's family has a reader.
+    """Raises unless a model can be read as a decoder.
 
     Raises:
-        ValueError: If it has none, with the reason.
+        ValueError: If it cannot, with the reason.
     """
-    reason = _why_unreadable(model)
+    reason = why_unreadable(model)
     if reason:
-        families = ", ".join(sorted(f.__name__.removesuffix("Backbone") for f in _READERS))
         raise ValueError(
             f"Cannot describe {type(model).__name__} as a decoder: {reason}. Known families of "
-            f"KerasHub: {families}."
+            f"KerasHub: {', '.join(known_families())}."
         )
 
 
@@ -91,7 +95,7 @@ def read_decoder(model: keras.Layer) -> DecoderSpec:
     Args:
         model: A causal LM of KerasHub, or its backbone, dressed or plain. Families with a reader:
             Bloom, Falcon, Gemma 1 to 3, GPT-2, GPT-NeoX, Llama, Mistral, OPT, Phi-3, Qwen 2 and 3,
-            SmolLM3.
+            SmolLM3; and those of `tfgptopt.families.register`.
 
     Returns:
         `DecoderSpec` with the weights as training rounds them.
@@ -102,14 +106,16 @@ def read_decoder(model: keras.Layer) -> DecoderSpec:
     Example:
 
     ```python
-    print(read_decoder(keras_hub.models.GemmaCausalLM.from_preset("gemma_2b_en")))
+    print(read_decoder(gpt))
     ```
     """
     check_readable(model)
-    backbone: Any = getattr(model, "backbone", model)
-    parts = _READERS[type(backbone)](backbone)
-    return DecoderSpec(
-        family=type(backbone).__name__,
-        config=keras.saving.serialize_keras_object(backbone)["config"],
-        **parts,
-    )
+    return read_known(model)
+
+
+def read_known(model: keras.Layer) -> DecoderSpec:
+    """Reads a model that `why_unreadable` has nothing against."""
+    backbone: keras.Model = getattr(model, "backbone", model)
+    layout = layout_of(backbone)
+    assert layout is not None
+    return read_with(backbone, layout, _ARITHMETIC.get(type(backbone), Arithmetic()))

@@ -15,7 +15,7 @@ from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import read_integers
 
 
-def as_floats(variable: Any) -> np.ndarray:
+def as_floats(variable: keras.Variable) -> np.ndarray:
     """Returns a variable as a float32 array."""
     return np.asarray(keras.ops.convert_to_numpy(variable), np.float32)
 
@@ -65,7 +65,7 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
     )
 
 
-def read_head(embedding: Any) -> Matrix | None:
+def read_head(embedding: keras.Layer) -> Matrix | None:
     """Reads the head of a ReversibleEmbedding: `None` if it is the token table."""
     if embedding.tie_weights:
         return None
@@ -83,7 +83,7 @@ def read_head(embedding: Any) -> Matrix | None:
     )
 
 
-def read_norm(layer: Any, gamma_offset: float = 0.0) -> Norm:
+def read_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> Norm:
     """Reads a layer normalization, or a root-mean-square one (with `scale` in place of `gamma`).
 
     Args:
@@ -128,7 +128,7 @@ def read_activation(function: Callable[[Any], Any]) -> Activation:
     raise ValueError(f"The activation {function} is none of {', '.join(_ACTIVATIONS)}.")
 
 
-def read_rotary(layer: Any, size: int) -> Rotary:
+def read_rotary(layer: keras.Layer, size: int) -> Rotary:
     """Reads a `keras_hub.layers.RotaryEmbedding` of any scaling.
 
     Args:

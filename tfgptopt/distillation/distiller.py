@@ -12,15 +12,18 @@ from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.distillation.features import AttentionMaps, HiddenStates
 from tfgptopt.distillation.losses import LogitsKL, Loss, weight_at
 from tfgptopt.distillation.recording import Recording, split_inputs
+from tfgptopt.distillation.serializing import is_serializable
 from tfgptopt.distillation.teachers import (
     LiveTeacher,
     check_built,
     check_recording,
     live_teacher,
 )
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.distillation.views import Lesson, View, look
 from tfgptopt.distillation.wiring import Wiring
 from tfgptopt.model import masks
+from tfgptopt.model.history import record
 
 _NOT_SAVED = (
     "A Distiller is not saved as a whole. Save `distiller.student`; to resume training, use "
@@ -28,7 +31,7 @@ _NOT_SAVED = (
 )
 
 
-def token_weights(inputs: Any, sample_weight: Any, logits: tf.Tensor) -> tf.Tensor:
+def token_weights(inputs: tf.Tensor, sample_weight: Any, logits: tf.Tensor) -> tf.Tensor:
     """Returns how much each token counts: 0 for padding, else its sample weight.
 
     Args:
@@ -146,11 +149,16 @@ class Distiller(keras.Model):
         """The losses, in the order in which they were given."""
         return list(self._teaching.value)
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> Any:
         """Returns what the student gives."""
         return self.student(split_inputs(inputs)[0], training=training)
 
-    def compile(self, optimizer: Any = "adamw", loss: Any = None, **kwargs: Any) -> None:
+    def compile(
+        self,
+        optimizer: str | keras.optimizers.Optimizer = "adamw",
+        loss: Any = None,
+        **kwargs: object,
+    ) -> None:
         """Configures training, as `keras.Model.compile` does, but for the losses.
 
         Raises:
@@ -163,7 +171,7 @@ class Distiller(keras.Model):
             )
         super().compile(optimizer=optimizer, **kwargs)
 
-    def _lesson(self, inputs: Any, recorded: Any) -> Lesson:
+    def _lesson(self, inputs: tf.Tensor, recorded: Any) -> Lesson:
         if isinstance(self.teacher, LiveTeacher):
             return Lesson(view=self.teacher.look(inputs), pairs=self._wiring.projections)
         if recorded is None:
@@ -173,7 +181,7 @@ class Distiller(keras.Model):
             )
         return Lesson(top_k=recorded)
 
-    def _look(self, inputs: Any, training: bool) -> View:
+    def _look(self, inputs: tf.Tensor, training: bool) -> View:
         hidden = self._wiring.watched(HiddenStates, 0)
         return look(self.student, inputs, hidden, self._wiring.watched(AttentionMaps, 0), training)
 
@@ -222,7 +230,7 @@ class Distiller(keras.Model):
         self._loss(student, self._lesson(x, recorded), y, weights)
         return self.compute_metrics(x, y, student.logits, sample_weight=weights)
 
-    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def fit(self, x: tf.Tensor = None, *args: object, **kwargs: object) -> Any:
         """Trains as `keras.Model.fit` does. Text is tokenized by the student's preprocessor.
 
         Raises:
@@ -235,13 +243,23 @@ class Distiller(keras.Model):
                 raise ValueError(_NOT_SAVED)
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._read(kwargs["validation_data"], kwargs)
+        self._record()
         return super().fit(self._read(x, kwargs, "batch_size"), *args, **kwargs)
 
-    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _record(self) -> None:
+        """Notes on the student that it is taught, once for the same losses.
+
+        A loss that plain data cannot hold, such as one whose weight is a function, is left out.
+        """
+        losses = tuple(loss for loss in self._teaching.value if is_serializable(loss))
+        if losses and all(known.losses != losses for known in Distill.found_on(self.student)):
+            record(self.student, Distill(steps=None, losses=losses))
+
+    def evaluate(self, x: tf.Tensor = None, *args: object, **kwargs: object) -> Any:
         """Evaluates as `keras.Model.evaluate` does. Text is tokenized, as in `fit`."""
         return super().evaluate(self._read(x, kwargs, "batch_size"), *args, **kwargs)
 
-    def predict(self, x: Any = None, batch_size: int | None = None, **kwargs: Any) -> Any:
+    def predict(self, x: tf.Tensor = None, batch_size: int | None = None, **kwargs: object) -> Any:
         """Returns the student's logits, as `keras.Model.predict` does. Text is tokenized."""
         if is_text(x):
             x = as_tokens(x, getattr(self.student, "preprocessor", None), batch_size)
@@ -275,12 +293,20 @@ class Distiller(keras.Model):
             super().make_train_function(force=True)
         return super().make_test_function(force=force or stale)
 
-    def save(self, *args: Any, **kwargs: Any) -> None:
-        """Raises before it touches a file: a distiller is saved as its student."""
+    def save(self, *args: object, **kwargs: object) -> None:
+        """Raises before it touches a file: a distiller is saved as its student.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(_NOT_SAVED)
 
     def get_config(self) -> dict[str, Any]:
-        """Raises: a distiller is saved as its student, and resumed from `save_weights`."""
+        """Raises: a distiller is saved as its student, and resumed from `save_weights`.
+
+        Raises:
+            NotImplementedError: Always.
+        """
         raise NotImplementedError(_NOT_SAVED)
 
 

@@ -11,16 +11,11 @@ import tensorflow as tf
 
 from tfgptopt.distillation.losses import Weight, check_weight
 from tfgptopt.distillation.views import Lesson, View, attention_inside
+from tfgptopt.families import blocks_of
 
 Place = int | str
 Pairs = list[tuple[keras.Layer, keras.Layer]]
 _SMALLEST = 1e-12
-
-
-def blocks_of(model: keras.Layer) -> list[keras.Layer]:
-    """Returns the decoder layers of a KerasHub model, or nothing for other models."""
-    backbone = getattr(model, "backbone", model)
-    return list(getattr(backbone, "transformer_layers", []))
 
 
 def _layer_at(model: keras.Layer, place: Place, whose: str) -> keras.Layer:

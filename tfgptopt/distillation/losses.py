@@ -112,7 +112,11 @@ class LogitsKL:
         return "logits_kl"
 
     def per_token(self, student: View, lesson: Lesson, labels: Any) -> tf.Tensor:
-        """Returns the divergence at each token, in nats; see `Loss`."""
+        """Returns the divergence at each token, in nats; see `Loss`.
+
+        Raises:
+            ValueError: If student and teacher have different vocabularies.
+        """
         temperature = float(self.temperature)
         if lesson.top_k is not None:
             indices, log_p = lesson.top_k
@@ -148,7 +152,11 @@ class HardLabels:
         return "hard_labels"
 
     def per_token(self, student: View, lesson: Lesson, labels: Any) -> tf.Tensor:
-        """Returns the negative log-likelihood of each label, in nats; see `Loss`."""
+        """Returns the negative log-likelihood of each label, in nats; see `Loss`.
+
+        Raises:
+            ValueError: If there are no labels.
+        """
         if labels is None:
             raise ValueError("HardLabels() needs labels: give `fit` data of (inputs, labels).")
         logits = tf.cast(student.logits, tf.float32)

@@ -40,6 +40,12 @@ def serialize_loss(loss: Loss) -> dict[str, Any]:
     return {"name": loss.name, **fields}
 
 
+def is_serializable(loss: Loss) -> bool:
+    """Returns whether `serialize_loss` can write a loss."""
+    schedule = isinstance(loss.weight, keras.optimizers.schedules.LearningRateSchedule)
+    return type(loss) in _CLASSES.values() and (schedule or not callable(loss.weight))
+
+
 def deserialize_loss(config: Any) -> Loss:
     """Returns the loss that `serialize_loss` wrote. All but the name may be missing.
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
+import keras_hub
 import tensorflow as tf
 
 from tfgptopt.distillation.features import AttentionMaps, HiddenStates
@@ -30,17 +31,17 @@ class LiveTeacher:
         hidden, attention: Its layers that are watched.
     """
 
-    model: Any
+    model: keras.Model
     hidden: list[keras.Layer] = field(default_factory=list)
     attention: list[keras.Layer] = field(default_factory=list)
 
-    def look(self, inputs: Any) -> View:
+    def look(self, inputs: tf.Tensor) -> View:
         """Returns what the teacher says of a batch."""
         seen = look(self.model, inputs, self.hidden, self.attention)
         return seen.map(tf.stop_gradient)
 
 
-def check_built(model: Any, role: str) -> None:
+def check_built(model: keras.Model, role: str) -> None:
     """Raises unless a student or teacher is a built Keras model.
 
     Raises:
@@ -57,7 +58,7 @@ def check_built(model: Any, role: str) -> None:
         )
 
 
-def live_teacher(student: Any, teacher: Any) -> LiveTeacher:
+def live_teacher(student: keras.Model, teacher: keras.Model) -> LiveTeacher:
     """Returns the teacher of a student, a copy of it for `"self"`.
 
     Raises:
@@ -80,7 +81,7 @@ def live_teacher(student: Any, teacher: Any) -> LiveTeacher:
     return LiveTeacher(teacher)
 
 
-def check_recording(student: Any, recording: Recording, losses: Sequence[Any]) -> None:
+def check_recording(student: keras.Model, recording: Recording, losses: Sequence[Any]) -> None:
     """Raises if a student cannot learn from a recording by some losses.
 
     Raises:
@@ -125,7 +126,7 @@ def _dense_copy(student: keras.Model) -> keras.Model:
     return clone(student)
 
 
-def vocabulary_size(model: Any) -> int | None:
+def vocabulary_size(model: keras.Model) -> int | None:
     """Returns for how many tokens a model gives logits, or `None` if that is not known yet."""
     outputs = getattr(model, "outputs", None)
     if not isinstance(outputs, Sequence) or len(outputs) != 1:
@@ -134,12 +135,12 @@ def vocabulary_size(model: Any) -> int | None:
     return None if size is None else int(size)
 
 
-def tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: keras.Model) -> Any:
     """Returns the tokenizer of a KerasHub model, or `None`."""
     return getattr(getattr(model, "preprocessor", None), "tokenizer", None)
 
 
-def tokenizer_hash(tokenizer: Any) -> str | None:
+def tokenizer_hash(tokenizer: keras_hub.tokenizers.Tokenizer) -> str | None:
     """Returns a hash of the tokens in their order, or `None` where there is no tokenizer."""
     if tokenizer is None:
         return None
@@ -147,7 +148,7 @@ def tokenizer_hash(tokenizer: Any) -> str | None:
     return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=16).hexdigest()
 
 
-def _check_vocabularies(student: Any, teacher: Any) -> None:
+def _check_vocabularies(student: keras.Model, teacher: keras.Model) -> None:
     """Raises if two models are known to speak of different tokens.
 
     Raises:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from tfgptopt.model.overriding import Override, overriding
 
 
 @dataclass(eq=False)
@@ -22,7 +23,7 @@ class View:
         attention: Layer ids to attention maps, `(batch, heads, tokens, tokens)`, rows sum to 1.
     """
 
-    logits: Any = None
+    logits: tf.Tensor = None
     hidden: dict[int, tf.Tensor] = field(default_factory=dict)
     attention: dict[int, tf.Tensor] = field(default_factory=dict)
 
@@ -51,19 +52,6 @@ class Lesson:
     pairs: Mapping[int, Mapping[tuple[int, int], Any]] = field(default_factory=dict)
 
 
-@contextlib.contextmanager
-def _overridden(replacements: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
-    """Gives objects other methods for a while."""
-    for owner, name, function in replacements:
-        # Not through Keras' own __setattr__: there is nothing to track.
-        object.__setattr__(owner, name, function)
-    try:
-        yield
-    finally:
-        for owner, name, _ in replacements:
-            object.__delattr__(owner, name)
-
-
 def attention_inside(block: keras.Layer) -> keras.Layer:
     """Returns the layer inside a block that computes attention weights.
 
@@ -81,10 +69,10 @@ def attention_inside(block: keras.Layer) -> keras.Layer:
     return found[0]
 
 
-def _watched(layer: keras.Layer, view: View) -> tuple[Any, str, Any]:
+def _watched(layer: keras.Layer, view: View) -> Override:
     call = layer.call
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: object, **kwargs: object) -> Any:
         result = call(*args, **kwargs)
         view.hidden[id(layer)] = result[0] if isinstance(result, tuple) else result
         return result
@@ -92,11 +80,11 @@ def _watched(layer: keras.Layer, view: View) -> tuple[Any, str, Any]:
     return layer, "call", watched
 
 
-def _watched_attention(layer: keras.Layer, view: View) -> tuple[Any, str, Any]:
+def _watched_attention(layer: keras.Layer, view: View) -> Override:
     if isinstance(layer, keras.layers.MultiHeadAttention):
         compute = layer._compute_attention
 
-        def computed(*args: Any, **kwargs: Any) -> Any:
+        def computed(*args: object, **kwargs: object) -> Any:
             # Else Keras takes a fused kernel, which has no map to show.
             result = compute(*args, **{**kwargs, "return_attention_scores": True})
             view.attention[id(layer)] = result[1]
@@ -105,7 +93,7 @@ def _watched_attention(layer: keras.Layer, view: View) -> tuple[Any, str, Any]:
         return layer, "_compute_attention", computed
     call = layer.call
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def watched(*args: object, **kwargs: object) -> Any:
         result = call(*args, **kwargs)
         # Gemma has an axis of groups and one of heads in each.
         heads, shape = math.prod(result.shape[1:-2]), tf.shape(result)
@@ -116,8 +104,8 @@ def _watched_attention(layer: keras.Layer, view: View) -> tuple[Any, str, Any]:
 
 
 def look(
-    model: Any,
-    inputs: Any,
+    model: keras.Model,
+    inputs: tf.Tensor,
     hidden: Sequence[keras.Layer] = (),
     attention: Sequence[keras.Layer] = (),
     training: bool = False,
@@ -140,7 +128,7 @@ def look(
     view = View()
     replacements = [_watched(layer, view) for layer in hidden]
     replacements += [_watched_attention(layer, view) for layer in attention]
-    with _overridden(replacements):
+    with overriding(replacements):
         view.logits = model(inputs, training=training)
     for layer in hidden:
         if id(layer) not in view.hidden:

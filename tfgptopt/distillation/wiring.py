@@ -35,7 +35,7 @@ class Wiring:
     projections: dict[int, dict[tuple[int, int], Any]] = field(default_factory=dict)
 
     @classmethod
-    def between(cls, student: Any, teacher: Any, losses: Sequence[Loss]) -> Wiring:
+    def between(cls, student: keras.Model, teacher: keras.Model, losses: Sequence[Loss]) -> Wiring:
         """Returns the wiring that losses ask for.
 
         Raises:

@@ -10,6 +10,7 @@ from tfgptopt.exporting.formats import Format, check_format, format_of, register
 from tfgptopt.exporting.saved_model import SavedModel
 from tfgptopt.exporting.tflite.format import TFLite
 from tfgptopt.file.replacing import check_target, replacing
+from tfgptopt.model.finite import check_finite_weights
 
 __all__ = ["Format", "SavedModel", "TFLite", "export", "register_format"]
 
@@ -58,6 +59,7 @@ def export(
     check_format(chosen, target)
     if not getattr(model, "built", False):
         raise ValueError(f"The model {model!r} is not built, so there are no weights to export.")
+    check_finite_weights(model)
     with replacing(target) as temporary:
         chosen.write(model, temporary)
     return target

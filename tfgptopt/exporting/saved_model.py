@@ -13,6 +13,8 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.decoder import is_decoder_only
+from tfgptopt.exporting.signatures import input_signature
 from tfgptopt.exporting.tokenizers import end_token_ids
 from tfgptopt.model.retracing import retrace
 from tfgptopt.quantization import layers
@@ -107,26 +109,6 @@ def _generate_function(model: keras_hub.models.CausalLM) -> Callable[..., dict[s
     return generate
 
 
-def _signature(model: keras.Model) -> list[_Tensors]:
-    """Returns the inputs of a model with a free batch size.
-
-    Raises:
-        ValueError: If it has not declared them.
-    """
-    if not getattr(model, "inputs", None):
-        raise ValueError(
-            f"'{model.name}' has no declared inputs: call it on a batch, or build it as a "
-            "Sequential or Functional model, before exporting."
-        )
-
-    def spec(tensor: keras.KerasTensor) -> tf.TensorSpec:
-        return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, name=tensor.name)
-
-    # A Sequential that was never called has inputs, but no `input`.
-    inputs = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    return [keras.tree.map_structure(spec, inputs)]
-
-
 @dataclass(frozen=True)
 class SavedModel:
     """A folder that TensorFlow loads and calls without Keras, rounded weights as integers.
@@ -144,22 +126,22 @@ class SavedModel:
             target: The folder, which is not there.
 
         Raises:
-            ValueError: If the model has no declared inputs.
+            ValueError: If the model has no declared inputs and was never called.
         """
         weights = _Weights(model)
         archive = keras.export.ExportArchive()
         archive.track(weights)
 
-        def serve(inputs: _Tensors) -> _Tensors:
-            return model(inputs, training=False)
+        def serve(*inputs: _Tensors) -> _Tensors:
+            return model(*inputs, training=False)
 
-        if isinstance(model, keras_hub.models.CausalLM):
+        if is_decoder_only(model):
             names = ("token_ids", "padding_mask")
             spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
             archive.add_endpoint("serve", weights.using(serve), [spec])
             generate = weights.using(_generate_function(model))
             archive.add_endpoint("generate", generate, list(spec.values()))
         else:
-            archive.add_endpoint("serve", weights.using(serve), _signature(model))
+            archive.add_endpoint("serve", weights.using(serve), input_signature(model))
         archive.write_out(str(target), verbose=False)
         retrace(model)

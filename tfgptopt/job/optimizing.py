@@ -17,6 +17,7 @@ from tfgptopt.callbacks import TrainingProgress, from_recipe
 from tfgptopt.data.corpus import Corpus, tokens_as_input
 from tfgptopt.decoder import check_readable
 from tfgptopt.distillation import Distiller
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.evaluation import Result, evaluate
 from tfgptopt.evaluation.bigram import bigram_loss
 from tfgptopt.exporting import export
@@ -24,11 +25,13 @@ from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.job.reporting import write_report
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import clone
+from tfgptopt.model.history import history_of, record
 from tfgptopt.model.targets import select
 from tfgptopt.pruning.pruner import zero_share
 from tfgptopt.recipe import Recipe
 from tfgptopt.recipe.finalizing import finalize
-from tfgptopt.recipe.stages import Distill, Shrink
+from tfgptopt.shrinking.shrinker import fill, prepare, shrink
+from tfgptopt.shrinking.technique import Shrink
 from tfgptopt.training.planning import Training, compile_model, optimizer_for
 
 # Of training windows, for scores that read data.
@@ -93,10 +96,13 @@ def check_fit(model: Any, corpus: Corpus) -> None:
         )
 
 
-def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> None:
+def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> Any:
     """Raises early if a recipe cannot be applied, before anything is trained.
 
     What comes behind a budget is checked on the model as it is: its shape is found on data.
+
+    Returns:
+        A smaller model with random weights if the recipe shrinks by numbers, else the model itself.
 
     Raises:
         ValueError: If it is empty, or a stage does not fit the model that the stages before make.
@@ -107,12 +113,21 @@ def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> None:
     student = model
     for stage in recipe.techniques:
         if isinstance(stage, Shrink):
-            student = stage.preview(student)
+            if stage.vocabulary is not None:
+                raise ValueError(
+                    "A job cannot shrink the vocabulary: perplexities of different tokens do not "
+                    "compare. Use `tfgptopt.shrink(model, vocabulary=...)` before. Received: "
+                    f"{stage!r}"
+                )
+            student = student if stage.budget else prepare(student, stage)
             check_fit(student, corpus)
         if isinstance(stage, Distill):
+            if stage.steps is None:
+                raise ValueError(f"A job needs `steps` of distill. Received: {stage!r}")
             Distiller(student, "self" if student is model else model, stage.losses)
     for callback in from_recipe(recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)):
         callback.set_model(student)  # Raises if its targets are not in the model.
+    return student
 
 
 def _variables(model: keras.Model) -> list[Any]:
@@ -159,6 +174,7 @@ def _clone_with(model: Any, weights: Sequence[Any]) -> Any:
     """Returns a plain copy of a causal LM with other weights."""
     copy = clone(model)
     copy.set_weights(weights)
+    record(copy, *history_of(model))
     copy.compile(sampler="greedy")
     return copy
 
@@ -170,6 +186,7 @@ class _Job:
     Attributes:
         model: The model as it is now: a stage may put another one in its place.
         corpus, training, console: What the job was given.
+        prepared: The smaller model, to be filled when it is time; `None` if its shape is searched.
         curves: See `Outcome`.
         stages: Names to copies of the model after each stage before the last, with float weights.
     """
@@ -178,6 +195,7 @@ class _Job:
     corpus: Corpus
     training: Training
     console: Console
+    prepared: Any = None
     curves: dict[str, Curve] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
 
@@ -194,7 +212,11 @@ class _Job:
         """Puts a smaller model in the place of the model."""
         with self.console.status("Shrinking"):
             calibration = self.corpus.train.take(_CALIBRATION_BATCHES)
-            self.model = stage.apply(self.model, calibration)
+            if self.prepared is None:
+                self.model = shrink(self.model, calibration=calibration, **stage.settings())
+            else:
+                fill(self.model, self.prepared, stage, calibration)
+                self.model = self.prepared
             check_fit(self.model, self.corpus)
             self.keep("shrunk")
 
@@ -216,7 +238,9 @@ class _Job:
                     compile_model(self.model, Training(0, steps, self.training.learning_rate))
             if isinstance(stage, Distill):
                 name = "distilled"
-                self.train(name, self.distiller(teacher, stage, stage.steps), stage.steps)
+                record(self.model, stage)
+                first = stage.steps or 0  # Never none: `check_recipe` has looked.
+                self.train(name, self.distiller(teacher, stage, first), first)
                 self.keep(name)
                 trained = self.distiller(teacher, stage, steps)
         return trained or self.model
@@ -263,8 +287,8 @@ def optimize(
     console = console or Console()
     target = check_target(out, overwrite)
     in_fit, calibration = recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)
-    check_recipe(model, corpus, recipe)
-    job = _Job(model, corpus, training, console)
+    student = check_recipe(model, corpus, recipe)
+    job = _Job(model, corpus, training, console, None if student is model else student)
     if training.shared_steps:
         job.train("dense, shared part", model, training.shared_steps)
     shared = _snapshot(model)

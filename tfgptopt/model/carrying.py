@@ -72,7 +72,7 @@ def carry(model: keras.Layer) -> None:
                 object.__delattr__(layer, name)
 
 
-def _wrap(layer: Any) -> None:
+def _wrap(layer: keras.Layer) -> None:
     plain_get, plain_set = layer.get_weights, layer.set_weights
 
     def get_weights() -> list[Any]:

@@ -8,7 +8,7 @@ import keras
 import keras_hub
 
 
-def backbone_config(backbone: Any) -> dict[str, Any]:
+def backbone_config(backbone: keras.Model) -> dict[str, Any]:
     """Returns the configuration of a KerasHub backbone, what its `get_config` forgets included."""
     config: dict[str, Any] = backbone.get_config()
     if hasattr(backbone, "tie_word_embeddings"):
@@ -16,7 +16,11 @@ def backbone_config(backbone: Any) -> dict[str, Any]:
     return config
 
 
-def with_backbone(model: Any, backbone: Any, preprocessor: Any) -> Any:
+def with_backbone(
+    model: keras.Model,
+    backbone: keras.Model,
+    preprocessor: keras_hub.models.CausalLMPreprocessor | None,
+) -> Any:
     """Returns a task of the same class around another backbone."""
     if model is getattr(model, "backbone", model):
         return backbone

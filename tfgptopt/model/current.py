@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -15,7 +14,7 @@ import tensorflow as tf
 from tfgptopt.model import masks
 
 
-def full_precision(variable: Any) -> tf.Tensor:
+def full_precision(variable: keras.Variable) -> tf.Tensor:
     """Returns a variable's value as float32, without the cast of mixed precision."""
     value = variable.value
     if value.dtype != tf.as_dtype(variable._dtype):
@@ -32,7 +31,7 @@ def _kind(layer: keras.Layer) -> str:
     return "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
 
 
-def _adapters(layer: Any) -> tf.Tensor:
+def _adapters(layer: keras.Layer) -> tf.Tensor:
     """Returns what the LoRA adapters of a layer add to its weight."""
     first, second = (
         full_precision(getattr(layer, f"lora_{_kind(layer)}_{part}")) for part in ("a", "b")
@@ -40,7 +39,7 @@ def _adapters(layer: Any) -> tf.Tensor:
     return (layer.lora_alpha / layer.lora_rank) * tf.matmul(first, second)
 
 
-def current(layer: keras.Layer, variable: Any) -> tf.Tensor:
+def current(layer: keras.Layer, variable: keras.Variable) -> tf.Tensor:
     """Returns a weight of a layer as it is now.
 
     Args:
@@ -57,7 +56,7 @@ def current(layer: keras.Layer, variable: Any) -> tf.Tensor:
 
 
 @contextmanager
-def without_adapters(layer: Any) -> Iterator[None]:
+def without_adapters(layer: keras.Layer) -> Iterator[None]:
     """Runs a layer on its own weight alone, which its adapters were added to."""
     enabled = has_adapters(layer)
     if enabled:
@@ -69,7 +68,7 @@ def without_adapters(layer: Any) -> Iterator[None]:
             object.__setattr__(layer, "lora_enabled", True)
 
 
-def drop_adapters(layer: Any) -> None:
+def drop_adapters(layer: keras.Layer) -> None:
     """Takes merged LoRA adapters off a layer."""
     kind = _kind(layer)
     layer._tracker.unlock()

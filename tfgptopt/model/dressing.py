@@ -8,7 +8,6 @@ dress one layer, in any order.
 from __future__ import annotations
 
 from itertools import combinations
-from typing import Any
 
 import keras
 
@@ -80,13 +79,13 @@ def dressed_class(layer_class: type, mixins: tuple[type, ...]) -> type:
     return _made[key]
 
 
-def put_on(layer: Any, mixin: type) -> None:
+def put_on(layer: keras.Layer, mixin: type) -> None:
     """Dresses a layer with a mixin, besides those that it wears."""
     if mixin not in worn_by(layer):
         layer.__class__ = dressed_class(type(layer), (*worn_by(layer), mixin))
 
 
-def take_off(layer: Any, mixin: type) -> None:
+def take_off(layer: keras.Layer, mixin: type) -> None:
     """Takes a mixin off a layer."""
     rest = tuple(one for one in worn_by(layer) if one is not mixin)
     layer.__class__ = dressed_class(type(layer), rest)

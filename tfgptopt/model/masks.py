@@ -38,7 +38,7 @@ class PrunedMixin:
             Mask(None, target_of(self), technique)  # type: ignore[arg-type]
             object.__setattr__(self, _FRESH, True)
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
         read_if_fresh(self)  # type: ignore[arg-type]
         return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
@@ -53,11 +53,11 @@ class PrunedMixin:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> keras.Layer:
         config = dict(config)
-        found = config.pop(_PRUNING, None)
+        found = dict(config.pop(_PRUNING, {}))
         layer: keras.Layer = super().from_config(config)  # type: ignore[misc]
         try:
             technique = technique_classes()[found.pop("name")].from_config(found)
-        except (AttributeError, KeyError, ValueError):
+        except (KeyError, ValueError):
             warnings.warn(
                 f"{layer.name} was pruned by settings that cannot be read: its zeros are not held.",
                 stacklevel=2,
@@ -83,12 +83,12 @@ class Mask(keras.constraints.Constraint):
         technique: What moves the mask, for recipes and reports.
     """
 
-    def __init__(self, model: Any, target: Target, technique: Any) -> None:
+    def __init__(self, model: keras.Model, target: Target, technique: Any) -> None:
         variable = target.variable
         # A constraint that the kernel already had is applied first.
         self.inner: Callable[[Any], Any] | None = variable.constraint
         self.technique = technique
-        self.owner: Any = None
+        self.owner: keras.Layer = None
         self.belongs_to(model)
         self.mask = keras.Variable(
             tf.ones(variable.shape, tf.bool),
@@ -104,11 +104,11 @@ class Mask(keras.constraints.Constraint):
         object.__setattr__(self._layer, _HELD, self)
         put_on(self._layer, PrunedMixin)
 
-    def belongs_to(self, model: Any) -> None:
+    def belongs_to(self, model: keras.Model) -> None:
         """Says whose optimizer may average the kernel."""
         self._model: Callable[[], Any] = (lambda: None) if model is None else weakref.ref(model)
 
-    def take_off(self, variable: Any) -> None:
+    def take_off(self, variable: keras.Variable) -> None:
         """Gives the kernel back its own constraint, and leaves its weights as they are."""
         variable.constraint = self.inner
         take_off(self._layer, PrunedMixin)
@@ -137,18 +137,18 @@ class Mask(keras.constraints.Constraint):
         unfinished = getattr(self.technique, "unfinished", lambda share: None)
         return unfinished(1.0 - float(np.mean(self.snapshot())))
 
-    def __call__(self, w: Any) -> Any:
+    def __call__(self, w: tf.Tensor) -> Any:
         self.hold_average(w)
         if self.inner is not None:
             w = self.inner(w)
         return self.zeroed(w)
 
-    def zeroed(self, w: Any) -> Any:
+    def zeroed(self, w: tf.Tensor) -> Any:
         """Returns weights without what the mask drops."""
         # A choice, not a product: zero times a diverged weight would not be zero.
         return keras.ops.where(self.mask, w, keras.ops.zeros((), w.dtype))
 
-    def hold_average(self, variable: Any) -> None:
+    def hold_average(self, variable: keras.Variable) -> None:
         """Zeroes what the mask drops in the optimizer's average of the kernel, if it keeps one.
 
         Keras averages weights before it applies constraints, and puts averages in the place of
@@ -159,7 +159,7 @@ class Mask(keras.constraints.Constraint):
             average.assign(self.zeroed(average))
 
 
-def _average_of(variable: Any, optimizer: Any) -> Any:
+def _average_of(variable: keras.Variable, optimizer: keras.optimizers.Optimizer) -> Any:
     """Returns the average (`use_ema`) that an optimizer keeps of a variable, or `None`."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     for each in getattr(optimizer, "optimizers", [optimizer]):
@@ -172,14 +172,14 @@ def _average_of(variable: Any, optimizer: Any) -> Any:
     return None
 
 
-def attach(model: Any, targets: list[Target], technique: Any) -> None:
+def attach(model: keras.Model, targets: list[Target], technique: Any) -> None:
     """Gives every target of a model a mask of ones."""
     for target in targets:
         Mask(model, target, technique)
 
 
 def _refuse_lora(target: Target) -> Callable[..., None]:
-    def enable_lora(*args: Any, **kwargs: Any) -> None:
+    def enable_lora(*args: object, **kwargs: object) -> None:
         raise ValueError(
             f"{target.path} is being pruned. Call `tfgptopt.finalize(model)` before `enable_lora`: "
             "its zeros stay while adapters train, and are filled in when adapters are merged."
@@ -228,7 +228,7 @@ def remove(targets: list[Target]) -> None:
             target.variable.constraint.take_off(target.variable)
 
 
-def masked(variable: Any) -> bool:
+def masked(variable: keras.Variable) -> bool:
     """Returns whether a mask holds a variable."""
     return isinstance(variable.constraint, Mask)
 
@@ -239,7 +239,7 @@ def masked_share(target: Target) -> float:
     return 1.0 - float(tf.math.count_nonzero(mask, dtype=tf.int64)) / target.size
 
 
-def detach(variable: Any) -> None:
+def detach(variable: keras.Variable) -> None:
     """Zeroes the pruned weights a last time and gives a variable back its own constraint."""
     held = variable.constraint
     variable.assign(held.zeroed(variable))

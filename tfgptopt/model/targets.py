@@ -39,7 +39,7 @@ class Target:
     """
 
     layer: keras.Layer
-    variable: Any
+    variable: keras.Variable
     path: str
     role: Role
     input_axes: tuple[int, ...]
@@ -97,12 +97,24 @@ def _einsum_axes(equation: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple
     return kernel_inputs, kernel_outputs, tuple(rows)
 
 
+def _unseen(layer: keras.Layer) -> Skipped | None:
+    """Returns why the matrices of a layer of another kind are no targets, if it has some."""
+    matrices = [v for v in layer._trainable_variables if len(v.shape) > 1 and v.trainable]
+    if not matrices:
+        return None
+    shapes = ", ".join("x".join(str(n) for n in v.shape) for v in matrices)
+    path = matrices[0].path if len(matrices) == 1 else layer.path or layer.name
+    return Skipped(
+        path, f"{type(layer).__name__} with {shapes} is no Dense, EinsumDense or Embedding"
+    )
+
+
 def _describe(layer: keras.Layer) -> Target | Skipped | None:
     """Returns the target of one layer, or why it is none, or `None` for layers with nothing."""
     if not isinstance(
         layer, keras.layers.Dense | keras.layers.EinsumDense | keras.layers.Embedding
     ):
-        return None
+        return _unseen(layer)
     path = layer.path or layer.name
     axes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     if not layer.built:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
 import keras
 
@@ -73,5 +73,6 @@ def techniques_of(model: keras.Layer) -> tuple[Technique, ...]:
     """Returns everything that was done to a model, in its order: nothing for a plain one."""
     now = [one for each in technique_classes().values() for one in each.found_on(model)]
     kinds = [kind_of(technique) for technique in now]
-    earlier = [one for one in history_of(model) if kind_of(one) not in kinds]
+    recorded = cast(tuple[Technique, ...], history_of(model))
+    earlier = [one for one in recorded if kind_of(one) not in kinds]
     return tuple(sorted([*earlier, *now], key=lambda technique: technique.order))

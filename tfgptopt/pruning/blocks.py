@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,8 +47,48 @@ def _blocks_hold(kept: np.ndarray, rows: int, columns: int) -> bool:
     return True
 
 
+class _Together(abc.ABC):
+    """What blocks, rows and columns have in common: they go or stay as a whole."""
+
+    sparsity: ClassVar[None] = None
+    takes_allocation: ClassVar[bool] = False
+    inputs_together: ClassVar[None] = None
+
+    def masks(self, scores: list[tf.Tensor], sparsity: list[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the masks of matrices; see `Unstructured.masks`."""
+        pairs = zip(scores, sparsity, strict=True)
+        return [_block_mask(x, s, *self._size(x.shape)) for x, s in pairs]
+
+    @abc.abstractmethod
+    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Returns rows and columns of a block of a matrix."""
+
+    def check(self, shape: tuple[int, int], path: str) -> None:
+        """Raises if a block is larger than a weight."""
+        rows, columns = self._size(shape)
+        if rows > shape[0] or columns > shape[1]:
+            raise ValueError(
+                f"A block of {rows} x {columns} does not fit into {path}, which has "
+                f"{shape[0]} inputs and {shape[1]} outputs. Choose a smaller block, or leave it "
+                "out with `targets`."
+            )
+
+    def holds(self, kept: np.ndarray) -> bool:
+        """Returns whether a numpy mask `(inputs, outputs)` has only whole blocks."""
+        return _blocks_hold(kept, *self._size(kept.shape))
+
+    def supports(self, score: str) -> bool:
+        """Returns whether a score can be used: all but SparseGPT, which goes input by input."""
+        return score != "sparsegpt"
+
+    def keep(self, scores: np.ndarray, sparsity: float) -> np.ndarray:
+        """Returns the mask of a whole matrix."""
+        (mask,) = self.masks([tf.constant(scores, tf.float32)], [tf.constant(sparsity)])
+        return np.asarray(mask)
+
+
 @dataclass(frozen=True)
-class Block:
+class Block(_Together):
     """Blocks of weights go together; the mean score of a block decides.
 
     Args:
@@ -65,10 +107,6 @@ class Block:
     rows: int
     columns: int
 
-    sparsity: ClassVar[None] = None
-    takes_allocation: ClassVar[bool] = False
-    inputs_together: ClassVar[None] = None
-
     def __post_init__(self) -> None:
         sizes = (self.rows, self.columns)
         if not all(isinstance(n, int) and n >= 1 for n in sizes) or sizes == (1, 1):
@@ -77,91 +115,21 @@ class Block:
                 f"weights use Unstructured(). Received: {sizes}"
             )
 
-    def masks(self, scores: list[tf.Tensor], sparsity: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns the masks of matrices; see `Unstructured.masks`."""
-        return [
-            _block_mask(x, s, self.rows, self.columns)
-            for x, s in zip(scores, sparsity, strict=True)
-        ]
-
-    def check(self, shape: tuple[int, int], path: str) -> None:
-        """Raises if a block is larger than a weight."""
-        if self.rows > shape[0] or self.columns > shape[1]:
-            raise ValueError(
-                f"A block of {self.rows} x {self.columns} does not fit into {path}, which has "
-                f"{shape[0]} inputs and {shape[1]} outputs. Choose a smaller block, or leave it "
-                "out with `targets`."
-            )
-
-    def holds(self, kept: np.ndarray) -> bool:
-        """Returns whether a numpy mask `(inputs, outputs)` has only whole blocks."""
-        return _blocks_hold(kept, self.rows, self.columns)
-
-    def supports(self, score: str) -> bool:
-        """Returns whether a score can be used: all but SparseGPT, which goes input by input."""
-        return score != "sparsegpt"
-
-    def keep(self, scores: np.ndarray, sparsity: float) -> np.ndarray:
-        """Returns the mask of a whole matrix."""
-        (mask,) = self.masks([tf.constant(scores, tf.float32)], [tf.constant(sparsity)])
-        return np.asarray(mask)
+    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+        return self.rows, self.columns
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(_Together):
     """Whole inputs of a matrix go: all weights that read one input."""
 
-    sparsity: ClassVar[None] = None
-    takes_allocation: ClassVar[bool] = False
-    inputs_together: ClassVar[None] = None
-
-    def masks(self, scores: list[tf.Tensor], sparsity: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns the masks of matrices; see `Unstructured.masks`."""
-        pairs = zip(scores, sparsity, strict=True)
-        return [_block_mask(x, s, 1, x.shape[1]) for x, s in pairs]
-
-    def check(self, shape: tuple[int, int], path: str) -> None:
-        """Raises if a weight cannot have the pattern; any can."""
-
-    def holds(self, kept: np.ndarray) -> bool:
-        """Returns whether a numpy mask `(inputs, outputs)` has only whole rows."""
-        return bool((kept == kept[:, :1]).all())
-
-    def supports(self, score: str) -> bool:
-        """Returns whether a score can be used: all but SparseGPT, which goes input by input."""
-        return score != "sparsegpt"
-
-    def keep(self, scores: np.ndarray, sparsity: float) -> np.ndarray:
-        """Returns the mask of a whole matrix."""
-        (mask,) = self.masks([tf.constant(scores, tf.float32)], [tf.constant(sparsity)])
-        return np.asarray(mask)
+    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+        return 1, int(shape[1])
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(_Together):
     """Whole outputs of a matrix go: all weights of a neuron. Its bias stays."""
 
-    sparsity: ClassVar[None] = None
-    takes_allocation: ClassVar[bool] = False
-    inputs_together: ClassVar[None] = None
-
-    def masks(self, scores: list[tf.Tensor], sparsity: list[tf.Tensor]) -> list[tf.Tensor]:
-        """Returns the masks of matrices; see `Unstructured.masks`."""
-        pairs = zip(scores, sparsity, strict=True)
-        return [_block_mask(x, s, x.shape[0], 1) for x, s in pairs]
-
-    def check(self, shape: tuple[int, int], path: str) -> None:
-        """Raises if a weight cannot have the pattern; any can."""
-
-    def holds(self, kept: np.ndarray) -> bool:
-        """Returns whether a numpy mask `(inputs, outputs)` has only whole columns."""
-        return bool((kept == kept[:1]).all())
-
-    def supports(self, score: str) -> bool:
-        """Returns whether a score can be used: all but SparseGPT, which goes input by input."""
-        return score != "sparsegpt"
-
-    def keep(self, scores: np.ndarray, sparsity: float) -> np.ndarray:
-        """Returns the mask of a whole matrix."""
-        (mask,) = self.masks([tf.constant(scores, tf.float32)], [tf.constant(sparsity)])
-        return np.asarray(mask)
+    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+        return int(shape[0]), 1

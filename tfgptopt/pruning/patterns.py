@@ -17,6 +17,20 @@ from tfgptopt.pruning.blocks import Block, Columns, Rows
 from tfgptopt.pruning.nm import NM
 from tfgptopt.pruning.unstructured import Unstructured
 
+__all__ = [
+    "NM",
+    "Block",
+    "Columns",
+    "Pattern",
+    "Rows",
+    "Unstructured",
+    "check_pattern",
+    "check_reaches",
+    "deserialize_pattern",
+    "register_pattern",
+    "serialize_pattern",
+]
+
 
 @runtime_checkable
 class Pattern(Protocol):

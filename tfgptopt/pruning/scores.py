@@ -12,8 +12,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import keras
 import tensorflow as tf
 
+from tfgptopt.calibration.batches import batches_of
 from tfgptopt.calibration.statistics import SquaredSums
-from tfgptopt.calibration.watching import batches_of, observe_all
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
 
 
@@ -31,7 +32,7 @@ class Meter(Protocol):
         """Returns what a checkpoint has to hold for target `index`."""
         return []
 
-    def follow(self, model: Any) -> None:
+    def follow(self, model: keras.Model) -> None:
         """Begins to measure, or goes on after the model was compiled anew."""
         return
 
@@ -149,7 +150,7 @@ class Movement:
 
 
 class _MovementMeter(Meter):
-    def __init__(self, model: Any, targets: list[Target]) -> None:
+    def __init__(self, model: keras.Model, targets: list[Target]) -> None:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError("Movement needs gradients: compile the model, and prune it in `fit`.")
@@ -162,7 +163,7 @@ class _MovementMeter(Meter):
             for t in targets
         ]
 
-    def follow(self, model: Any) -> None:
+    def follow(self, model: keras.Model) -> None:
         # Inside mixed float16 training, the inner optimizer gets the true gradients.
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         if optimizer is self._optimizer:
@@ -173,7 +174,9 @@ class _MovementMeter(Meter):
         key = optimizer._var_key
         sums = {key(t.variable): s for t, s in zip(self._targets, self._sums, strict=True)}
 
-        def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        def update_step(
+            gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor
+        ) -> None:
             total = sums.get(key(variable))
             if total is not None:
                 moved = tf.cast(gradient, tf.float32) * tf.cast(variable, tf.float32)

@@ -10,8 +10,8 @@ import keras
 import numpy as np
 from rich.progress import track
 
+from tfgptopt.calibration.blocks import block_by_block, targets_by_block
 from tfgptopt.calibration.statistics import Grams, inverse_factor
-from tfgptopt.calibration.watching import block_by_block, blocks_of
 from tfgptopt.model.targets import Target
 from tfgptopt.pruning.patterns import Pattern
 
@@ -74,7 +74,7 @@ class SparseGPT:
             Each target with its mask, a bool array of the shape of the variable, after its weights
             were changed.
         """
-        blocks = len(blocks_of(model, targets))
+        blocks = len(targets_by_block(model, targets))
         steps = block_by_block(model, targets, self.data)
         for members, run in track(steps, "SparseGPT", total=blocks, transient=True):
             grams = Grams()

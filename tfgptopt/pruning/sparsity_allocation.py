@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.calibration.blocks import targets_by_block
 from tfgptopt.calibration.statistics import SquaredSums
-from tfgptopt.calibration.watching import blocks_of, observe_all
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Selector, Target, select
 
 
@@ -118,7 +119,7 @@ def owl(
     chosen = select(model, targets)
     squares = SquaredSums(chosen)
     observe_all(model, chosen, data, squares)
-    blocks = blocks_of(model, chosen)
+    blocks = targets_by_block(model, chosen)
     sizes = np.array([sum(target.size for target in block) for block in blocks])
     outliers = np.array([_outlier_share(block, squares, threshold) for block in blocks])
     width = float(np.ptp(outliers))

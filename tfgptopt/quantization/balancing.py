@@ -10,7 +10,8 @@ import numpy as np
 import tensorflow as tf
 from rich.progress import track
 
-from tfgptopt.calibration.watching import batches_of, observe_all
+from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.quantizers import grids_of

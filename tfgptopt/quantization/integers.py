@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
+import keras
 import numpy as np
+import tensorflow as tf
 
 from tfgptopt.model.current import current
 from tfgptopt.quantization import layers, quantizers, rounding
@@ -24,13 +25,13 @@ class Integers:
         grid: Which weights share a scale.
     """
 
-    variable: Any
+    variable: keras.Variable
     integers: np.ndarray
     scale: np.ndarray
     grid: Grid
 
 
-def read_integers(layer: Any) -> list[Integers]:
+def read_integers(layer: keras.Layer) -> list[Integers]:
     """Reads the weights of a dressed or finalized layer as the integers that training saw.
 
     Args:
@@ -40,19 +41,29 @@ def read_integers(layer: Any) -> list[Integers]:
         List of `Integers`: the kernel or table, then the own head of a ReversibleEmbedding.
     """
     target = layers.rounded_target(layer)
+    attached = quantizers.quantizers_of(layer)
     found = []
     for i, (variable, grid) in enumerate(quantizers.grids_of(target, layer.quantization_spec)):
         values = current(layer, variable)
-        if layers.is_dressed(layer):
-            scale = quantizers.quantizers_of(layer)[i].compute_scale(values)
+        if attached:  # Dressed, or stored in 16 bits, which do not tell their scale.
+            scale = attached[i].compute_scale(values)
         else:
             scale = rounding.found_scale(values, grid)
-            if scale is None:
-                warnings.warn(
-                    f"{variable.path} changed since `finalize`: it is rounded to {grid.bits} bits "
-                    "again, which it was not trained for.",
-                    stacklevel=3,
-                )
-        integers, scale = rounding.quantize(values, grid, scale)
-        found.append(Integers(variable, integers.numpy().astype(np.int8), scale.numpy(), grid))
+        integers, used = rounding.quantize(values, grid, scale)
+        if scale is None or not (
+            layers.is_dressed(layer) or _gives(variable, integers, used, grid)
+        ):
+            warnings.warn(
+                f"{variable.path} changed since `finalize`: it is rounded to {grid.bits} bits "
+                "again, which it was not trained for.",
+                stacklevel=3,
+            )
+        found.append(Integers(variable, integers.numpy().astype(np.int8), used.numpy(), grid))
     return found
+
+
+def _gives(variable: keras.Variable, integers: tf.Tensor, scale: tf.Tensor, grid: Grid) -> bool:
+    """Returns whether integers and scales are what a variable holds, in its own precision."""
+    values = tf.convert_to_tensor(variable.value)
+    expected = tf.cast(rounding.dequantize(integers, scale, grid), values.dtype)
+    return bool(tf.reduce_all(tf.equal(values, expected)))

@@ -22,6 +22,7 @@ from tfgptopt.model.current import (
     without_adapters,
 )
 from tfgptopt.model.dressing import dressed_class, put_on, register_mixin, take_off, worn_by
+from tfgptopt.model.precision import is_half
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.quantization import quantizers, rounding
 from tfgptopt.quantization.quantizers import Quantizer
@@ -47,20 +48,22 @@ class QuantizeAwareMixin:
         """Returns rounded weights, with a straight-through gradient to the variables."""
         quantizer = quantizer or quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
         if quantizer.given is not None:
-            return quantizer.given
+            return tf.convert_to_tensor(quantizer.given)
         return quantizer.fake_quantize(current(self, quantizer.variable))
 
-    def _round_rows(self, inputs: Any) -> Any:
+    def _round_rows(self, inputs: tf.Tensor) -> Any:
         if self.quantization_spec.activations is None:
             return inputs
         return rounding.fake_quantize_rows(inputs, self._row_axes)
 
-    def _call_rounded(self, quantizer: Quantizer, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _call_rounded(
+        self, quantizer: Quantizer, inputs: tf.Tensor, *args: object, **kwargs: object
+    ) -> Any:
         mapping = [(quantizer.variable, self.rounded(quantizer))]
         with without_adapters(self), keras.StatelessScope(state_mapping=mapping):
             return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
         quantizer = quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
         return self._call_rounded(quantizer, self._round_rows(inputs), *args, **kwargs)
 
@@ -74,7 +77,7 @@ class QuantizeAwareMixin:
         config = dict(config)
         spec = deserialize_spec(config.pop(_SPEC))
         is_head = config.pop(_IS_HEAD, False)
-        layer: Any = super().from_config(config)  # type: ignore[misc]
+        layer: keras.Layer = super().from_config(config)  # type: ignore[misc]
         layer.quantization_spec, layer.quantized_as_head = spec, is_head
         return layer
 
@@ -82,7 +85,7 @@ class QuantizeAwareMixin:
 class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
     """The same for tables: rows are rounded after the look-up, the head rounds its inputs."""
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
         reverse = bool(args[0]) if args else bool(kwargs.get("reverse", False))
         found = quantizers.quantizers_of(self)  # type: ignore[arg-type]
         if reverse:
@@ -128,13 +131,13 @@ def _mixin_for(layer: keras.Layer) -> type:
     return QuantizeAwareEmbeddingMixin if embedding else QuantizeAwareMixin
 
 
-def rounded_target(layer: Any) -> Target:
+def rounded_target(layer: keras.Layer) -> Target:
     """Returns the target of a layer with a quantization spec, with the role it was rounded in."""
     target = target_of(layer)
     return replace(target, role="head") if layer.quantized_as_head else target
 
 
-def _resolve(layer: Any) -> None:
+def _resolve(layer: keras.Layer) -> None:
     """Finds the axes of a dressed layer that was built."""
     target = rounded_target(layer)
     layer._row_axes = target.row_axes
@@ -163,20 +166,25 @@ def dressed_copy(layer: keras.Layer, spec: Spec) -> keras.Layer:
     return copy
 
 
-def undress(layer: Any) -> None:
+def undress(layer: keras.Layer) -> None:
     """Writes the rounded weights into a dressed layer and gives it back its own class.
 
     LoRA adapters are merged. The spec stays on the layer, for exporters.
     """
     for quantizer in quantizers.quantizers_of(layer):
-        quantizer.variable.assign(layer.rounded(quantizer))
-    quantizers.detach(layer)
+        weights = current(layer, quantizer.variable)
+        if is_half(quantizer.variable):
+            # 16 bits hold integer times scale near enough to find the integer, not the scale.
+            quantizer.hold(weights)
+        quantizer.variable.assign(quantizer.rounded(weights))
+    if not is_half(target_of(layer).variable):
+        quantizers.detach(layer)
     take_off(layer, _mixin_for(layer))
     if has_adapters(layer):
         drop_adapters(layer)
 
 
-def forget(layer: Any) -> None:
+def forget(layer: keras.Layer) -> None:
     """Makes a plain layer forget that it was ever rounded."""
     for name in (_SPEC, _IS_HEAD):
         if hasattr(layer, name):

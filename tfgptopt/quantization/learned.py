@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import keras
 import tensorflow as tf
 
 from tfgptopt.quantization.quantizers import Quantizer
@@ -30,7 +29,7 @@ class ScaleUpdates:
     (https://arxiv.org/abs/1902.08153).
     """
 
-    def __init__(self, optimizer: Any, found: list[Quantizer]) -> None:
+    def __init__(self, optimizer: keras.optimizers.Optimizer, found: list[Quantizer]) -> None:
         # Inside mixed float16 training, the inner optimizer gets the true gradients.
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         self._optimizer, update = optimizer, optimizer.update_step
@@ -42,7 +41,9 @@ class ScaleUpdates:
         key = optimizer._var_key
         by_key = {key(quantizer.variable): quantizer for quantizer in found}
 
-        def update_step(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        def update_step(
+            gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor
+        ) -> None:
             quantizer = by_key.get(key(variable))
             if quantizer is None or not self._active:
                 update(gradient, variable, learning_rate)

@@ -10,11 +10,14 @@ import keras
 import numpy as np
 from rich.progress import track
 
+from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.blocks import block_by_block, targets_by_block
 from tfgptopt.calibration.statistics import Grams
-from tfgptopt.calibration.watching import batches_of, block_by_block, blocks_of, observe_all
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
 from tfgptopt.model.current import current
+from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.quantization import layers, quantizers, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
@@ -82,6 +85,7 @@ def quantize(
     check_setting(spec)
     balances, final = _methods(method)
     chosen = chosen_specs(model, spec, targets)
+    check_finite_weights(model)
     check_plain([target for target, _ in chosen])
     if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
@@ -168,7 +172,7 @@ def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: A
     specs = {id(target.variable): spec for target, spec in chosen}
     targets = [target for target, _ in chosen]
     steps = block_by_block(model, targets, data)
-    count = len(blocks_of(model, targets))
+    count = len(targets_by_block(model, targets))
     for members, run in track(steps, "GPTQ", total=count, transient=True):
         grams = Grams()
         run(grams)

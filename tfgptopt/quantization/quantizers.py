@@ -33,14 +33,17 @@ class Quantizer(keras.layers.Layer):
         method: How its scale is found: `"absmax"`, `"mse"` or `"learned"`.
     """
 
-    def __init__(self, layer: keras.Layer, variable: Any, grid: Grid, method: str) -> None:
+    def __init__(
+        self, layer: keras.Layer, variable: keras.Variable, grid: Grid, method: str
+    ) -> None:
         super().__init__(name="quantizer")
         self.built = True
         # Not through Keras' own __setattr__: the variables are the layer's, or nobody's.
         self._layer = weakref.ref(layer)  # Not a layer inside this one.
         object.__setattr__(self, "variable", variable)
         object.__setattr__(self, "kept", None)
-        # Set while a SavedModel is traced: the rounded weights, made from stored integers.
+        # The rounded weights, where they need not be made: while weights that are frozen train
+        # along, and while a SavedModel is traced, which makes them from stored integers.
         object.__setattr__(self, "given", None)
         self.grid = grid
         self.method = method
@@ -87,12 +90,23 @@ class Quantizer(keras.layers.Layer):
 
         Where nothing is known of them, the scale that is there is what they are rounded with.
         """
-        if snapshot is None or self.kept is None:
-            return
-        (scale,) = snapshot
-        if scale is None:  # It has been frozen since.
-            scale = self._found(current(self._layer(), self.variable))
-        self.kept.assign(scale)
+        weights = current(self._layer(), self.variable)
+        if snapshot is not None and self.kept is not None:
+            (scale,) = snapshot
+            # Without one it has been frozen since.
+            self.kept.assign(self._found(weights) if scale is None else scale)
+        if self.given is not None:
+            self.give(self.rounded(weights))
+
+    def give(self, rounded: tf.Tensor | None) -> None:
+        """Says what the rounded weights are, or that they have to be made. Trace again then."""
+        given = None if rounded is None else tf.Variable(rounded, trainable=False)
+        object.__setattr__(self, "given", given)
+
+    def rounded(self, weights: tf.Tensor) -> tf.Tensor:
+        """Returns rounded float32 weights, without a gradient."""
+        integers, scale = rounding.quantize(weights, self.grid, self.compute_scale(weights))
+        return rounding.dequantize(integers, scale, self.grid)
 
     def fake_quantize(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns rounded weights with a straight-through gradient."""

@@ -196,8 +196,10 @@ def absmax_scale(weights: tf.Tensor, grid: Grid) -> tf.Tensor:
         float32 tensor of `grid.scale_shape(weights.shape)`. A channel of zeros has scale 1.
     """
     grouped = grid.group(weights)
-    largest = tf.reduce_max(tf.abs(grouped), axis=grid.reduced, keepdims=True)
-    return grid.representable(largest / float(grid.limit))
+    # Two passes that write nothing, where magnitudes would be a tensor of their own.
+    highest = tf.reduce_max(grouped, axis=grid.reduced, keepdims=True)
+    lowest = tf.reduce_min(grouped, axis=grid.reduced, keepdims=True)
+    return grid.representable(tf.maximum(highest, -lowest) / float(grid.limit))
 
 
 def mse_scale(weights: tf.Tensor, grid: Grid, importance: tf.Tensor | None = None) -> tf.Tensor:
@@ -276,9 +278,13 @@ def quantize(
         scale.
     """
     weights = tf.cast(weights, tf.float32)
-    if scale is None:
-        scale = absmax_scale(weights, grid)
-    return grid.encode(weights, scale), scale
+    if scale is not None:
+        return grid.encode(weights, scale), scale
+    scale = absmax_scale(weights, grid)
+    if grid.block_size is not None:  # Such a scale has bounds of its own.
+        return grid.encode(weights, scale), scale
+    # Nothing is beyond the largest integer, and passes over large tables cost.
+    return tf.round(weights / scale), scale
 
 
 def dequantize(integers: tf.Tensor, scale: tf.Tensor, grid: Grid) -> tf.Tensor:

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration.watching import blocks_of, recorded_calls
+from tfgptopt.calibration.blocks import recorded_calls, targets_by_block
 from tfgptopt.model.targets import Target, candidates
 
 # How far what a product gives may move when only the roundings of floats change.
@@ -208,7 +208,7 @@ def _product_pairs(model: keras.Layer, targets: list[Target], probe: _Probe) -> 
     """Returns products with the one that reads what they give, through a linear function."""
     found: list[Pair] = []
     known: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
-    for block in blocks_of(model, targets):
+    for block in targets_by_block(model, targets):
         shape = tuple((t.matrix_shape, type(t.layer).__name__) for t in block)
         pairs = {
             (i, j): _product_pair(block[i], block[j])

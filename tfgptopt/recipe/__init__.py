@@ -1,10 +1,11 @@
 """Recipes: the ordered techniques that were or will be applied to a model, as data."""
 
+from tfgptopt.distillation.technique import Distill
 from tfgptopt.model.techniques import Technique, register_technique
 from tfgptopt.pruning.technique import Prune
 from tfgptopt.quantization.technique import QuantizeAware
 from tfgptopt.recipe.recipe import Recipe, recipe_of
-from tfgptopt.recipe.stages import Distill, Shrink
+from tfgptopt.shrinking.technique import Shrink
 
 __all__ = [
     "Distill",

@@ -6,6 +6,7 @@ import keras
 
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
+from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.history import rewrite
 from tfgptopt.model.techniques import techniques_of
 from tfgptopt.pruning import checkpointing
@@ -25,7 +26,8 @@ def finalize(model: keras.Layer) -> keras.Layer:
         The same model.
 
     Raises:
-        ValueError: If nothing of the model is dressed.
+        ValueError: If nothing of the model is dressed, or a weight is NaN or infinite. The model
+            is as it was then.
 
     Example:
 
@@ -43,6 +45,7 @@ def finalize(model: keras.Layer) -> keras.Layer:
             f"The model '{model.name}' was neither pruned nor made quantize-aware, or it was "
             "finalized already. There is nothing to finalize."
         )
+    check_finite_weights(model)
     rewrite(model, techniques_of(model))
     with changing(model):
         for variable in held:

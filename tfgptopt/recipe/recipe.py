@@ -141,5 +141,8 @@ class Recipe:
 
 def recipe_of(model: keras.Layer) -> Recipe | None:
     """Returns everything that was done to a model as a recipe, or `None` for a plain one."""
-    techniques = techniques_of(model)
-    return Recipe(techniques) if techniques else None
+    found = techniques_of(model)
+    # Taught twice, the last time counts; the metadata of a file has all.
+    last = {kind_of(one): one for one in found if one.order}
+    techniques = [one for one in found if one.order == 0 or last[kind_of(one)] is one]
+    return Recipe(tuple(techniques)) if techniques else None

@@ -46,10 +46,13 @@ def summary(model: keras.Layer, console: Any = None) -> None:
     table.add_column("shape", no_wrap=True)
     table.add_column("zeros", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
+    skipped = Table("skipped", "why", padding=(0, 1))
     for item in walk(model):
         if isinstance(item, Skipped):
-            table.add_row(item.path, "", "", f"skipped: {item.reason}")
+            skipped.add_row(item.path, item.reason)
         else:
             shape = " x ".join(str(n) for n in item.variable.shape)
             table.add_row(item.path, shape, f"{zero_share(item):.0%}", _state(item))
     console.print(table)
+    if skipped.row_count:
+        console.print(skipped)

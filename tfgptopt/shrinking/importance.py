@@ -10,10 +10,13 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration.watching import batches_of, replaced_calls
+from tfgptopt.calibration.batches import batches_of
 from tfgptopt.data.corpus import tokens_as_input
 from tfgptopt.data.text import as_tokens, is_text
-from tfgptopt.shrinking.families import Family, Part, family_of
+from tfgptopt.families import Layout, Part, blocks_of, follow
+from tfgptopt.model.overriding import overriding
+from tfgptopt.shrinking.families import family_of
+from tfgptopt.shrinking.shapes import check_depth_score
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,19 +99,20 @@ def _kept(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Watcher:
     """Sums what goes through the layers of a model, real tokens only."""
 
-    def __init__(self, family: Family, backbone: Any) -> None:
+    def __init__(self, family: Layout, backbone: Any) -> None:
         self.family, self.backbone = family, backbone
-        self.blocks = list(backbone.transformer_layers)
+        self.blocks = blocks_of(backbone)
         self.cosines = np.zeros(len(self.blocks))
         self.squares: dict[int, np.ndarray] = {}
         self.outputs: dict[int, np.ndarray] = {}
         self.tokens = 0.0
         self._real: Any = None
         self._seen = {id(block): i for i, block in enumerate(self.blocks)}
-        parts = [family.attention_output, family.feedforward_output]
+        parts = [family.output, family.down]
         self._dense = {id(p.of(b)): p.of(b) for b in self.blocks for p in parts}
-        norms = [p.of(b) for b in self.blocks for p in family.part("norm", "post_norm")]
-        self._norms = {id(n): n for n in [*norms, backbone.layer_norm] if n is not None}
+        norms = [p.of(b) for b in self.blocks for p in family.of_kind("norm", "post_norm")]
+        final = follow(backbone, family.final_norm)
+        self._norms = {id(n): n for n in [*norms, final] if n is not None}
 
     def layers(self) -> list[keras.Layer]:
         return [*self.blocks, *self._dense.values(), *self._norms.values()]
@@ -170,9 +174,9 @@ def _of_inputs(watcher: _Watcher, part: Part, kept: tuple[str, ...]) -> np.ndarr
 def _of_width(watcher: _Watcher) -> np.ndarray:
     """Returns how much each feature gives to what reads the stream, all readers alike."""
     family, backbone = watcher.family, watcher.backbone
-    readers = family.part("reads", "query")
+    readers = family.of_kind("reads", "query")
     total = np.zeros(backbone.hidden_dim)
-    norms = family.part("norm")
+    norms = family.of_kind("norm")
     for block in watcher.blocks:
         for i, norm in enumerate(norms):
             # The first norm is read by attention, the second by the feed-forward network.
@@ -183,12 +187,12 @@ def _of_width(watcher: _Watcher) -> np.ndarray:
                 if wanted in part.axes and part.of(block) is not None
             )
             total += _share(watcher.outputs[id(norm.of(block))] * weights)
-    embedding = backbone.token_embedding
+    embedding = follow(backbone, family.token_embedding)
     table = np.asarray(
         embedding.embeddings if embedding.tie_weights else embedding.reverse_embeddings, np.float64
     )
     weights = (table**2).sum(axis=0 if embedding.tie_weights else 1)
-    return total + _share(watcher.outputs[id(backbone.layer_norm)] * weights)
+    return total + _share(watcher.outputs[id(follow(backbone, family.final_norm))] * weights)
 
 
 def _share(squares: np.ndarray) -> np.ndarray:
@@ -245,7 +249,11 @@ def _check_tokens(backbone: Any, tokens: tf.Tensor) -> None:
 
 
 def next_token_loss(model: Any, batches: list[Any]) -> float:
-    """Returns the mean loss of a causal LM for each next token of batches, in nats."""
+    """Returns the mean loss of a causal LM for each next token of batches, in nats.
+
+    Raises:
+        ValueError: If no token follows another.
+    """
 
     @tf.function(reduce_retracing=True)
     def of_batch(batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -264,20 +272,14 @@ def next_token_loss(model: Any, batches: list[Any]) -> float:
 def _loss_when_skipped(model: Any, blocks: list[Any], batches: list[Any]) -> np.ndarray:
     """Returns for each block the loss without it."""
 
-    def skip(block: Any) -> Any:
-        return lambda inputs, *args, **kwargs: inputs
+    def skip(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return inputs
 
     losses = []
     for block in blocks:
-        with replaced_calls([block], skip):
+        with overriding([(block, "call", skip)]):
             losses.append(next_token_loss(model, batches))
     return np.array(losses)
-
-
-def check_depth_score(depth_score: Any) -> None:
-    """Raises a `ValueError` unless this is a way to score layers."""
-    if depth_score not in ("influence", "loss"):
-        raise ValueError(f"`depth_score` must be 'influence' or 'loss'. Received: {depth_score!r}")
 
 
 def importance(model: Any, data: Any, depth_score: str = "influence") -> Importance:
@@ -317,7 +319,7 @@ def importance(model: Any, data: Any, depth_score: str = "influence") -> Importa
     backbone = getattr(model, "backbone", model)
     watcher = _Watcher(family, backbone)
     counts = np.zeros(backbone.vocabulary_size)
-    with replaced_calls(watcher.layers(), watcher.wrap):
+    with overriding((layer, "call", watcher.wrap(layer)) for layer in watcher.layers()):
         for batch in batches:
             real = batch["padding_mask"] != 0
             watcher.batch(real)
@@ -328,7 +330,7 @@ def importance(model: Any, data: Any, depth_score: str = "influence") -> Importa
     if depth_score == "loss":
         loss = next_token_loss(model, batches)
         depth = _loss_when_skipped(model, watcher.blocks, batches) - loss
-    heads = _of_inputs(watcher, family.attention_output, ("heads", "head_dim"))
+    heads = _of_inputs(watcher, family.output, ("heads", "head_dim"))
     heads = np.sqrt((heads**2).sum(-1))
     kv_heads = heads.shape[1] if family.kv_heads is None else getattr(backbone, family.kv_heads)
     groups = heads.reshape(len(heads), kv_heads, -1)
@@ -336,7 +338,7 @@ def importance(model: Any, data: Any, depth_score: str = "influence") -> Importa
         depth=depth,
         heads=heads,
         kv_heads=np.sqrt((groups**2).sum(-1)),
-        feedforward=_of_inputs(watcher, family.feedforward_output, ("feedforward",)),
+        feedforward=_of_inputs(watcher, family.down, ("feedforward",)),
         width=_of_width(watcher),
         vocabulary=counts,
         energies={n.path: watcher.squares[id(n)] / watcher.tokens for n in watcher._norms.values()},

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tfgptopt.shrinking.families import family_of
+from tfgptopt.shrinking.families import family_of, period_of
 from tfgptopt.shrinking.importance import Importance, next_token_loss, read_data
 from tfgptopt.shrinking.shapes import Shape, count_parameters, shape_of
 
@@ -43,7 +43,7 @@ def _smaller_heads(model: Any) -> list[Shape]:
 def _fitting(model: Any, most: float) -> list[Shape]:
     """Returns shapes with at most so many weights, as many neurons as fit in each."""
     old = shape_of(model)
-    period = family_of(model).period(getattr(model, "backbone", model))
+    period = period_of(model)
     step = max(1, old.feedforward // 32)
     found = []
     for shape in _smaller_heads(model):

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tfgptopt.families import Layout, blocks_of, follow
 from tfgptopt.model.cloning import backbone_config
-from tfgptopt.shrinking.families import Family, family_of, positions_of
+from tfgptopt.shrinking.families import family_of, period_of, positions_of
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def shape_of(model: Any) -> Shape:
     """
     family, backbone = family_of(model), getattr(model, "backbone", model)
     heads = getattr(backbone, family.heads)
-    query = family.part("query")[0]
-    kernel = query.of(backbone.transformer_layers[0])._kernel
+    query = family.of_kind("query")[0]
+    kernel = query.of(blocks_of(backbone)[0])._kernel
     positions = positions_of(family, backbone)
     return Shape(
         depth=backbone.num_layers,
@@ -87,6 +88,37 @@ def config_with(model: Any, shape: Shape) -> dict[str, Any]:
     if shape.context is not None:
         config["max_sequence_length"] = shape.context
     return config
+
+
+def check_request(**settings: Any) -> tuple[str, float] | None:
+    """Returns the name and value of the budget, or `None` if numbers are given.
+
+    Raises:
+        ValueError: If both are given, or nothing, or a budget is out of range.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    budgets = [name for name in ("parameters", "latency") if name in given]
+    if len(given) != 1 if budgets else not given:
+        raise ValueError(
+            "Give what to shrink (such as `depth=0.5`), or one budget (`parameters=0.7` or "
+            f"`latency=0.6`). Received: {', '.join(given) or 'nothing'}"
+        )
+    if not budgets:
+        return None
+    name = budgets[0]
+    if not isinstance(given[name], float) or not 0.0 < given[name] < 1.0:
+        raise ValueError(f"`{name}` must be a float in (0, 1). Received: {given[name]!r}")
+    return name, given[name]
+
+
+def check_depth_score(depth_score: Any) -> None:
+    """Raises unless this is a way to score layers.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if depth_score not in ("influence", "loss"):
+        raise ValueError(f"`depth_score` must be 'influence' or 'loss'. Received: {depth_score!r}")
 
 
 def _absolute(name: str, wanted: Any, there: int, multiple: int = 1) -> int:
@@ -134,10 +166,10 @@ def resolve(model: Any, **wanted: Any) -> Shape:
     new = old
     for name in ("depth", "feedforward", "vocabulary", "context"):
         if wanted.get(name) is not None:
-            multiple = family.period(backbone) if name == "depth" else 1
+            multiple = period_of(model) if name == "depth" else 1
             found = _absolute(name, wanted[name], getattr(old, name), multiple)
             new = replace(new, **{name: found})
-    period = family.period(backbone)
+    period = period_of(model)
     if (old.depth - new.depth) % period:
         raise ValueError(
             f"The layers of this {type(backbone).__name__} alternate between {period} kinds of "
@@ -147,7 +179,7 @@ def resolve(model: Any, **wanted: Any) -> Shape:
     return _with_heads(family, old, new, wanted, type(backbone).__name__)
 
 
-def _with_heads(family: Family, old: Shape, new: Shape, wanted: Any, name: str) -> Shape:
+def _with_heads(family: Layout, old: Shape, new: Shape, wanted: Any, name: str) -> Shape:
     """Returns a shape with width and heads, which depend on each other."""
     width, heads, kv_heads = (wanted.get(key) for key in ("width", "heads", "kv_heads"))
     if family.kv_heads is None and kv_heads is not None:
@@ -205,7 +237,7 @@ def _with_heads(family: Family, old: Shape, new: Shape, wanted: Any, name: str) 
 def count_parameters(model: Any, shape: Shape) -> int:
     """Returns how many weights a model would have with another shape."""
     family, backbone = family_of(model), getattr(model, "backbone", model)
-    block = backbone.transformer_layers[0]
+    block = blocks_of(backbone)[0]
 
     def size(axes: Any) -> int:
         return math.prod(getattr(shape, axis) for axis in axes)
@@ -222,9 +254,13 @@ def count_parameters(model: Any, shape: Shape) -> int:
             listed += sum(int(math.prod(v.shape)) for v in layer.weights)
             each += size(part.axes) + (size(part.bias) if _bias(layer) is not None else 0)
     others = sum(int(math.prod(v.shape)) for v in block.trainable_weights) - listed
-    table = shape.vocabulary * shape.width * (1 if backbone.token_embedding.tie_weights else 2)
+    table = (
+        shape.vocabulary
+        * shape.width
+        * (1 if follow(backbone, family.token_embedding).tie_weights else 2)
+    )
     positions = (shape.context or 0) * shape.width
-    final = shape.width * len(backbone.layer_norm.weights)
+    final = shape.width * len(follow(backbone, family.final_norm).weights)
     return shape.depth * (each + others) + table + positions + final
 
 

@@ -9,12 +9,14 @@ import keras
 from tfgptopt.model import masks
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import with_backbone
+from tfgptopt.model.history import history_of, record
 from tfgptopt.quantization.layers import is_dressed
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.importance import Importance, importance
 from tfgptopt.shrinking.search import search
 from tfgptopt.shrinking.shapes import Shape, resolve, shape_of
 from tfgptopt.shrinking.surgery import build, choose, operate
+from tfgptopt.shrinking.technique import Shrink
 from tfgptopt.shrinking.vocabularies import choose_tokens, shrink_preprocessor, tokenizer_of
 
 # Cuts that depend on what the data shows.
@@ -37,27 +39,6 @@ def _check_model(model: Any) -> None:
             f"'{model.name}' has LoRA adapters, such as those of {adapted[0]}. Merge them first: "
             "save the model's weights and load them into one without adapters."
         )
-
-
-def check_request(**settings: Any) -> tuple[str, float] | None:
-    """Returns the name and value of the budget, or `None` if numbers are given.
-
-    Raises:
-        ValueError: If both are given, or nothing, or a budget is out of range.
-    """
-    given = {name: value for name, value in settings.items() if value is not None}
-    budgets = [name for name in ("parameters", "latency") if name in given]
-    if len(given) != 1 if budgets else not given:
-        raise ValueError(
-            "Give what to shrink (such as `depth=0.5`), or one budget (`parameters=0.7` or "
-            f"`latency=0.6`). Received: {', '.join(given) or 'nothing'}"
-        )
-    if not budgets:
-        return None
-    name = budgets[0]
-    if not isinstance(given[name], float) or not 0.0 < given[name] < 1.0:
-        raise ValueError(f"`{name}` must be a float in (0, 1). Received: {given[name]!r}")
-    return name, given[name]
 
 
 def shrink(
@@ -121,26 +102,71 @@ def shrink(
     Distillation" (https://arxiv.org/abs/2407.14679).
     """
     _check_model(model)
-    wanted = {
-        "depth": depth,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "feedforward": feedforward,
-        "width": width,
-        "vocabulary": vocabulary,
-        "context": context,
-    }
-    budget = check_request(**wanted, parameters=parameters, latency=latency)
-    given = [name for name, value in wanted.items() if value is not None]
-    shape = shape_of(model) if budget else resolve(model, **wanted)
-    if vocabulary is not None:
-        tokenizer_of(model)  # Raises if there is none to rewrite.
-    needed = budget or any(name in _MEASURED for name in given)
-    found = importance(model, calibration, depth_score) if needed else None
-    if budget:
-        assert found is not None
-        return search(model, found, calibration, *budget, shrink_to)
-    return shrink_to(model, shape, found)
+    request = Shrink(
+        depth=depth,
+        heads=heads,
+        kv_heads=kv_heads,
+        feedforward=feedforward,
+        width=width,
+        vocabulary=vocabulary,
+        context=context,
+        parameters=parameters,
+        latency=latency,
+        depth_score=depth_score,
+    )
+    if request.budget:
+        found = importance(model, calibration, depth_score)
+        small = search(model, found, calibration, *request.budget, shrink_to)
+    else:
+        shape = resolve(model, **request.cuts())
+        if vocabulary is not None:
+            tokenizer_of(model)  # Raises if there is none to rewrite.
+        small = shrink_to(model, shape, _importance_for(model, request, calibration))
+    record(small, *history_of(model), request)
+    return small
+
+
+def _importance_for(model: Any, request: Shrink, calibration: Any) -> Importance | None:
+    """Returns the importance of a model's parts, or `None` if nothing goes that depends on it."""
+    if not any(name in _MEASURED for name in request.cuts()):
+        return None
+    return importance(model, calibration, request.depth_score)
+
+
+def prepare(model: Any, request: Shrink) -> Any:
+    """Returns a model of the shape that is asked for, with random weights, for `fill`.
+
+    Args:
+        model: The model to shrink.
+        request: Numbers, no budget, and not the vocabulary.
+
+    Raises:
+        ValueError: If the family cannot have the shape.
+    """
+    _check_model(model)
+    shape = resolve(model, **request.cuts())
+    preprocessor = shrink_preprocessor(getattr(model, "preprocessor", None), None, shape.context)
+    with strategy_scope(model):
+        return with_backbone(model, build(model, shape), preprocessor)
+
+
+def fill(model: Any, small: Any, request: Shrink, calibration: Any) -> None:
+    """Copies the most important parts of a model into one that `prepare` returned.
+
+    Args:
+        model: The model to shrink.
+        small: The smaller model.
+        request: The same that `prepare` was given.
+        calibration: See `shrink`.
+
+    Raises:
+        ValueError: If calibration data is missing or empty.
+    """
+    _check_model(model)
+    found = _importance_for(model, request, calibration)
+    with strategy_scope(model):
+        operate(model, small, choose(model, shape_of(small), found), found)
+    record(small, *history_of(model), request)
 
 
 def shrink_to(model: Any, shape: Shape, found: Importance | None) -> Any:

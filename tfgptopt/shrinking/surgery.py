@@ -8,7 +8,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from tfgptopt.shrinking.families import Family, Part, family_of, positions_of
+from tfgptopt.families import Layout, Part, blocks_of, follow
+from tfgptopt.shrinking.families import family_of, period_of, positions_of
 from tfgptopt.shrinking.importance import Importance
 from tfgptopt.shrinking.shapes import Shape, config_with, shape_of
 
@@ -64,7 +65,7 @@ def choose(
         vocabulary: Tokens that stay. Defaults to `None`: the first ones.
     """
     old = shape_of(model)
-    family, backbone = family_of(model), getattr(model, "backbone", model)
+    family = family_of(model)
 
     def best(name: str, scores: Any, wanted: int, there: int) -> Indices:
         return np.arange(there) if wanted == there else _best(getattr(found, name)[scores], wanted)
@@ -80,7 +81,7 @@ def choose(
     kept = np.arange(old.depth)
     if shape.depth != old.depth:
         assert found is not None
-        kept = _best_layers(found.depth, shape.depth, family.period(backbone))
+        kept = _best_layers(found.depth, shape.depth, period_of(model))
     return Cut(
         layers=kept,
         width=best("width", slice(None), shape.width, old.width),
@@ -104,7 +105,7 @@ class _Surgeon:
     """
 
     def __init__(self, old: Any, new: Any, cut: Cut, found: Importance | None) -> None:
-        self.family: Family = family_of(old)
+        self.family: Layout = family_of(old)
         self.old, self.new = (getattr(model, "backbone", model) for model in (old, new))
         self.cut, self.found = cut, found
         self.before, self.after = shape_of(old), shape_of(new)
@@ -157,7 +158,7 @@ class _Surgeon:
 
     def _query_scale(self, layer: int) -> float:
         """Returns what keeps the products of queries and keys as large as they were."""
-        attention = getattr(self.old.transformer_layers[layer], "attention", None)
+        attention = follow(blocks_of(self.old)[layer], self.family.attention)
         if getattr(attention, "query_head_dim_normalize", True):
             return 1.0
         sizes = [shape.width // shape.heads for shape in (self.after, self.before)]
@@ -165,8 +166,8 @@ class _Surgeon:
 
     def operate(self) -> None:
         """Copies everything."""
-        for layer, new in zip(self.cut.layers, self.new.transformer_layers, strict=True):
-            old = self.old.transformer_layers[layer]
+        for layer, new in zip(self.cut.layers, blocks_of(self.new), strict=True):
+            old = blocks_of(self.old)[layer]
             handled: set[int] = set()
             for part in self.family.parts:
                 source = part.of(old)
@@ -179,7 +180,8 @@ class _Surgeon:
         self._embeddings()
 
     def _embeddings(self) -> None:
-        old, new = self.old.token_embedding, self.new.token_embedding
+        family = self.family
+        old, new = (follow(x, family.token_embedding) for x in (self.old, self.new))
         # A table that is multiplied by sqrt(width) is scaled by that already.
         factor = 1.0 if self.family.scales_tokens else self.scale
         new.embeddings.assign(self._take(old.embeddings, ("vocabulary", "width")) * factor)
@@ -190,7 +192,8 @@ class _Surgeon:
         else:
             head = self._take(old.reverse_embeddings, ("width", "vocabulary"))
             new.reverse_embeddings.assign(head)
-        self._norm(self.old.layer_norm, self.new.layer_norm, final, bias)
+        source, target = (follow(x, family.final_norm) for x in (self.old, self.new))
+        self._norm(source, target, final, bias)
         positions = positions_of(self.family, self.old)
         if positions is not None:
             table = self._take(positions.position_embeddings, ("context", "width"))

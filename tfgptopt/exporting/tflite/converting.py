@@ -19,10 +19,14 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.reading import read_head, read_matrix
 from tfgptopt.decoder.spec import Matrix
+from tfgptopt.exporting.signatures import input_signature
 from tfgptopt.exporting.tflite.decoder_graph import Step
+from tfgptopt.model.current import full_precision
+from tfgptopt.model.precision import in_float32
 from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.quantization import layers
+from tfgptopt.quantization.quantizers import quantizers_of
 
 _Named = dict[str, tf.Tensor]
 
@@ -45,9 +49,11 @@ def _fence(x: tf.Tensor) -> tf.Tensor:
 
 @contextlib.contextmanager
 def ready_to_convert(model: keras.Layer) -> Iterator[None]:
-    """Makes quantized layers plain ones with rounded weights for a while, fenced in."""
+    """Makes quantized layers plain ones with rounded weights for a while, fenced in, in float32."""
     quantized = [x for x in model._flatten_layers() if layers.spec_of(x) is not None]
-    with layers.finalized_for_a_while([x for x in quantized if layers.is_dressed(x)]):
+    dressed = [x for x in quantized if layers.is_dressed(x)]
+    with in_float32(model), layers.finalized_for_a_while(dressed):
+        _settle([layer for layer in quantized if layer not in dressed])
         classes = [type(layer) for layer in quantized]
         try:
             for layer in quantized:
@@ -60,6 +66,13 @@ def ready_to_convert(model: keras.Layer) -> Iterator[None]:
             for layer, own in zip(quantized, classes, strict=True):
                 layer.__class__ = own
     retrace(model)
+
+
+def _settle(finalized: list[keras.Layer]) -> None:
+    """Puts weights that were stored in 16 bits exactly on their grid, in variables of float32."""
+    for layer in finalized:
+        for quantizer in quantizers_of(layer):
+            quantizer.variable.assign(quantizer.rounded(full_precision(quantizer.variable)))
 
 
 def quantized_matrices(model: keras.Layer) -> list[Matrix]:
@@ -169,11 +182,7 @@ def convert_any(model: keras.Model) -> schema.ModelT:
     Raises:
         ValueError: If it has no declared inputs, or the converter cannot convert it.
     """
-    if not getattr(model, "inputs", None):
-        raise ValueError(
-            f"'{model.name}' has no declared inputs: call it on a batch, or build it as a "
-            "Sequential or Functional model, before exporting."
-        )
+    input_signature(model)  # Raises.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.tflite"
         try:

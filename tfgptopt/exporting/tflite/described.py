@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 import tfgptopt
-from tfgptopt.decoder import DecoderSpec, read_decoder
+from tfgptopt.decoder import DecoderSpec, read_known
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.exporting.tflite.decoder_graph import add_signatures
 from tfgptopt.exporting.tflite.describing import (
@@ -33,7 +33,7 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
     """
-    spec = read_decoder(model)
+    spec = read_known(model)
     context = context_of(model, spec.context_length, settings.context_length)
     _check_settings(spec, settings)
     spec, signatures = spec.with_context(context), plan_signatures(context)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import keras
-import keras_hub
 
-from tfgptopt.decoder import has_reader
+from tfgptopt.decoder import is_decoder_only, why_unreadable
 from tfgptopt.exporting.tflite.converted import converted_causal_lm_file, converted_file
 from tfgptopt.exporting.tflite.described import described_file
 from tfgptopt.file.container import seal
@@ -83,7 +82,7 @@ class TFLite:
         Raises:
             ValueError: If the model cannot be exported, or a setting does not fit it.
         """
-        known = has_reader(model)
+        known = why_unreadable(model) is None
         for setting in ["sparse=True"] * self.sparse + ["cache_dtype='int8'"] * (
             self.cache_dtype == "int8"
         ):
@@ -91,7 +90,7 @@ class TFLite:
                 raise ValueError(f"`{setting}` needs a reader for {type(model).__name__}.")
         if known:
             data = described_file(model, self)
-        elif isinstance(model, keras_hub.models.CausalLM):
+        elif is_decoder_only(model):
             data = converted_causal_lm_file(model, self)
         else:
             data = converted_file(model, self)

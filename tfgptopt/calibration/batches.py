@@ -1,0 +1,47 @@
+"""Calibration data as batches of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+
+def batches_of(data: Any) -> list[Any]:
+    """Returns the inputs of each batch of a dataset, without labels and weights.
+
+    Args:
+        data: A `tf.data.Dataset` or another iterable of batches, or arrays, which are cut into
+            batches of 32: `inputs`, or a tuple `(inputs, labels, weights)`, as a batch may be too.
+            Inputs are an array or a dictionary of arrays.
+
+    Returns:
+        List of model inputs.
+
+    Raises:
+        ValueError: If there is no batch, a batch has no rows, or the dataset never ends.
+    """
+    if isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(
+            "The calibration dataset repeats forever. Give a finite one: `dataset.take(16)`."
+        )
+    if not isinstance(data, Iterable):
+        raise ValueError(f"Calibration data is a tf.data.Dataset or arrays. Received: {data!r}")
+    if isinstance(data, np.ndarray | tf.Tensor | dict | tuple):
+        inputs = _cut(data[0] if isinstance(data, tuple) and data else data)
+    else:
+        inputs = [batch[0] if isinstance(batch, tuple) else batch for batch in data]
+    if not inputs or any(0 in tf.shape(leaf) for x in inputs for leaf in tf.nest.flatten(x)):
+        raise ValueError(f"The calibration data is empty. Received: {data!r}")
+    return inputs
+
+
+def _cut(arrays: Any) -> list[Any]:
+    """Returns arrays as batches of 32 rows."""
+    rows = max((len(leaf) for leaf in tf.nest.flatten(arrays)), default=0)
+    return [
+        tf.nest.map_structure(lambda leaf, at=at: leaf[at : at + 32], arrays)
+        for at in range(0, rows, 32)
+    ]

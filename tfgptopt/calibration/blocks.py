@@ -1,0 +1,172 @@
+"""A model block by block: which targets each holds, and how one calls the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.watching import (
+    Enough,
+    Observer,
+    call_on,
+    check_kernels,
+    watching,
+    without_padding,
+)
+from tfgptopt.model.overriding import overriding
+from tfgptopt.model.targets import Target
+
+# Lets an observer see what goes into some targets, on all data.
+Run = Callable[[Observer], None]
+
+
+def _holders(layer: keras.Layer, wanted: set[int]) -> list[keras.Layer]:
+    """Returns the layers, one beside the other, that hold the wanted layers: a GPT's blocks."""
+    if id(layer) in wanted:
+        return [layer]
+    inside = [
+        child
+        for child in layer._layers
+        if any(id(inner) in wanted for inner in (child, *child._flatten_layers()))
+    ]
+    return _holders(inside[0], wanted) if len(inside) == 1 else inside
+
+
+def targets_by_block(model: keras.Layer, targets: list[Target]) -> list[list[Target]]:
+    """Returns targets by the block of the model that holds them, such as a decoder layer."""
+    blocks = _holders(model, {id(target.layer) for target in targets})
+    groups = [[t for t in targets if t.layer in (b, *b._flatten_layers())] for b in blocks]
+    return [group for group in groups if group]
+
+
+class _Recorder:
+    """Records how blocks are called in one forward pass."""
+
+    def __init__(self, blocks: list[keras.Layer], stop: bool) -> None:
+        self.calls: list[tuple[keras.Layer, tuple[Any, ...], dict[str, Any], Any]] = []
+        self._blocks = blocks
+        self._stop = stop
+
+    def _wrap(self, block: keras.Layer) -> Any:
+        call = block.call
+
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            if self._stop:
+                self.calls.append((block, args, kwargs, None))
+                raise Enough
+            result = call(*args, **kwargs)
+            self.calls.append((block, args, kwargs, result))
+            return result
+
+        return recorded
+
+    def run(self, model: keras.Layer, batch: Any) -> _Recorder:
+        overrides = [(block, "call", self._wrap(block)) for block in self._blocks]
+        with overriding(overrides), suppress(Enough):
+            call_on(model, batch)
+        return self
+
+    def is_chain(self) -> bool:
+        """Returns whether each block reads the result of the one before, all else the same."""
+        if len(self.calls) != len(self._blocks) or not self.calls:
+            return False
+        _, first_args, first_kwargs, _ = self.calls[0]
+        for (_, _, _, result), (_, args, kwargs, _) in zip(
+            self.calls, self.calls[1:], strict=False
+        ):
+            same_rest = _same(args[1:], first_args[1:]) and _same(kwargs, first_kwargs)
+            if not args or args[0] is not result or not same_rest:
+                return False
+        return bool(first_args)
+
+
+def recorded_calls(
+    model: keras.Layer, layers: list[keras.Layer], batch: Any
+) -> list[tuple[keras.Layer, tuple[Any, ...], Any]]:
+    """Runs a model on one batch, and returns the calls of some of its layers in their order.
+
+    Args:
+        model: A built Keras 3 model.
+        layers: Layers inside it.
+        batch: Inputs of the model.
+
+    Returns:
+        List of `(layer, arguments, result)`, the very objects that were passed.
+    """
+    calls = _Recorder(layers, stop=False).run(model, batch).calls
+    return [(layer, args, result) for layer, args, _, result in calls]
+
+
+def _same(one: Any, other: Any) -> bool:
+    one, other = tf.nest.flatten(one), tf.nest.flatten(other)
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def block_by_block(
+    model: keras.Layer, targets: list[Target], data: Any
+) -> Iterator[tuple[list[Target], Run]]:
+    """Goes through the blocks of a model in the order of their calls.
+
+    Yields the targets of a block, and a function that shows an observer what goes into them. The
+    weights of a block may be changed before the next is asked for, which then sees what the
+    changed block gives. Where each block reads the result of the one before, as in a GPT, only
+    the activations between two blocks are held; other models are run from the start each time.
+
+    Args:
+        model: A built Keras 3 model.
+        targets: Kernels of it.
+        data: See `batches_of`.
+
+    Yields:
+        `(targets, run)`, where `run(observe)` calls `observe(target, rows)`.
+
+    Raises:
+        ValueError: If there is no data, the model cannot read it, or it does not call a target.
+    """
+    check_kernels(targets)
+    batches = batches_of(data)
+    blocks = _holders(model, {id(target.layer) for target in targets})
+    first = _Recorder(blocks, stop=False).run(model, batches[0])
+    called = list({id(call[0]): call[0] for call in first.calls}.values())
+    members = {id(b): [t for t in targets if t.layer in (b, *b._flatten_layers())] for b in called}
+    missing = [t.path for t in targets if not any(t in group for group in members.values())]
+    if missing:
+        raise ValueError(f"The model does not call the layer of {missing[0]} on this data.")
+    if not first.is_chain():
+        for block in called:
+            yield members[id(block)], _run_model(model, members[id(block)], batches)
+        return
+    states = []
+    for batch in batches:
+        _, args, kwargs, _ = _Recorder(called[:1], stop=True).run(model, batch).calls[0]
+        states.append((args, kwargs))
+    for block in called:
+        yield members[id(block)], _run_block(block, members[id(block)], batches, states)
+        if block is not called[-1]:
+            for i, (args, kwargs) in enumerate(states):
+                states[i] = ((block(*args, **kwargs), *args[1:]), kwargs)
+
+
+def _run_model(model: keras.Layer, targets: list[Target], batches: list[Any]) -> Run:
+    def run(observe: Observer) -> None:
+        for batch in batches:
+            with watching(targets, without_padding(observe, batch)):
+                call_on(model, batch)
+
+    return run
+
+
+def _run_block(
+    block: keras.Layer, targets: list[Target], batches: list[Any], states: list[Any]
+) -> Run:
+    def run(observe: Observer) -> None:
+        for batch, (args, kwargs) in zip(batches, states, strict=True):
+            with watching(targets, without_padding(observe, batch)):
+                block(*args, **kwargs)
+
+    return run

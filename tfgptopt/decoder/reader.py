@@ -1,0 +1,185 @@
+"""Reads a model as a `DecoderSpec`, along the layout of its family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfgptopt.decoder.reading import (
+    as_floats,
+    read_activation,
+    read_head,
+    read_matrix,
+    read_norm,
+    read_rotary,
+)
+from tfgptopt.decoder.spec import (
+    Activation,
+    Attention,
+    Block,
+    DecoderSpec,
+    FeedForward,
+    Matrix,
+    Norm,
+    Rotary,
+)
+from tfgptopt.families import Layout, Part, follow
+
+
+def _rotary_of(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary | None:
+    return read_rotary(rotary, head_dim)
+
+
+def _as_it_is(block: keras.Layer, attention: Attention) -> Attention:
+    return attention
+
+
+def _accept(layer: keras.Layer) -> None:
+    """Refuses nothing."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a family computes that its layout does not say.
+
+    Attributes:
+        activation: Of the neurons, where the layout has no path to it.
+        rotary: Called with the attention layer, its rotary layer and the size of a head; returns
+            the `Rotary`, or `None` if this block turns nothing.
+        attention: Called with a block and its `Attention` of a plain scale, `head_dim ** -0.5`;
+            returns what differs from it.
+        check_block, check_backbone: Raise a `ValueError` for settings that no graph computes.
+    """
+
+    activation: Activation | None = None
+    rotary: Callable[[Any, Any, int], Rotary | None] = _rotary_of
+    attention: Callable[[Any, Attention], Attention] = _as_it_is
+    check_block: Callable[[Any], None] = _accept
+    check_backbone: Callable[[Any], None] = _accept
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Reads one backbone."""
+
+    backbone: keras.Model
+    layout: Layout
+    arithmetic: Arithmetic
+
+    def decoder(self) -> DecoderSpec:
+        layout, backbone = self.layout, self.backbone
+        self.arithmetic.check_backbone(backbone)
+        table = follow(backbone, layout.token_embedding)
+        positions = follow(backbone, layout.positions) if layout.positions else None
+        normed = layout.embedding_norm
+        return DecoderSpec(
+            family=type(backbone).__name__,
+            config=keras.saving.serialize_keras_object(backbone)["config"],
+            token_embedding=read_matrix(table),
+            blocks=tuple(self._block(block) for block in follow(backbone, layout.blocks)),
+            final_norm=self._norm(follow(backbone, layout.final_norm)),
+            head=read_head(table) if hasattr(table, "tie_weights") else None,
+            position_embedding=(
+                None if positions is None else as_floats(positions.position_embeddings)
+            ),
+            embedding_scale=float(backbone.hidden_dim) ** 0.5 if layout.scales_tokens else 1.0,
+            embedding_norm=self._norm(follow(backbone, normed)) if normed else None,
+            logit_soft_cap=getattr(table, "logit_soft_cap", None),
+            context_length=None if positions is None else backbone.max_sequence_length,
+        )
+
+    def _norm(self, layer: keras.Layer) -> Norm:
+        return read_norm(layer, self.layout.norm_offset)
+
+    def _norm_at(self, part: Part | None, block: keras.Layer) -> Norm | None:
+        """Returns a norm that only some families, or some of their models, have."""
+        layer = part.of(block) if part else None
+        return None if layer is None else self._norm(layer)
+
+    def _block(self, block: keras.Layer) -> Block:
+        layout = self.layout
+        self.arithmetic.check_block(block)
+        return Block(
+            attention_norm=self._norm(layout.attention_norm.of(block)),
+            attention=self.arithmetic.attention(block, self._attention(block)),
+            post_attention_norm=self._norm_at(layout.post_attention_norm, block),
+            feedforward_norm=self._norm(layout.feedforward_norm.of(block)),
+            feedforward=self._feedforward(block),
+            post_feedforward_norm=self._norm_at(layout.post_feedforward_norm, block),
+            parallel=layout.parallel,
+        )
+
+    def _attention(self, block: keras.Layer) -> Attention:
+        layout = self.layout
+        heads = int(follow(self.backbone, layout.heads))
+        query, key, value = self._projections(block, heads)
+        size = query.values.shape[0] // heads
+        rotary = None
+        if layout.rotary:
+            inner = follow(block, layout.attention)
+            rotary = self.arithmetic.rotary(inner, follow(block, layout.rotary), size)
+        return Attention(
+            query=query,
+            key=key,
+            value=value,
+            output=read_matrix(layout.output.of(block)),
+            num_heads=heads,
+            num_key_value_heads=key.values.shape[0] // size,
+            head_dim=size,
+            scale=size**-0.5,
+            rotary=rotary,
+            query_norm=self._norm_at(layout.query_norm, block),
+            key_norm=self._norm_at(layout.key_norm, block),
+        )
+
+    def _projections(self, block: keras.Layer, heads: int) -> tuple[Matrix, Matrix, Matrix]:
+        """Returns the projections to queries, keys and values."""
+        layout = self.layout
+        if layout.query and layout.key and layout.value:
+            parts = layout.query, layout.key, layout.value
+            query, key, value = (read_matrix(part.of(block)) for part in parts)
+            return query, key, value
+        assert layout.query_key_value is not None
+        both = read_matrix(layout.query_key_value.of(block))
+        # Each head holds its query, key and value one after the other.
+        rows = np.arange(both.values.shape[0]).reshape(heads, 3, -1)
+        query, key, value = (
+            both.rows(f"{both.name}/{name}", rows[:, i].reshape(-1))
+            for i, name in enumerate(("query", "key", "value"))
+        )
+        return query, key, value
+
+    def _feedforward(self, block: keras.Layer) -> FeedForward:
+        layout, activation = self.layout, self.arithmetic.activation
+        if layout.activation:
+            activation = read_activation(follow(block, layout.activation))
+        if activation is None:
+            raise ValueError(
+                f"Nothing says which activation {type(self.backbone).__name__} has. Give its "
+                "layout a path to it, or register `Arithmetic(activation=...)`."
+            )
+        of_the_layer = layout.activation == f"{layout.up.path}.activation"
+        return FeedForward(
+            up=read_matrix(layout.up.of(block), activated=of_the_layer),
+            down=read_matrix(layout.down.of(block)),
+            gate=read_matrix(layout.gate.of(block)) if layout.gate else None,
+            activation=activation,
+        )
+
+
+def read_with(backbone: keras.Model, layout: Layout, arithmetic: Arithmetic) -> DecoderSpec:
+    """Reads a backbone.
+
+    Args:
+        backbone: A built model from token ids to hidden states.
+        layout: Where its layers are.
+        arithmetic: What it computes beyond that.
+
+    Raises:
+        ValueError: If its configuration cannot be described.
+    """
+    return _Reader(backbone, layout, arithmetic).decoder()
