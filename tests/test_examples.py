@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import shutil
 import textwrap
 import warnings
+from typing import ClassVar
 
 import keras
 import keras_hub
+import numpy
 import pytest
 import tensorflow as tf
+from ai_edge_litert import schema_py_generated as schema
 from test_house import MODULES
 
 import tfgptopt
@@ -19,9 +23,20 @@ from tfgptopt.data import load_corpus
 
 _BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 # What examples use as if it had been imported.
-_ROOMS = ("callbacks", "pruning", "quantization", "distillation", "model.changing", "recipe")
+_ROOMS = (
+    "exporting",
+    "file.number_types",
+    "callbacks",
+    "pruning",
+    "quantization",
+    "distillation",
+    "model.changing",
+    "recipe",
+)
 # Large numbers of examples, for which a tiny model has no room.
 _SMALLER = {
+    "context_length=512": "context_length=64",
+    "context_length=256": "context_length=64",
     "vocabulary_size=2048": "vocabulary_size=300",
     "max_length=64": "max_length=48",
     "depth=6": "depth=1",
@@ -83,7 +98,16 @@ def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
         code = code.replace(large, small)
     if "export(" in code:
         (tmp_path / "gpt.tflite").unlink()
-    names = {"keras": keras, "keras_hub": keras_hub, "tf": tf, "tfgptopt": tfgptopt}
+    names = {
+        "ClassVar": ClassVar,
+        "dataclasses": dataclasses,
+        "numpy": numpy,
+        "schema": schema,
+        "keras": keras,
+        "keras_hub": keras_hub,
+        "tf": tf,
+        "tfgptopt": tfgptopt,
+    }
     for room in (*_ROOMS, name.rpartition(".")[0].removeprefix("tfgptopt.")):
         exec(f"from tfgptopt.{room} import *", names)
     gpt = small_gpt(corpus, 2 if "shrink" in name else 1)
@@ -91,6 +115,8 @@ def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
         "gpt": gpt,
         "model": gpt,
         "layer": gpt.layers[-1],
+        "MyBackbone": type("MyBackbone", (keras.Model,), {}),
+        "MyAttention": type("MyAttention", (keras.layers.Layer,), {}),
         "corpus": corpus,
         "data": corpus.train.take(4),
         "windows": corpus.train.take(8),

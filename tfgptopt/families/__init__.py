@@ -37,7 +37,8 @@ def register(backbone_class: type[keras.Model], layout: Layout) -> None:
     Example:
 
     ```python
-    tfgptopt.families.register(TinyBackbone, tfgptopt.families.Layout(...))
+    layout = dataclasses.replace(tfgptopt.families.layout_of(gpt), own_layers=(MyAttention,))
+    tfgptopt.families.register(MyBackbone, layout)
     ```
     """
     if not isinstance(backbone_class, type) or not issubclass(backbone_class, keras.Model):
