@@ -19,7 +19,11 @@ from ai_edge_litert import schema_py_generated as schema
 from test_house import MODULES
 
 import tfgptopt
+from tfgptopt import families
 from tfgptopt.data import load_corpus
+from tfgptopt.exporting import formats
+from tfgptopt.file import number_types
+from tfgptopt.quantization import specs
 
 _BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 # What examples use as if it had been imported.
@@ -41,6 +45,15 @@ _SMALLER = {
     "max_length=64": "max_length=48",
     "depth=6": "depth=1",
 }
+
+
+# What examples register is forgotten behind them.
+REGISTRIES = [
+    (specs, "_by_name"),
+    (formats, "_by_suffix"),
+    (number_types, "_by_bits"),
+    (families, "_LAYOUTS"),
+]
 
 
 def examples() -> dict[str, str]:
@@ -93,6 +106,8 @@ def folder(corpus, text_files, tmp_path_factory):
 def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    for module, registry in REGISTRIES:
+        monkeypatch.setattr(module, registry, dict(getattr(module, registry)))
     code = EXAMPLES[name]
     for large, small in _SMALLER.items():
         code = code.replace(large, small)
