@@ -172,9 +172,9 @@ def _average_of(variable: keras.Variable, optimizer: keras.optimizers.Optimizer)
     return None
 
 
-def attach(model: keras.Model, targets: list[Target], technique: Any) -> None:
+def attach(model: keras.Model, chosen: list[Target], technique: Any) -> None:
     """Gives every target of a model a mask of ones."""
-    for target in targets:
+    for target in chosen:
         Mask(model, target, technique)
 
 
@@ -188,9 +188,9 @@ def _refuse_lora(target: Target) -> Callable[..., None]:
     return enable_lora
 
 
-def read_from_zeros(targets: list[Target]) -> None:
+def read_from_zeros(chosen: list[Target]) -> None:
     """Sets every mask to hold the zeros that its weight has now."""
-    for target in targets:
+    for target in chosen:
         target.variable.constraint.mask.assign(keras.ops.not_equal(target.variable.value, 0))
 
 
@@ -213,17 +213,17 @@ def mask_on(layer: keras.Layer) -> Mask | None:
     return found
 
 
-def apply(targets: list[Target]) -> None:
+def apply(chosen: list[Target]) -> None:
     """Zeroes what the masks of targets drop."""
-    for target in targets:
+    for target in chosen:
         held = target.variable.constraint
         target.variable.assign(held.zeroed(target.variable))
         held.hold_average(target.variable)
 
 
-def remove(targets: list[Target]) -> None:
+def remove(chosen: list[Target]) -> None:
     """Takes the masks off targets and leaves their weights as they are."""
-    for target in targets:
+    for target in chosen:
         if masked(target.variable):
             target.variable.constraint.take_off(target.variable)
 

@@ -156,10 +156,10 @@ def _layers_in_order(layer: keras.Layer, seen: set[int]) -> Iterator[keras.Layer
         yield from _layers_in_order(inner, seen)
 
 
-def _head_of(targets: list[Target]) -> Target | None:
+def _head_of(chosen: list[Target]) -> Target | None:
     """Returns the kernel that gives logits: its outputs are the tokens of the largest table."""
-    sizes = [target.matrix_shape[1] for target in targets if target.role == "embedding"]
-    kernels = [target for target in targets if target.role == "kernel"]
+    sizes = [target.matrix_shape[1] for target in chosen if target.role == "embedding"]
+    kernels = [target for target in chosen if target.role == "kernel"]
     # The last kernel first: a feed-forward network may be as wide as a table has rows.
     if kernels and kernels[-1].matrix_shape[1] in sizes:
         return kernels[-1]
@@ -256,13 +256,13 @@ def select(
 def _nothing_chosen(
     model: keras.Layer,
     selector: Selector | None,
-    targets: list[Target],
+    chosen: list[Target],
     found: list[Target | Skipped],
 ) -> str:
-    if targets and selector is not None:
-        names = ", ".join(target.path for target in targets[:3])
+    if chosen and selector is not None:
+        names = ", ".join(target.path for target in chosen[:3])
         return (
-            f"`targets={selector!r}` matches none of the {len(targets)} weights of "
+            f"`targets={selector!r}` matches none of the {len(chosen)} weights of "
             f"'{model.name}'. They are named like: {names}"
         )
     skipped = "; ".join(f"{s.path}: {s.reason}" for s in found if isinstance(s, Skipped))
@@ -290,10 +290,10 @@ def regex_for(chosen: list[Target], default: list[Target]) -> str | None:
     return "^(?:" + "|".join(re.escape(target.path) for target in chosen) + ")$"
 
 
-def grouped(targets: list[Target], key: Callable[[Target], Key]) -> list[tuple[Key, list[Target]]]:
+def grouped(chosen: list[Target], key: Callable[[Target], Key]) -> list[tuple[Key, list[Target]]]:
     """Returns targets grouped by a key that can be compared, in the order of their appearance."""
     groups: list[tuple[Key, list[Target]]] = []
-    for target in targets:
+    for target in chosen:
         value = key(target)
         members = next((members for known, members in groups if known == value), None)
         if members is None:

@@ -39,13 +39,13 @@ class MaskState(keras.layers.Layer):
         """Forgets who prunes what, before a training begins."""
         self._claims = {}
 
-    def claim(self, targets: list[Target], claimant: Any) -> None:
+    def claim(self, chosen: list[Target], claimant: Any) -> None:
         """Notes who is about to prune some weights.
 
         Raises:
             ValueError: If another prunes one of them.
         """
-        for target in targets:
+        for target in chosen:
             if self._claims.setdefault(id(target.variable), claimant) is not claimant:
                 raise ValueError(overlap(target))
 

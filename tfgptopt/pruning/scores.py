@@ -54,7 +54,7 @@ class Score(Protocol):
     def check(self) -> None:
         """Raises if something is missing to measure with."""
 
-    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+    def meter(self, model: keras.Layer, chosen: list[Target]) -> Meter:
         """Returns what measures a model."""
 
 
@@ -71,7 +71,7 @@ class Magnitude:
     def check(self) -> None:
         """Raises if something is missing; nothing can be."""
 
-    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+    def meter(self, model: keras.Layer, chosen: list[Target]) -> Meter:
         """Returns what measures a model."""
         return _MagnitudeMeter()
 
@@ -105,17 +105,17 @@ class Wanda:
         if self.data is None:
             raise ValueError("Wanda needs calibration data: Wanda(dataset.take(16)).")
 
-    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+    def meter(self, model: keras.Layer, chosen: list[Target]) -> Meter:
         """Returns what measures a model."""
-        return _WandaMeter(model, targets, self.data)
+        return _WandaMeter(model, chosen, self.data)
 
 
 class _WandaMeter(Meter):
-    def __init__(self, model: keras.Layer, targets: list[Target], data: Any) -> None:
+    def __init__(self, model: keras.Layer, chosen: list[Target], data: Any) -> None:
         # Read once, so that a generator serves every firing, and tried now rather than then.
-        self._model, self._targets, self._data = model, targets, batches_of(data)
-        observe_all(model, targets, self._data[:1], lambda target, rows: None)
-        self._norms = [tf.Variable(tf.zeros(t.matrix_shape[0]), trainable=False) for t in targets]
+        self._model, self._targets, self._data = model, chosen, batches_of(data)
+        observe_all(model, chosen, self._data[:1], lambda target, rows: None)
+        self._norms = [tf.Variable(tf.zeros(t.matrix_shape[0]), trainable=False) for t in chosen]
 
     def prepare(self) -> None:
         squares = SquaredSums(self._targets)
@@ -144,23 +144,23 @@ class Movement:
     def check(self) -> None:
         """Raises if something is missing; what has no optimizer is found by `meter`."""
 
-    def meter(self, model: keras.Layer, targets: list[Target]) -> Meter:
+    def meter(self, model: keras.Layer, chosen: list[Target]) -> Meter:
         """Returns what measures a model."""
-        return _MovementMeter(model, targets)
+        return _MovementMeter(model, chosen)
 
 
 class _MovementMeter(Meter):
-    def __init__(self, model: keras.Model, targets: list[Target]) -> None:
+    def __init__(self, model: keras.Model, chosen: list[Target]) -> None:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
             raise ValueError("Movement needs gradients: compile the model, and prune it in `fit`.")
-        self._targets = targets
+        self._targets = chosen
         self._optimizer: Any = None
         self._sums = [
             keras.Variable(
                 tf.zeros(t.variable.shape), trainable=False, name=f"{t.layer.name}_moved"
             )
-            for t in targets
+            for t in chosen
         ]
 
     def follow(self, model: keras.Model) -> None:

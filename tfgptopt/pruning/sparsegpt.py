@@ -58,7 +58,7 @@ class SparseGPT:
     def prune(
         self,
         model: keras.Layer,
-        targets: list[Target],
+        chosen: list[Target],
         shares: dict[int, float],
         pattern: Pattern,
     ) -> Iterator[tuple[Target, np.ndarray]]:
@@ -66,7 +66,7 @@ class SparseGPT:
 
         Args:
             model: The model. Its weights are changed.
-            targets: Which of them.
+            chosen: Which of them.
             shares: Sparsity by the `id` of each variable.
             pattern: Which weights go together.
 
@@ -74,8 +74,8 @@ class SparseGPT:
             Each target with its mask, a bool array of the shape of the variable, after its weights
             were changed.
         """
-        blocks = len(targets_by_block(model, targets))
-        steps = block_by_block(model, targets, self.data)
+        blocks = len(targets_by_block(model, chosen))
+        steps = block_by_block(model, chosen, self.data)
         for members, run in track(steps, "SparseGPT", total=blocks, transient=True):
             grams = Grams()
             run(grams)

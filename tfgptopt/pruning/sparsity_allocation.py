@@ -42,34 +42,34 @@ class Allocation:
             )
         object.__setattr__(self, "sparsities", values)
 
-    def check(self, targets: list[Target]) -> None:
+    def check(self, chosen: list[Target]) -> None:
         """Raises unless the allocation has a sparsity for every target."""
-        missing = [t.path for t in targets if t.path not in self.sparsities]
+        missing = [t.path for t in chosen if t.path not in self.sparsities]
         if missing:
             raise ValueError(
                 f"The allocation has no sparsity for {missing[0]} ({len(missing)} missing). "
                 "Allocate over the same `targets` that are pruned."
             )
-        paths = [target.path for target in targets]
+        paths = [target.path for target in chosen]
         twice = [path for path in paths if paths.count(path) > 1]
         if twice:
             raise ValueError(f"Two weights are called {twice[0]}: give their layers other names.")
         if not any(self.sparsities[path] for path in paths):
             raise ValueError("The allocation gives sparsity 0 to all of the `targets`.")
 
-    def at(self, sparsity: float, targets: list[Target]) -> list[float]:
+    def at(self, sparsity: float, chosen: list[Target]) -> list[float]:
         """Returns the sparsity of each target when the schedule stands at `sparsity`.
 
         Raises:
             ValueError: If a weight would lose all its values.
         """
-        own = np.array([self.sparsities[target.path] for target in targets])
-        mean = float(np.average(own, weights=[target.size for target in targets]))
+        own = np.array([self.sparsities[target.path] for target in chosen])
+        mean = float(np.average(own, weights=[target.size for target in chosen]))
         scaled = own * (sparsity / mean)
         if scaled.max() >= 1.0:
             raise ValueError(
                 f"At sparsity {sparsity:.3g} the allocation gives {scaled.max():.3g} to "
-                f"{targets[int(scaled.argmax())].path}. Its mean is {mean:.3g}: end the schedule "
+                f"{chosen[int(scaled.argmax())].path}. Its mean is {mean:.3g}: end the schedule "
                 "there, or allocate anew."
             )
         return [float(share) for share in scaled]

@@ -40,13 +40,13 @@ def chosen_specs(
     return found
 
 
-def check_plain(targets: list[Target]) -> None:
+def check_plain(chosen: list[Target]) -> None:
     """Raises if a layer rounds its weights already.
 
     Raises:
         ValueError: If one does, with what it rounds to.
     """
-    for target in targets:
+    for target in chosen:
         if layers.is_dressed(target.layer):
             raise ValueError(
                 f"{target.path} is quantize-aware already, with {target.layer.quantization_spec}. "

@@ -67,19 +67,19 @@ class BitAllocation:
             if spec is not None:
                 check_spec(spec)
 
-    def match(self, targets: list[Target]) -> list[tuple[Target, Spec | None]]:
+    def match(self, chosen: list[Target]) -> list[tuple[Target, Spec | None]]:
         """Returns weights with their specs.
 
         Raises:
             ValueError: If it names a weight that is not among them.
         """
-        unknown = set(self.specs) - {target.path for target in targets}
+        unknown = set(self.specs) - {target.path for target in chosen}
         if unknown:
             raise ValueError(
                 f"The allocation names {sorted(unknown)[0]}, which is none of the chosen weights, "
-                f"such as {targets[0].path}. Was it made for another model?"
+                f"such as {chosen[0].path}. Was it made for another model?"
             )
-        return [(target, self.specs.get(target.path)) for target in targets]
+        return [(target, self.specs.get(target.path)) for target in chosen]
 
     def _chosen(self, path: str) -> Measured:
         return next(one for one in self.measured[path] if one.spec == self.specs[path])
@@ -198,8 +198,8 @@ def allocate(
     return BitAllocation(specs, {t.path: t.size for t in chosen}, measured)
 
 
-def _mean(values: list[float], targets: list[Target]) -> float:
-    return float(np.average(values, weights=[target.size for target in targets]))
+def _mean(values: list[float], chosen: list[Target]) -> float:
+    return float(np.average(values, weights=[target.size for target in chosen]))
 
 
 def _bits(target: Target, spec: Spec | None) -> float:
@@ -213,14 +213,14 @@ def _bits(target: Target, spec: Spec | None) -> float:
 
 
 def _measure(
-    model: keras.Model, data: Any, targets: list[Target], choices: Sequence[Spec | None]
+    model: keras.Model, data: Any, chosen: list[Target], choices: Sequence[Spec | None]
 ) -> dict[str, tuple[Measured, ...]]:
     changes = [
-        Change(target, partial(_rounded, target, spec)) for target in targets for spec in choices
+        Change(target, partial(_rounded, target, spec)) for target in chosen for spec in choices
     ]
     _, rises = rise_of_loss(model, data, changes)
-    found: dict[str, list[Measured]] = {target.path: [] for target in targets}
-    specs = [spec for _ in targets for spec in choices]
+    found: dict[str, list[Measured]] = {target.path: [] for target in chosen}
+    specs = [spec for _ in chosen for spec in choices]
     for change, spec, rise in zip(changes, specs, rises, strict=True):
         found[change.target.path].append(Measured(spec, _bits(change.target, spec), rise))
     return {path: tuple(costs) for path, costs in found.items()}
@@ -237,17 +237,17 @@ def _rounded(target: Target, spec: Spec | None) -> Any:
 
 
 def _spend(
-    targets: list[Target], measured: dict[str, tuple[Measured, ...]], bits: float
+    chosen: list[Target], measured: dict[str, tuple[Measured, ...]], bits: float
 ) -> dict[str, Spec | None]:
     """Gives each weight the fewest bits, then more where the loss falls most for a bit."""
-    left = bits * sum(target.size for target in targets)
+    left = bits * sum(target.size for target in chosen)
     now = {}
-    for target in targets:
+    for target in chosen:
         now[target.path] = min(measured[target.path], key=lambda one: one.bits)
         left -= now[target.path].bits * target.size
     while True:
         best, gain, price = None, 0.0, 0.0
-        for target in targets:
+        for target in chosen:
             for one in measured[target.path]:
                 more = (one.bits - now[target.path].bits) * target.size
                 less = now[target.path].rise - one.rise

@@ -170,14 +170,14 @@ def detach(layer: keras.Layer) -> None:
         carrying.detach(layer)
 
 
-def check_fits(targets: list[Target], spec: Spec) -> None:
+def check_fits(chosen: list[Target], spec: Spec) -> None:
     """Raises unless weights can be rounded to a spec.
 
     Raises:
         ValueError: If a weight is NaN or infinite, a block does not divide its inputs, or a scale
             is to be learned for a weight that is frozen.
     """
-    inputs = {t.path: t.matrix_shape[0] for t in targets if t.role == "kernel"}
+    inputs = {t.path: t.matrix_shape[0] for t in chosen if t.role == "kernel"}
     size = spec.block_size
     wrong = {path: n for path, n in inputs.items() if size is not None and n % size}
     if wrong:
@@ -189,7 +189,7 @@ def check_fits(targets: list[Target], spec: Spec) -> None:
             f"block_size={size}. Of the multiples of 32, {fitting or 'none'} divide the inputs of "
             "all chosen weights. Give such a one, None, or other `targets`."
         )
-    for target in targets:
+    for target in chosen:
         if not np.isfinite(keras.ops.convert_to_numpy(target.variable.value)).all():
             raise ValueError(f"{target.path} is NaN or infinite, so it has no scale.")
         if spec.scale == "learned" and getattr(target.layer, "lora_enabled", False):
