@@ -45,6 +45,7 @@ def demo(
     from tfgptopt.data import load_corpus
     from tfgptopt.file.replacing import check_target
     from tfgptopt.job.optimizing import optimize, small_gpt
+    from tfgptopt.quantization.specs import parse_spec
     from tfgptopt.training.planning import Training, compile_model
 
     check_target(out, force)
@@ -52,7 +53,8 @@ def demo(
         raise ValueError(f"--bits must be 4 or 8. Received: {bits}")
     chosen, words = choose_strategy(strategy)
     training = Training(4, 4, 1e-3) if quick else Training(900, 250, 1.2e-3)
-    recipe = default_recipe(training.shared_steps, training.steps, sparsity, bits)
+    spec = parse_spec(f"int{bits}")
+    recipe = default_recipe(training.shared_steps, training.steps, sparsity, spec)
     with console.status("Reading Python's standard library, training a tokenizer"):
         corpus = load_corpus(
             vocabulary_size=288, sequence_length=64, batch_size=16, validation_share=0.015

@@ -13,9 +13,12 @@ from rich.markup import escape
 from tfgptopt.cli.bench import bench
 from tfgptopt.cli.chat import chat
 from tfgptopt.cli.demo import demo
+from tfgptopt.cli.evaluate import evaluate
 from tfgptopt.cli.export import export
 from tfgptopt.cli.generate import generate
+from tfgptopt.cli.inspect import inspect
 from tfgptopt.cli.optimize import optimize
+from tfgptopt.cli.quantize import quantize
 
 app = typer.Typer(
     help="Make GPTs written in Keras small and fast while they train, and ship what was trained.",
@@ -24,7 +27,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, optimize, export, generate, chat, bench):
+for command in (
+    demo,
+    optimize,
+    quantize,
+    export,
+    evaluate,
+    inspect,
+    generate,
+    chat,
+    bench,
+):
     app.command()(command)
 
 

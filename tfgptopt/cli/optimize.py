@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -21,6 +21,9 @@ from tfgptopt.cli.shared import (
     print_corpus,
 )
 
+if TYPE_CHECKING:
+    from tfgptopt.recipe import Recipe
+
 
 def optimize(
     text: Annotated[list[str], typer.Argument(help="Files, folders or globs of text.")],
@@ -29,8 +32,20 @@ def optimize(
         Path | None,
         typer.Option(
             help="YAML of techniques: shrink, distill, prune, quantize_aware. "
-            "Default: prune 50 %, round to int8."
+            "Default: quantization-aware training alone."
         ),
+    ] = None,
+    spec: Annotated[
+        str, typer.Option(help="int8, int4, or int4:32 in blocks of 32 inputs.")
+    ] = "int8",
+    sparsity: Annotated[
+        float, typer.Option(help="Share of weights to prune, in [0, 1): a smaller download.")
+    ] = 0.0,
+    lora: Annotated[
+        int | None, typer.Option(help="Rank of LoRA adapters that train alone, merged at the end.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Policy to train in, such as mixed_bfloat16. As stored.")
     ] = None,
     out: Out = Path("tfgptopt-out"),
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
@@ -43,9 +58,9 @@ def optimize(
     strategy: StrategyName = "auto",
     force: Force = False,
 ) -> None:
-    """Optimize your own model on your own text: fine-tune, prune, quantize, export, measure."""
+    """Optimize your own model on your own text or chats: fine-tune, quantize, export, measure."""
     load_libraries()
-    from tfgptopt.data import load_corpus
+    from tfgptopt.data import load_corpus, template_of
     from tfgptopt.file.replacing import check_target
     from tfgptopt.job.optimizing import check_causal_lm
     from tfgptopt.job.optimizing import optimize as run
@@ -53,11 +68,11 @@ def optimize(
     from tfgptopt.training.planning import Training, compile_model
 
     check_target(out, force)
-    training = Training(0, steps, learning_rate, dense_run)
-    loaded = Recipe.load(recipe) if recipe else default_recipe(0, steps, 0.5, 8)
+    training = Training(0, steps, learning_rate, dense_run, lora)
+    loaded = Recipe.load(recipe) if recipe else _recipe(steps, sparsity, spec)
     chosen, words = choose_strategy(strategy)
     with chosen.scope(), console.status(f"Loading {escape(preset)}"):
-        model = load_preset(preset)
+        model = load_preset(preset, dtype)
         check_causal_lm(model)
         if model.preprocessor is None:
             raise ValueError(f"The preset '{preset}' has no tokenizer.")
@@ -68,7 +83,21 @@ def optimize(
             tokenizer=model.preprocessor.tokenizer,
             sequence_length=sequence_length,
             batch_size=batch_size,
+            chat_template=template_of(model),
         )
     print_corpus(corpus)
     outcome = run(model, corpus, loaded, training, out, words, force, console)
     print_outcome(outcome, out)
+
+
+def _recipe(steps: int, sparsity: float, spec: str) -> Recipe:
+    """Returns the recipe that options ask for.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    from tfgptopt.quantization.specs import parse_spec
+
+    if not 0.0 <= sparsity < 1.0:
+        raise ValueError(f"--sparsity must be in [0, 1). Received: {sparsity}")
+    return default_recipe(0, steps, sparsity, parse_spec(spec))

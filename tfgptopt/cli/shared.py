@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
     from tfgptopt.data import Corpus
+    from tfgptopt.quantization.specs import Spec
     from tfgptopt.recipe import Recipe
 
 console = Console(highlight=False)
@@ -48,8 +49,13 @@ def choose_strategy(name: str) -> tuple[tf.distribute.Strategy, str]:
     return chosen, words
 
 
-def load_preset(preset: str) -> keras.Model:
-    """Loads a causal LM from a KerasHub preset, with a clear error for a broken folder.
+def load_preset(preset: str, dtype: str | None = None) -> keras.Model:
+    """Loads a causal LM, with a clear error for a broken folder.
+
+    Args:
+        preset: Folder or name of a KerasHub preset, an `hf://` handle, or a local Hugging Face
+            folder with safetensors.
+        dtype: Policy of its layers. Defaults to `None`: as stored.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -57,32 +63,39 @@ def load_preset(preset: str) -> keras.Model:
     """
     import keras_hub
 
+    from tfgptopt.data import load_template, set_template
+
     folder = Path(preset)
     if folder.is_dir():
-        weights = [*folder.glob("*.weights.h5"), *folder.glob("*.weights.json")]
+        kinds = ("*.weights.h5", "*.weights.json", "*.safetensors")
+        weights = [path for kind in kinds for path in folder.glob(kind)]
         missing = "config.json" if not (folder / "config.json").is_file() else ""
-        missing = missing or ("" if weights else "weights (*.weights.h5)")
+        missing = missing or ("" if weights else "weights (*.weights.h5, *.safetensors)")
         if missing:
             raise ValueError(f"The preset folder '{preset}' has no {missing}.")
     elif os.sep in preset and ":" not in preset:
         raise FileNotFoundError(f"There is no preset folder '{preset}'.")
     try:
-        return keras_hub.models.CausalLM.from_preset(preset)
+        options = {"dtype": dtype} if dtype else {}
+        model = keras_hub.models.CausalLM.from_preset(preset, **options)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"KerasHub cannot load the preset '{preset}': {first}") from None
+    template = load_template(folder) if folder.is_dir() else None
+    if template is not None:
+        set_template(model, template)
+    return model
 
 
-def default_recipe(first: int, steps: int, sparsity: float, bits: int) -> Recipe:
-    """Returns pruning over the first 60 percent of the steps, and rounding from the first on."""
+def default_recipe(first: int, steps: int, sparsity: float, spec: Spec) -> Recipe:
+    """Returns rounding from the first step on, behind pruning over the first 60 percent of the
+    steps if a sparsity is asked for."""
     from tfgptopt.pruning import PolynomialDecay
-    from tfgptopt.quantization import Int4, Int8
     from tfgptopt.recipe import Prune, QuantizeAware, Recipe
 
     end = first + max(1, steps * 6 // 10)
     frequency = max(1, (end - first) // 15)
     schedule = PolynomialDecay(0.0, sparsity, first, end, frequency=frequency)
-    spec = Int8() if bits == 8 else Int4()
     techniques = [Prune(schedule)] if sparsity else []
     return Recipe((*techniques, QuantizeAware(spec)))
 

@@ -25,8 +25,9 @@ from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.job.reporting import write_report
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import clone
+from tfgptopt.model.current import has_adapters
 from tfgptopt.model.history import history_of, record
-from tfgptopt.model.targets import select
+from tfgptopt.model.targets import Target, candidates
 from tfgptopt.pruning.pruner import zero_share
 from tfgptopt.recipe import Recipe
 from tfgptopt.recipe.finalizing import finalize
@@ -73,6 +74,21 @@ def check_causal_lm(model: Any) -> None:
     """
     if not isinstance(model, keras_hub.models.CausalLM):
         check_readable(model)
+
+
+def add_adapters(model: keras.Model, training: Training) -> None:
+    """Freezes a causal LM and gives its attention LoRA adapters, which train in its place.
+
+    Raises:
+        ValueError: If its backbone has no layer that takes them.
+    """
+    with strategy_scope(model):
+        model.backbone.enable_lora(training.lora)
+        if not any(has_adapters(layer) for layer in model._flatten_layers()):
+            raise ValueError(
+                f"{type(model).__name__} has no layer that takes LoRA adapters: leave out `lora`."
+            )
+        compile_model(model, training)
 
 
 def check_fit(model: Any, corpus: Corpus) -> None:
@@ -296,6 +312,8 @@ def optimize(
         job.train("dense", model, training.steps)
     dense = _clone_with(model, model.get_weights())
     _restore(model, shared)
+    if training.lora is not None:
+        add_adapters(model, training)
     trained = job.run_stages(recipe, dense)
     if in_fit.techniques:
         callbacks = from_recipe(in_fit, calibration)
@@ -310,7 +328,8 @@ def _measure_and_write(
     job: _Job, dense: Any, recipe: Recipe, strategy: str, folder: Path
 ) -> Outcome:
     model, corpus = job.model, job.corpus
-    kernels = {target.path: zero_share(target) for target in select(model)}
+    found = [item for item in candidates(model) if isinstance(item, Target)]
+    kernels = {t.path: zero_share(t) for t in found if t.role == "kernel"}
     small, large = export(model, folder / "model.tflite"), export(dense, folder / "dense.tflite")
     if recipe.in_fit.techniques:
         finalize(model)

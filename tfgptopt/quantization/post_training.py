@@ -26,10 +26,13 @@ from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.gptq import gptq
 from tfgptopt.quantization.specs import Spec
 
-Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant"]
+Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "auto"]
 
 _ROUNDINGS = ("rtn", "mse", "gptq")
 _BALANCES = ("awq", "smoothquant")
+# What `docs/quantization.md` found best, for eight bits and for fewer.
+_BEST_OF_8 = ("smoothquant", "awq", "gptq")
+_BEST_OF_4 = ("gptq",)
 _FEWEST_TOKENS = 64
 
 
@@ -52,6 +55,9 @@ def quantize(
     - `"mse"`: the same, with the scales of the smallest squared error.
     - `"gptq"`: rounds input by input and corrects the weights still to come, block by block through
       the model. Scales are those of the smallest error, weighted by the inputs.
+    - `"auto"`: what is best for the bits of the spec (`docs/quantization.md`). With data,
+      smoothquant, awq and gptq for int8, and gptq for int4; without, round to nearest for int8,
+      and the smallest error for int4.
     - `"awq"`, `"smoothquant"`: first move the scale of features between inputs and weights, where
       the model allows it; then round to nearest or as another method says. They help where a few
       features are much larger than others.
@@ -83,7 +89,7 @@ def quantize(
     Reference: see `tfgptopt.quantization.gptq` and `tfgptopt.quantization.balancing`.
     """
     check_setting(spec)
-    balances, final = _methods(method)
+    balances, final = _methods(_automatic(spec, data) if method == "auto" else method)
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
@@ -105,6 +111,15 @@ def quantize(
                 variable.assign(value)
             raise
     return model
+
+
+def _automatic(spec: Spec | BitAllocation, data: Any) -> tuple[str, ...]:
+    """Returns the methods that are best for a spec, with the data that there is."""
+    specs = spec.specs.values() if isinstance(spec, BitAllocation) else [spec]
+    wide = min(one.bits for one in specs if one is not None) >= 8
+    if data is None:
+        return ("rtn",) if wide else ("mse",)
+    return _BEST_OF_8 if wide else _BEST_OF_4
 
 
 def _methods(method: Any) -> tuple[list[str], str]:

@@ -225,3 +225,20 @@ def deserialize_spec(config: dict[str, Any]) -> Spec:
         return _by_name[name](**config)
     except TypeError as error:
         raise ValueError(f"Unknown setting for {name}: {sorted(config)} ({error})") from None
+
+
+def parse_spec(text: str) -> Spec:
+    """Returns the spec that a command line names: `int8`, `int4`, or `int4:32` with a block size.
+
+    Raises:
+        ValueError: If it names none, or the block size is out of range.
+    """
+    name, _, size = text.partition(":")
+    if size and not size.isdigit():
+        raise ValueError(
+            f"A spec is int8, int4 or int4:BLOCK_SIZE, such as int4:32. Received: {text!r}"
+        )
+    config: dict[str, Any] = {"name": name}
+    if size:
+        config["block_size"] = int(size)
+    return deserialize_spec(config)

@@ -19,6 +19,9 @@ class Training:
         dense_run: bool. Also train the dense model for `steps`, as the fair comparison. If
             false, the dense model is the given one.
 
+        lora: int. Rank of the LoRA adapters that train in the place of the weights in the
+            optimized run. Defaults to `None`: all weights train.
+
     Raises:
         ValueError: If a number is out of range.
     """
@@ -27,8 +30,11 @@ class Training:
     steps: int
     learning_rate: float
     dense_run: bool = True
+    lora: int | None = None
 
     def __post_init__(self) -> None:
+        if self.lora is not None and (not isinstance(self.lora, int) or self.lora < 1):
+            raise ValueError(f"`lora` must be an int >= 1, or None. Received: {self.lora!r}")
         if self.shared_steps < 0 or self.steps < 1 or not self.learning_rate > 0:
             raise ValueError(
                 "`shared_steps` must be >= 0, `steps` >= 1 and `learning_rate` > 0. "
