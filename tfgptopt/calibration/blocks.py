@@ -37,10 +37,10 @@ def _holders(layer: keras.Layer, wanted: set[int]) -> list[keras.Layer]:
     return _holders(inside[0], wanted) if len(inside) == 1 else inside
 
 
-def targets_by_block(model: keras.Layer, targets: list[Target]) -> list[list[Target]]:
+def targets_by_block(model: keras.Layer, chosen: list[Target]) -> list[list[Target]]:
     """Returns targets by the block of the model that holds them, such as a decoder layer."""
-    blocks = _holders(model, {id(target.layer) for target in targets})
-    groups = [[t for t in targets if t.layer in (b, *b._flatten_layers())] for b in blocks]
+    blocks = _holders(model, {id(target.layer) for target in chosen})
+    groups = [[t for t in chosen if t.layer in (b, *b._flatten_layers())] for b in blocks]
     return [group for group in groups if group]
 
 
@@ -55,7 +55,7 @@ class _Recorder:
     def _wrap(self, block: keras.Layer) -> Any:
         call = block.call
 
-        def recorded(*args: Any, **kwargs: Any) -> Any:
+        def recorded(*args: object, **kwargs: object) -> Any:
             if self._stop:
                 self.calls.append((block, args, kwargs, None))
                 raise Enough
@@ -108,7 +108,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def block_by_block(
-    model: keras.Layer, targets: list[Target], data: Any
+    model: keras.Layer, chosen: list[Target], data: Any
 ) -> Iterator[tuple[list[Target], Run]]:
     """Goes through the blocks of a model in the order of their calls.
 
@@ -119,7 +119,7 @@ def block_by_block(
 
     Args:
         model: A built Keras 3 model.
-        targets: Kernels of it.
+        chosen: Kernels of it.
         data: See `batches_of`.
 
     Yields:
@@ -128,13 +128,13 @@ def block_by_block(
     Raises:
         ValueError: If there is no data, the model cannot read it, or it does not call a target.
     """
-    check_kernels(targets)
+    check_kernels(chosen)
     batches = batches_of(data)
-    blocks = _holders(model, {id(target.layer) for target in targets})
+    blocks = _holders(model, {id(target.layer) for target in chosen})
     first = _Recorder(blocks, stop=False).run(model, batches[0])
     called = list({id(call[0]): call[0] for call in first.calls}.values())
-    members = {id(b): [t for t in targets if t.layer in (b, *b._flatten_layers())] for b in called}
-    missing = [t.path for t in targets if not any(t in group for group in members.values())]
+    members = {id(b): [t for t in chosen if t.layer in (b, *b._flatten_layers())] for b in called}
+    missing = [t.path for t in chosen if not any(t in group for group in members.values())]
     if missing:
         raise ValueError(f"The model does not call the layer of {missing[0]} on this data.")
     if not first.is_chain():
@@ -152,21 +152,21 @@ def block_by_block(
                 states[i] = ((block(*args, **kwargs), *args[1:]), kwargs)
 
 
-def _run_model(model: keras.Layer, targets: list[Target], batches: list[Any]) -> Run:
+def _run_model(model: keras.Layer, chosen: list[Target], batches: list[Any]) -> Run:
     def run(observe: Observer) -> None:
         for batch in batches:
-            with watching(targets, without_padding(observe, batch)):
+            with watching(chosen, without_padding(observe, batch)):
                 call_on(model, batch)
 
     return run
 
 
 def _run_block(
-    block: keras.Layer, targets: list[Target], batches: list[Any], states: list[Any]
+    block: keras.Layer, chosen: list[Target], batches: list[Any], states: list[Any]
 ) -> Run:
     def run(observe: Observer) -> None:
         for batch, (args, kwargs) in zip(batches, states, strict=True):
-            with watching(targets, without_padding(observe, batch)):
+            with watching(chosen, without_padding(observe, batch)):
                 block(*args, **kwargs)
 
     return run

@@ -66,8 +66,8 @@ class SquaredSums:
         targets: The targets that will be shown.
     """
 
-    def __init__(self, targets: list[Target]) -> None:
-        self._sums = {id(t.variable): tf.zeros(t.matrix_shape[0]) for t in targets}
+    def __init__(self, chosen: list[Target]) -> None:
+        self._sums = {id(t.variable): tf.zeros(t.matrix_shape[0]) for t in chosen}
         self._seen: set[int] = set()
 
     def __call__(self, target: Target, rows: tf.Tensor) -> None:

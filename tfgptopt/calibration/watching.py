@@ -26,13 +26,13 @@ class Enough(Exception):
     """Ends a forward pass at the first block, whose inputs are all that is wanted."""
 
 
-def check_kernels(targets: list[Target]) -> None:
+def check_kernels(chosen: list[Target]) -> None:
     """Raises unless each target is one matrix that multiplies rows of its layer's input.
 
     Raises:
         ValueError: If one is a table, or its equation multiplies with several matrices.
     """
-    for target in targets:
+    for target in chosen:
         if target.role == "embedding":
             raise ValueError(f"{target.path} is a table: it multiplies nothing to calibrate with.")
         equation = getattr(target.layer, "equation", "").replace(" ", "")
@@ -60,23 +60,23 @@ def _rows(target: Target, inputs: tf.Tensor) -> tf.Tensor:
 
 
 @contextmanager
-def watching(targets: list[Target], observe: Observer) -> Iterator[None]:
+def watching(chosen: list[Target], observe: Observer) -> Iterator[None]:
     """Calls `observe` with what each target's layer reads, while the model runs eagerly.
 
     Layers that read the same tensor one after the other (query, key and value do) are given the
     same rows, the same object.
 
     Args:
-        targets: Kernels; tables have no rows of inputs.
+        chosen: Kernels; tables have no rows of inputs.
         observe: Called with a target and its rows, at every call of its layer.
     """
-    by_layer = {id(target.layer): target for target in targets}
+    by_layer = {id(target.layer): target for target in chosen}
     last: list[Any] = [None, None, None]
 
     def wrap(layer: keras.Layer) -> Any:
         call, target = layer.call, by_layer[id(layer)]
 
-        def watched(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def watched(inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
             if inputs is not last[0] or target.row_axes != last[1]:
                 last[:] = inputs, target.row_axes, _rows(target, inputs)
             observe(target, last[2])
@@ -84,25 +84,25 @@ def watching(targets: list[Target], observe: Observer) -> Iterator[None]:
 
         return watched
 
-    with overriding((t.layer, "call", wrap(t.layer)) for t in targets):
+    with overriding((t.layer, "call", wrap(t.layer)) for t in chosen):
         yield
 
 
-def observe_all(model: keras.Layer, targets: list[Target], data: Any, observe: Observer) -> None:
+def observe_all(model: keras.Layer, chosen: list[Target], data: Any, observe: Observer) -> None:
     """Shows an observer what goes into all targets, in one pass over data.
 
     Args:
         model: A built Keras 3 model.
-        targets: Kernels of it.
+        chosen: Kernels of it.
         data: See `batches_of`.
         observe: Called with a target and its rows, those of padding left out.
 
     Raises:
         ValueError: If there is no data, or the model cannot read it.
     """
-    check_kernels(targets)
+    check_kernels(chosen)
     for batch in batches_of(data):
-        with watching(targets, without_padding(observe, batch)):
+        with watching(chosen, without_padding(observe, batch)):
             call_on(model, batch)
 
 

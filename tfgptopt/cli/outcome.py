@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from tfgptopt.cli.shared import console
 
 if TYPE_CHECKING:
-    from tfgptopt.job.reporting import Outcome
+    from tfgptopt.job.outcome import Outcome
 
 
 def print_outcome(outcome: Outcome, out: Path) -> None:

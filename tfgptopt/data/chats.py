@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
+import keras_hub
 import numpy as np
 
 from tfgptopt.data.encoding import special_id
@@ -34,17 +36,17 @@ _FAMILIES = (
 )
 
 
-def set_template(model: Any, template: ChatTemplate | str | None) -> None:
+def set_template(model: keras.Model, template: ChatTemplate | str | None) -> None:
     """Gives a model a chat template, which `tfgptopt.export` stores in its file.
 
     Args:
-        model: Any Keras model.
+        model: keras.Model Keras model.
         template: A `ChatTemplate`, the name of a known one, Jinja, or `None` to take it away.
     """
     setattr(model, _ATTRIBUTE, None if template is None else get_template(template))
 
 
-def template_of(model: Any) -> ChatTemplate | None:
+def template_of(model: keras.Model) -> ChatTemplate | None:
     """Returns the chat template of a model: the one it was given, or that of its family.
 
     Args:
@@ -61,7 +63,7 @@ def template_of(model: Any) -> ChatTemplate | None:
     return None if tokenizer is None else template_for(tokenizer)
 
 
-def template_for(tokenizer: Any) -> ChatTemplate | None:
+def template_for(tokenizer: keras_hub.tokenizers.Tokenizer) -> ChatTemplate | None:
     """Returns the known template of a tokenizer's family, or `None` if it lacks its tokens."""
     for beginning, name in _FAMILIES:
         if type(tokenizer).__name__.startswith(beginning):
@@ -70,7 +72,7 @@ def template_for(tokenizer: Any) -> ChatTemplate | None:
     return None
 
 
-def _has(tokenizer: Any, token: str) -> bool:
+def _has(tokenizer: keras_hub.tokenizers.Tokenizer, token: str) -> bool:
     try:
         return bool(tokenizer.id_to_token(int(tokenizer.token_to_id(token))) == token)
     except (KeyError, ValueError, NotImplementedError):
@@ -173,7 +175,9 @@ class ChatEncoder:
             KerasHub does, between the start and the end token.
     """
 
-    def __init__(self, tokenizer: Any, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, tokenizer: keras_hub.tokenizers.Tokenizer, template: ChatTemplate | None
+    ) -> None:
         self._template = template
         names = (*TURN_TOKENS, *(template.names if template else ()))
         self._tokenizer: TextTokenizer = text_tokenizer(tokenizer, names)

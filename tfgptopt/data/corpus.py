@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import keras
+import keras_hub
 import tensorflow as tf
 
 from tfgptopt.data.encoding import special_id
@@ -42,7 +44,7 @@ class Corpus:
             was left, and are not part of the data. 0 for text.
     """
 
-    tokenizer: Any
+    tokenizer: keras_hub.tokenizers.Tokenizer
     training_files: list[TextFile]
     validation_files: list[TextFile]
     training_tokens: int
@@ -121,7 +123,7 @@ class Corpus:
 def load_corpus(
     sources: Any = None,
     *,
-    tokenizer: Any = None,
+    tokenizer: keras_hub.tokenizers.Tokenizer = None,
     chat_template: ChatTemplate | str | None = None,
     vocabulary_size: int = 4096,
     sequence_length: int = 128,
@@ -212,7 +214,7 @@ def _new_folder() -> tuple[tempfile.TemporaryDirectory[str], list[Path]]:
 def _from_records(
     records: Iterator[Record],
     origin: str,
-    tokenizer: Any,
+    tokenizer: keras_hub.tokenizers.Tokenizer,
     template: ChatTemplate | None,
     sequence_length: int,
     batch_size: int,
@@ -255,7 +257,7 @@ def _from_records(
 
 
 @contextlib.contextmanager
-def tokens_as_input(model: Any) -> Iterator[None]:
+def tokens_as_input(model: keras.Model) -> Iterator[None]:
     """Detaches the preprocessor of a KerasHub model, which expects text, and attaches it again.
 
     Args:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
+import keras_hub
 import numpy as np
 
 # Texts that a tokenizer gets at once: byte-pair and SentencePiece tokenizers share them out among
@@ -12,7 +12,9 @@ import numpy as np
 _TEXTS = 16
 
 
-def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
+def encode_texts(
+    tokenizer: keras_hub.tokenizers.Tokenizer, texts: Sequence[str]
+) -> list[np.ndarray]:
     """Returns the token ids of each text, those that `tokenizer(text)` gives.
 
     Args:
@@ -42,7 +44,9 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[np.ndarray]:
     return [row.astype(np.int32) for row in ids]
 
 
-def encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
+def encode_all(
+    tokenizer: keras_hub.tokenizers.Tokenizer, texts: Iterable[str]
+) -> Iterator[np.ndarray]:
     """Yields the token ids of texts one after the other, several made at once."""
     waiting: list[str] = []
     for text in texts:
@@ -54,7 +58,7 @@ def encode_all(tokenizer: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
         yield from encode_texts(tokenizer, waiting)
 
 
-def special_id(tokenizer: Any, name: str) -> int | None:
+def special_id(tokenizer: keras_hub.tokenizers.Tokenizer, name: str) -> int | None:
     """Returns the id of a special token (`"end"`, `"start"` or `"pad"`), or `None` without one."""
     found = getattr(tokenizer, f"{name}_token_id", None)
     return None if found is None else int(found)

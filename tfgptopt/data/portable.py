@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import keras_hub
 import numpy as np
@@ -36,7 +35,9 @@ class Portable:
         return Json(self.json or "", self.special_tokens)
 
 
-def portable(tokenizer: Any, special_tokens: Sequence[str] = ()) -> Portable:
+def portable(
+    tokenizer: keras_hub.tokenizers.Tokenizer, special_tokens: Sequence[str] = ()
+) -> Portable:
     """Returns what is left of a KerasHub tokenizer without KerasHub.
 
     Args:
@@ -61,7 +62,7 @@ def portable(tokenizer: Any, special_tokens: Sequence[str] = ()) -> Portable:
     )
 
 
-def _byte_pairs(tokenizer: Any) -> tokenizers.Tokenizer:
+def _byte_pairs(tokenizer: keras_hub.tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Returns the tokenizer that KerasHub makes of a vocabulary and merges."""
     merges = [merge.split(" ") for merge in map(str, tokenizer.merges) if "#version:" not in merge]
     rebuilt = tokenizers.Tokenizer(
@@ -92,7 +93,9 @@ class AnyTokenizer:
 
     prefixed = False
 
-    def __init__(self, tokenizer: Any, special_tokens: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: keras_hub.tokenizers.Tokenizer, special_tokens: Sequence[str] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self.size: int = tokenizer.vocabulary_size()
         known = {name: self.token_to_id(name) for name in special_tokens}
@@ -120,7 +123,9 @@ class AnyTokenizer:
         return False
 
 
-def text_tokenizer(tokenizer: Any, special_tokens: Sequence[str] = ()) -> TextTokenizer:
+def text_tokenizer(
+    tokenizer: keras_hub.tokenizers.Tokenizer, special_tokens: Sequence[str] = ()
+) -> TextTokenizer:
     """Returns any KerasHub tokenizer in the shape of the runtime's; see `portable`."""
     kinds = (
         keras_hub.tokenizers.SentencePieceTokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras_hub
 import numpy as np
 import tensorflow as tf
 
@@ -22,7 +23,9 @@ def is_text(data: Any) -> bool:
     return isinstance(data, np.ndarray) and data.dtype.kind in "USO"
 
 
-def as_tokens(data: Any, preprocessor: Any, batch_size: int | None) -> tf.data.Dataset:
+def as_tokens(
+    data: Any, preprocessor: keras_hub.models.CausalLMPreprocessor | None, batch_size: int | None
+) -> tf.data.Dataset:
     """Returns text as batches of `(inputs, labels, sample_weight)`.
 
     Args:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
+import keras_hub
 import numpy as np
 import tensorflow as tf
 
@@ -17,7 +17,9 @@ from tfgptopt.data.files import BadBytes, TextFile, read_pieces
 _SHUFFLED = 1 << 16
 
 
-def _tokens(files: Sequence[TextFile], tokenizer: Any, bad: BadBytes) -> Iterator[np.ndarray]:
+def _tokens(
+    files: Sequence[TextFile], tokenizer: keras_hub.tokenizers.Tokenizer, bad: BadBytes
+) -> Iterator[np.ndarray]:
     """Yields the tokens of files, each file closed by the end token where there is one."""
     end = special_id(tokenizer, "end")
     closing = np.asarray([] if end is None else [end], np.int32)
@@ -86,7 +88,7 @@ class WindowWriter:
 
 def write_windows(
     files: Sequence[TextFile],
-    tokenizer: Any,
+    tokenizer: keras_hub.tokenizers.Tokenizer,
     sequence_length: int,
     path: Path,
 ) -> tuple[int, int]:

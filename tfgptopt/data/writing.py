@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
+import keras_hub
 import numpy as np
 
 from tfgptopt.data.chats import ChatEncoder, template_for
@@ -20,7 +20,7 @@ _AT_ONCE = 64
 
 def write_records(
     records: Iterable[Record],
-    tokenizer: Any,
+    tokenizer: keras_hub.tokenizers.Tokenizer,
     template: ChatTemplate | None,
     training: WindowWriter,
     validation: WindowWriter,
@@ -64,7 +64,9 @@ def _part(i: int, validation_share: float) -> int:
 
 
 def _encoded(
-    records: Iterator[Record], tokenizer: Any, template: ChatTemplate | None
+    records: Iterator[Record],
+    tokenizer: keras_hub.tokenizers.Tokenizer,
+    template: ChatTemplate | None,
 ) -> Iterator[tuple[Record, Iterable[np.ndarray]]]:
     """Yields records with their tokens."""
     first = next(records, None)

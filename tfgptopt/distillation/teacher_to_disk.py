@@ -173,14 +173,14 @@ def _check_corpus(recording: Recording, data: tf.data.Dataset) -> None:
         raise _other_corpus(Path(recording.path))
 
 
-def _write_rows(folder: Path, header: dict[str, Any], teacher: Any, data: Any) -> int:
+def _write_rows(folder: Path, header: dict[str, Any], teacher: keras.Model, data: Any) -> int:
     """Appends the rows that are missing, and returns how many there are then."""
     layout = row_type(header["tokens"], header["top_k"], header["vocabulary_size"])
     path = folder / ROWS
     done = path.stat().st_size // layout.itemsize if path.is_file() else 0
 
     @tf.function(reduce_retracing=True)
-    def say(inputs: Any) -> Any:
+    def say(inputs: tf.Tensor) -> Any:
         logits = teacher(inputs, training=False)
         return tf.math.top_k(log_softmax(logits, header["temperature"]), header["top_k"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +17,11 @@ from tfgptopt.data.corpus import Corpus, tokens_as_input
 from tfgptopt.decoder import check_readable
 from tfgptopt.distillation import Distiller
 from tfgptopt.distillation.technique import Distill
-from tfgptopt.evaluation import Result, evaluate
+from tfgptopt.evaluation import evaluate
 from tfgptopt.evaluation.bigram import bigram_loss
 from tfgptopt.exporting import export
 from tfgptopt.file.replacing import check_target, replacing
+from tfgptopt.job.outcome import Curve, Outcome, write_results
 from tfgptopt.job.reporting import write_report
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import clone
@@ -38,35 +38,8 @@ from tfgptopt.training.planning import Training, compile_model, optimizer_for
 # Of training windows, for scores that read data.
 _CALIBRATION_BATCHES = 16
 
-Curve = list[tuple[int, float, float]]
 
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What a job made.
-
-    Attributes:
-        results: Measurements, dense and optimized, Keras and TFLite; between them the stages.
-        curves: Names of runs to lists of `(step, loss, sparsity)`.
-        sparsity: Path of each pruned weight to its share of zeros.
-        bigram_loss: Held-out loss of a bigram model, in nats per token.
-        recipe: What was applied.
-        strategy: The strategy that was used, in words.
-        corpus: The text.
-        sample: Continuation of a prompt by the exported file.
-    """
-
-    results: list[Result]
-    curves: dict[str, Curve]
-    sparsity: dict[str, float]
-    bigram_loss: float
-    recipe: Recipe
-    strategy: str
-    corpus: Corpus
-    sample: str
-
-
-def check_causal_lm(model: Any) -> None:
+def check_causal_lm(model: keras.Model) -> None:
     """Raises early if a model cannot be exported with a KV cache.
 
     Raises:
@@ -91,7 +64,7 @@ def add_adapters(model: keras.Model, training: Training) -> None:
         compile_model(model, training)
 
 
-def check_fit(model: Any, corpus: Corpus) -> None:
+def check_fit(model: keras.Model, corpus: Corpus) -> None:
     """Raises early if a model cannot be trained on a corpus and exported.
 
     Raises:
@@ -112,7 +85,7 @@ def check_fit(model: Any, corpus: Corpus) -> None:
         )
 
 
-def check_recipe(model: Any, corpus: Corpus, recipe: Recipe) -> Any:
+def check_recipe(model: keras.Model, corpus: Corpus, recipe: Recipe) -> Any:
     """Raises early if a recipe cannot be applied, before anything is trained.
 
     What comes behind a budget is checked on the model as it is: its shape is found on data.
@@ -186,7 +159,7 @@ def _train(
     return progress.history
 
 
-def _clone_with(model: Any, weights: Sequence[Any]) -> Any:
+def _clone_with(model: keras.Model, weights: Sequence[Any]) -> Any:
     """Returns a plain copy of a causal LM with other weights."""
     copy = clone(model)
     copy.set_weights(weights)
@@ -207,7 +180,7 @@ class _Job:
         stages: Names to copies of the model after each stage before the last, with float weights.
     """
 
-    model: Any
+    model: keras.Model
     corpus: Corpus
     training: Training
     console: Console
@@ -215,7 +188,9 @@ class _Job:
     curves: dict[str, Curve] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
 
-    def train(self, name: str, model: Any, steps: int, callbacks: Sequence[Any] = ()) -> None:
+    def train(
+        self, name: str, model: keras.Model, steps: int, callbacks: Sequence[Any] = ()
+    ) -> None:
         """Trains a model, and keeps the curve."""
         curve = _train(model, self.corpus.train, steps, name, self.console, callbacks)
         self.curves[name] = curve
@@ -236,7 +211,7 @@ class _Job:
             check_fit(self.model, self.corpus)
             self.keep("shrunk")
 
-    def distiller(self, teacher: Any, stage: Distill, steps: int) -> Distiller:
+    def distiller(self, teacher: keras.Model, stage: Distill, steps: int) -> Distiller:
         """Returns a distiller of the model, compiled for so many steps."""
         with strategy_scope(self.model):
             distiller = Distiller(self.model, teacher, stage.losses)
@@ -244,7 +219,7 @@ class _Job:
             distiller.compile(optimizer=optimizer_for(training), weighted_metrics=[])
         return distiller
 
-    def run_stages(self, recipe: Recipe, teacher: Any) -> Any:
+    def run_stages(self, recipe: Recipe, teacher: keras.Model) -> Any:
         """Shrinks and distills, and returns what is trained from then on."""
         trained, steps = None, self.training.steps
         for stage in recipe.techniques:
@@ -263,7 +238,7 @@ class _Job:
 
 
 def optimize(
-    model: Any,
+    model: keras.Model,
     corpus: Corpus,
     recipe: Recipe,
     training: Training,
@@ -368,33 +343,6 @@ def _sample(path: Path, corpus: Corpus) -> str:
     text: str = lm.detokenize(inputs["token_ids"][0, :12])
     continued: str = lm.generate(text or "\n", sampler="top_k", seed=0)
     return continued
-
-
-def write_results(outcome: Outcome, path: Path) -> None:
-    """Writes the numbers of a job as JSON."""
-    rows = [
-        {
-            "name": result.name,
-            "parameters": result.size.parameters,
-            "nonzero_share": result.size.nonzero_share,
-            "file_bytes": result.size.file_bytes,
-            "gzip_bytes": result.size.gzip_bytes,
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "first_token_ms": result.speed.first_token_ms,
-            "tokens_per_second": result.speed.tokens_per_second,
-        }
-        for result in outcome.results
-    ]
-    data = {
-        "results": rows,
-        "bigram_loss": outcome.bigram_loss,
-        "sparsity": outcome.sparsity,
-        "recipe": outcome.recipe.to_config(),
-        "strategy": outcome.strategy,
-        "curves": outcome.curves,
-    }
-    path.write_text(json.dumps(data, indent=1), "utf-8")
 
 
 def small_gpt(corpus: Corpus, **shape: int) -> keras_hub.models.GPT2CausalLM:

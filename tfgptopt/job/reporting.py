@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import yaml
@@ -17,11 +17,9 @@ from rich.table import Table
 
 import tfgptopt
 from tfgptopt.evaluation import Result, perplexity
+from tfgptopt.job.outcome import Outcome
 from tfgptopt.pruning.schedules import Timeline
 from tfgptopt.recipe import Prune
-
-if TYPE_CHECKING:
-    from tfgptopt.job.optimizing import Outcome
 
 _COLORS = ("#8a8f98", "#3566c9", "#d9762b", "#2b9b6c")
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
+import tensorflow as tf
 from rich.progress import track
 
 from tfgptopt.calibration.batches import batches_of
@@ -142,7 +143,7 @@ def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any
         return
     seen = [0]
 
-    def count(target: Target, rows: Any) -> None:
+    def count(target: Target, rows: tf.Tensor) -> None:
         seen[0] += int(rows.shape[0])
 
     batches = batches_of(data)

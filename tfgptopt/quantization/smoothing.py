@@ -66,7 +66,7 @@ def _divide_outputs(target: Target, factors: np.ndarray) -> None:
         bias.assign(keras.ops.convert_to_numpy(bias) / factors.reshape(bias.shape))
 
 
-def _gain(norm: Any) -> Any:
+def _gain(norm: keras.Layer) -> Any:
     """Returns the factors of a normalization, a variable, or `None`."""
     for name in ("gamma", "scale"):
         variable = getattr(norm, name, None)
@@ -75,7 +75,7 @@ def _gain(norm: Any) -> Any:
     return None
 
 
-def _divide_norm(norm: Any, factors: np.ndarray) -> None:
+def _divide_norm(norm: keras.Layer, factors: np.ndarray) -> None:
     variable, offset = _gain(norm), _offset(norm)
     values = keras.ops.convert_to_numpy(variable)
     variable.assign((values + offset) / factors - offset)
@@ -84,7 +84,7 @@ def _divide_norm(norm: Any, factors: np.ndarray) -> None:
         beta.assign(keras.ops.convert_to_numpy(beta) / factors)
 
 
-def _offset(norm: Any) -> float:
+def _offset(norm: keras.Layer) -> float:
     """Returns what a normalization adds to its factors: 1 in Gemma, else 0."""
     variable = _gain(norm)
     values = keras.ops.convert_to_numpy(variable)
@@ -164,33 +164,33 @@ def _touched(pair: Pair) -> Iterator[Any]:
         yield pair.producer.beta
 
 
-def find_pairs(model: keras.Layer, targets: list[Target], batch: Any) -> list[Pair]:
+def find_pairs(model: keras.Layer, chosen: list[Target], batch: Any) -> list[Pair]:
     """Returns where the scale of features can be moved in a model.
 
     Args:
         model: A built Keras 3 model.
-        targets: Kernels whose inputs may be scaled.
+        chosen: Kernels whose inputs may be scaled.
         batch: Inputs of the model.
 
     Returns:
         Pairs that leave what the model computes as it is, each of which was tried.
     """
-    targets = [t for t in targets if not getattr(t.layer, "lora_enabled", False)]
+    chosen = [t for t in chosen if not getattr(t.layer, "lora_enabled", False)]
     probe = _Probe(model, batch)
-    norms = _norm_pairs(model, targets, batch)
+    norms = _norm_pairs(model, chosen, batch)
     kept = norms if probe.holds(norms) else [pair for pair in norms if probe.holds([pair])]
-    return kept + _product_pairs(model, targets, probe)
+    return kept + _product_pairs(model, chosen, probe)
 
 
-def _norm_pairs(model: keras.Layer, targets: list[Target], batch: Any) -> list[Pair]:
+def _norm_pairs(model: keras.Layer, chosen: list[Target], batch: Any) -> list[Pair]:
     """Returns normalizations with the kernels that read what they give."""
-    by_layer = {id(target.layer): target for target in targets}
+    by_layer = {id(target.layer): target for target in chosen}
     norms = [
         layer
         for layer in model._flatten_layers()
         if "norm" in type(layer).__name__.lower() and _gain(layer) is not None
     ]
-    calls = recorded_calls(model, [*norms, *(t.layer for t in targets)], _short(batch))
+    calls = recorded_calls(model, [*norms, *(t.layer for t in chosen)], _short(batch))
     made = [(layer, result) for layer, _, result in calls if id(layer) not in by_layer]
     times = [layer for layer, _ in made]
     pairs = []
@@ -204,11 +204,11 @@ def _norm_pairs(model: keras.Layer, targets: list[Target], batch: Any) -> list[P
     return pairs
 
 
-def _product_pairs(model: keras.Layer, targets: list[Target], probe: _Probe) -> list[Pair]:
+def _product_pairs(model: keras.Layer, chosen: list[Target], probe: _Probe) -> list[Pair]:
     """Returns products with the one that reads what they give, through a linear function."""
     found: list[Pair] = []
     known: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
-    for block in targets_by_block(model, targets):
+    for block in targets_by_block(model, chosen):
         shape = tuple((t.matrix_shape, type(t.layer).__name__) for t in block)
         pairs = {
             (i, j): _product_pair(block[i], block[j])

@@ -9,7 +9,7 @@ import keras
 from tfgptopt.families import Layout, follow, known_families, layout_of
 
 
-def family_of(model: Any) -> Layout:
+def family_of(model: keras.Model) -> Layout:
     """Returns how a model is laid out.
 
     Raises:
@@ -32,7 +32,7 @@ def family_of(model: Any) -> Layout:
     return layout
 
 
-def period_of(model: Any) -> int:
+def period_of(model: keras.Model) -> int:
     """Returns after how many blocks their kinds repeat: these can only go together."""
     backbone = getattr(model, "backbone", model)
     # Gemma 2 takes turns between a window and the whole text.
@@ -40,6 +40,6 @@ def period_of(model: Any) -> int:
     return 2 if alternates else 1
 
 
-def positions_of(layout: Layout, backbone: Any) -> Any:
+def positions_of(layout: Layout, backbone: keras.Model) -> Any:
     """Returns the layer of the position table, or `None`."""
     return None if layout.positions is None else follow(backbone, layout.positions)

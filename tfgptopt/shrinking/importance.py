@@ -99,7 +99,7 @@ def _kept(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Watcher:
     """Sums what goes through the layers of a model, real tokens only."""
 
-    def __init__(self, family: Layout, backbone: Any) -> None:
+    def __init__(self, family: Layout, backbone: keras.Model) -> None:
         self.family, self.backbone = family, backbone
         self.blocks = blocks_of(backbone)
         self.cosines = np.zeros(len(self.blocks))
@@ -129,7 +129,7 @@ class _Watcher:
     def wrap(self, layer: keras.Layer) -> Any:
         call, key = layer.call, id(layer)
 
-        def watched(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def watched(inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
             result = call(inputs, *args, **kwargs)
             x = tf.cast(inputs, tf.float32)
             if key in self._seen:
@@ -149,7 +149,7 @@ class _Watcher:
         return watched
 
 
-def _kernel(layer: Any) -> np.ndarray:
+def _kernel(layer: keras.Layer) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(layer._kernel), np.float64)
 
 
@@ -200,7 +200,7 @@ def _share(squares: np.ndarray) -> np.ndarray:
     return sizes / max(sizes.sum(), 1e-30)
 
 
-def read_data(model: Any, data: Any) -> list[dict[str, Any]]:
+def read_data(model: keras.Model, data: Any) -> list[dict[str, Any]]:
     """Returns calibration data as batches of `token_ids` and `padding_mask`.
 
     Raises:
@@ -227,7 +227,7 @@ def read_data(model: Any, data: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _check_tokens(backbone: Any, tokens: tf.Tensor) -> None:
+def _check_tokens(backbone: keras.Model, tokens: tf.Tensor) -> None:
     if not tokens.dtype.is_integer or tokens.shape.rank != 2:
         raise ValueError(
             "Calibration data needs token ids as ints of shape (batch, tokens). Received: "
@@ -248,7 +248,7 @@ def _check_tokens(backbone: Any, tokens: tf.Tensor) -> None:
         )
 
 
-def next_token_loss(model: Any, batches: list[Any]) -> float:
+def next_token_loss(model: keras.Model, batches: list[Any]) -> float:
     """Returns the mean loss of a causal LM for each next token of batches, in nats.
 
     Raises:
@@ -269,10 +269,10 @@ def next_token_loss(model: Any, batches: list[Any]) -> float:
     return float(sums[0] / sums[1])
 
 
-def _loss_when_skipped(model: Any, blocks: list[Any], batches: list[Any]) -> np.ndarray:
+def _loss_when_skipped(model: keras.Model, blocks: list[Any], batches: list[Any]) -> np.ndarray:
     """Returns for each block the loss without it."""
 
-    def skip(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def skip(inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
         return inputs
 
     losses = []
@@ -282,7 +282,7 @@ def _loss_when_skipped(model: Any, blocks: list[Any], batches: list[Any]) -> np.
     return np.array(losses)
 
 
-def importance(model: Any, data: Any, depth_score: str = "influence") -> Importance:
+def importance(model: keras.Model, data: Any, depth_score: str = "influence") -> Importance:
     """Measures how much each part of a model does on given data.
 
     Heads, neurons and features count by the size of what they add, which is that of their

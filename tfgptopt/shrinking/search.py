@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 from tfgptopt.shrinking.families import family_of, period_of
@@ -24,7 +25,7 @@ _NEW_TOKENS = 48
 Make = Callable[[Any, Shape, Importance], Any]
 
 
-def _smaller_heads(model: Any) -> list[Shape]:
+def _smaller_heads(model: keras.Model) -> list[Shape]:
     """Returns the model's shape with fewer heads, and less width where they go together."""
     family, old = family_of(model), shape_of(model)
     groups = range(max(1, old.kv_heads // 2), old.kv_heads + 1)
@@ -40,7 +41,7 @@ def _smaller_heads(model: Any) -> list[Shape]:
     return found
 
 
-def _fitting(model: Any, most: float) -> list[Shape]:
+def _fitting(model: keras.Model, most: float) -> list[Shape]:
     """Returns shapes with at most so many weights, as many neurons as fit in each."""
     old = shape_of(model)
     period = period_of(model)
@@ -79,7 +80,7 @@ def _promise(found: Importance, shape: Shape) -> float:
 
 
 def _of_parameters(
-    model: Any, found: Importance, batches: list[Any], share: float, make: Make
+    model: keras.Model, found: Importance, batches: list[Any], share: float, make: Make
 ) -> Any:
     """Returns the model with the lowest loss among those with so many weights."""
     most = share * count_parameters(model, shape_of(model))
@@ -99,7 +100,7 @@ def _of_parameters(
     return models[int(np.argmin(losses))]
 
 
-def _relative_time(model: Any, small: Any, batches: list[Any]) -> float:
+def _relative_time(model: keras.Model, small: keras.Model, batches: list[Any]) -> float:
     """Returns the time per generated token of a file, over that of another, side by side."""
     from tfgptopt.evaluation.speed import compare_speed
     from tfgptopt.exporting import TFLite, export
@@ -119,7 +120,9 @@ def _relative_time(model: Any, small: Any, batches: list[Any]) -> float:
     return speeds["large"].tokens_per_second / speeds["small"].tokens_per_second
 
 
-def search(model: Any, found: Importance, data: Any, budget: str, share: float, make: Make) -> Any:
+def search(
+    model: keras.Model, found: Importance, data: Any, budget: str, share: float, make: Make
+) -> Any:
     """Returns a smaller model for a budget.
 
     Args:

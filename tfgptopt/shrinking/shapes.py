@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import keras
+
 from tfgptopt.families import Layout, blocks_of, follow
 from tfgptopt.model.cloning import backbone_config
 from tfgptopt.shrinking.families import family_of, period_of, positions_of
@@ -47,7 +49,7 @@ class Shape:
         )
 
 
-def shape_of(model: Any) -> Shape:
+def shape_of(model: keras.Model) -> Shape:
     """Returns the shape of a model of KerasHub.
 
     Raises:
@@ -70,7 +72,7 @@ def shape_of(model: Any) -> Shape:
     )
 
 
-def config_with(model: Any, shape: Shape) -> dict[str, Any]:
+def config_with(model: keras.Model, shape: Shape) -> dict[str, Any]:
     """Returns the configuration of a model's backbone with another shape."""
     family, backbone = family_of(model), getattr(model, "backbone", model)
     config = backbone_config(backbone)
@@ -143,7 +145,7 @@ def _absolute(name: str, wanted: Any, there: int, multiple: int = 1) -> int:
     return found
 
 
-def resolve(model: Any, **wanted: Any) -> Shape:
+def resolve(model: keras.Model, **wanted: Any) -> Shape:
     """Returns the shape that was asked for, completed where a family leaves no choice.
 
     Args:
@@ -234,7 +236,7 @@ def _with_heads(family: Layout, old: Shape, new: Shape, wanted: Any, name: str) 
     return replace(new, width=width, heads=heads, kv_heads=kv_heads)
 
 
-def count_parameters(model: Any, shape: Shape) -> int:
+def count_parameters(model: keras.Model, shape: Shape) -> int:
     """Returns how many weights a model would have with another shape."""
     family, backbone = family_of(model), getattr(model, "backbone", model)
     block = blocks_of(backbone)[0]
@@ -264,5 +266,5 @@ def count_parameters(model: Any, shape: Shape) -> int:
     return shape.depth * (each + others) + table + positions + final
 
 
-def _bias(layer: Any) -> Any:
+def _bias(layer: keras.Layer) -> Any:
     return getattr(layer, "bias", None)

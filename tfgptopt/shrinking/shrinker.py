@@ -23,7 +23,7 @@ from tfgptopt.shrinking.vocabularies import choose_tokens, shrink_preprocessor, 
 _MEASURED = ("depth", "heads", "kv_heads", "feedforward", "width", "vocabulary")
 
 
-def _check_model(model: Any) -> None:
+def _check_model(model: keras.Model) -> None:
     family_of(model)
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: {model!r}")
@@ -42,7 +42,7 @@ def _check_model(model: Any) -> None:
 
 
 def shrink(
-    model: Any,
+    model: keras.Model,
     depth: int | float | None = None,
     heads: int | float | None = None,
     kv_heads: int | float | None = None,
@@ -126,14 +126,14 @@ def shrink(
     return small
 
 
-def _importance_for(model: Any, request: Shrink, calibration: Any) -> Importance | None:
+def _importance_for(model: keras.Model, request: Shrink, calibration: Any) -> Importance | None:
     """Returns the importance of a model's parts, or `None` if nothing goes that depends on it."""
     if not any(name in _MEASURED for name in request.cuts()):
         return None
     return importance(model, calibration, request.depth_score)
 
 
-def prepare(model: Any, request: Shrink) -> Any:
+def prepare(model: keras.Model, request: Shrink) -> Any:
     """Returns a model of the shape that is asked for, with random weights, for `fill`.
 
     Args:
@@ -150,7 +150,7 @@ def prepare(model: Any, request: Shrink) -> Any:
         return with_backbone(model, build(model, shape), preprocessor)
 
 
-def fill(model: Any, small: Any, request: Shrink, calibration: Any) -> None:
+def fill(model: keras.Model, small: keras.Model, request: Shrink, calibration: Any) -> None:
     """Copies the most important parts of a model into one that `prepare` returned.
 
     Args:
@@ -169,7 +169,7 @@ def fill(model: Any, small: Any, request: Shrink, calibration: Any) -> None:
     record(small, *history_of(model), request)
 
 
-def shrink_to(model: Any, shape: Shape, found: Importance | None) -> Any:
+def shrink_to(model: keras.Model, shape: Shape, found: Importance | None) -> Any:
     """Returns a new model of a given shape, made of the most important parts.
 
     Args:

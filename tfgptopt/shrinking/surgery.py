@@ -54,7 +54,7 @@ def _best_heads(scores: np.ndarray, groups: Indices, old: Shape, new: Shape) -> 
 
 
 def choose(
-    model: Any, shape: Shape, found: Importance | None, vocabulary: Indices | None = None
+    model: keras.Model, shape: Shape, found: Importance | None, vocabulary: Indices | None = None
 ) -> Cut:
     """Returns which parts of a model stay for a smaller shape.
 
@@ -92,7 +92,7 @@ def choose(
     )
 
 
-def _values(variable: Any) -> np.ndarray:
+def _values(variable: keras.Variable) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(variable)).astype(np.float32)
 
 
@@ -117,7 +117,7 @@ class _Surgeon:
         found = getattr(self.cut, axis)
         return found[layer] if isinstance(found, list) else found
 
-    def _take(self, variable: Any, axes: tuple[str, ...], layer: int = 0) -> np.ndarray:
+    def _take(self, variable: keras.Variable, axes: tuple[str, ...], layer: int = 0) -> np.ndarray:
         values = _values(variable)
         for i, axis in enumerate(axes):
             indices = self._indices(axis, layer)
@@ -125,7 +125,7 @@ class _Surgeon:
                 values = values.take(indices, axis=i)
         return values
 
-    def _left(self, norm: Any) -> float:
+    def _left(self, norm: keras.Layer) -> float:
         """Returns the root of the share of energy in front of a norm that its features keep."""
         if self.found is None or self.after.width == self.before.width:
             return 1.0
@@ -201,13 +201,13 @@ class _Surgeon:
             target.position_embeddings.assign(table[: self.after.context] * self.scale)
 
 
-def build(model: Any, shape: Shape) -> Any:
+def build(model: keras.Model, shape: Shape) -> Any:
     """Returns a backbone of the class of a model's, of another shape, with random weights."""
     backbone = getattr(model, "backbone", model)
     return type(backbone).from_config(config_with(model, shape))
 
 
-def operate(model: Any, small: Any, cut: Cut, found: Importance | None) -> None:
+def operate(model: keras.Model, small: keras.Model, cut: Cut, found: Importance | None) -> None:
     """Copies what stays of a model into a smaller one.
 
     Args:

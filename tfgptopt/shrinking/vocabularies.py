@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import keras
 import keras_hub
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
@@ -15,7 +16,7 @@ _SCHEMA: Any = sentencepiece_model_pb2  # Its classes are made at run time.
 Split = Callable[[str], tuple[str, str] | None]
 
 
-def tokenizer_of(model: Any) -> Any:
+def tokenizer_of(model: keras.Model) -> Any:
     """Returns the tokenizer of a model, of a kind that can be rewritten.
 
     Raises:
@@ -31,12 +32,12 @@ def tokenizer_of(model: Any) -> Any:
     return tokenizer
 
 
-def _merges(tokenizer: Any) -> list[tuple[str, str]]:
+def _merges(tokenizer: keras_hub.tokenizers.Tokenizer) -> list[tuple[str, str]]:
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in tokenizer.merges)
     return [(left, right) for left, right in pairs]
 
 
-def _of_byte_pairs(tokenizer: Any) -> tuple[set[str], Split]:
+def _of_byte_pairs(tokenizer: keras_hub.tokenizers.Tokenizer) -> tuple[set[str], Split]:
     """Returns the tokens that have to stay, and how each other one is merged."""
     first: dict[str, tuple[str, str]] = {}
     for left, right in _merges(tokenizer):
@@ -45,13 +46,13 @@ def _of_byte_pairs(tokenizer: Any) -> tuple[set[str], Split]:
     return {token for token in tokenizer.vocabulary if token not in first}, first.get
 
 
-def _proto(tokenizer: Any) -> Any:
+def _proto(tokenizer: keras_hub.tokenizers.Tokenizer) -> Any:
     proto = _SCHEMA.ModelProto()
     proto.ParseFromString(tokenizer.proto)
     return proto
 
 
-def _of_pieces(tokenizer: Any) -> tuple[set[str], Split]:
+def _of_pieces(tokenizer: keras_hub.tokenizers.Tokenizer) -> tuple[set[str], Split]:
     """Returns the same for a SentencePiece model."""
     proto, kinds = _proto(tokenizer), _SCHEMA.ModelProto.SentencePiece
     fixed = {p.piece for p in proto.pieces if p.type != kinds.NORMAL}
@@ -81,7 +82,9 @@ def _with_parts(token: str, split: Split, kept: set[str]) -> set[str]:
     return needed
 
 
-def choose_tokens(tokenizer: Any, counts: np.ndarray, size: int) -> np.ndarray:
+def choose_tokens(
+    tokenizer: keras_hub.tokenizers.Tokenizer, counts: np.ndarray, size: int
+) -> np.ndarray:
     """Returns which tokens stay: those used most, and what they are merged from.
 
     Args:
@@ -122,7 +125,7 @@ def choose_tokens(tokenizer: Any, counts: np.ndarray, size: int) -> np.ndarray:
     return np.asarray([*chosen, *spare])
 
 
-def _rewritten(tokenizer: Any, kept: Iterable[int]) -> Any:
+def _rewritten(tokenizer: keras_hub.tokenizers.Tokenizer, kept: Iterable[int]) -> Any:
     """Returns a tokenizer of the same class with some of its tokens."""
     new = type(tokenizer).from_config(tokenizer.get_config())
     if isinstance(tokenizer, keras_hub.tokenizers.BytePairTokenizer):
@@ -150,7 +153,9 @@ def _rewritten(tokenizer: Any, kept: Iterable[int]) -> Any:
     return new
 
 
-def shrink_preprocessor(preprocessor: Any, tokens: Any, context: int | None) -> Any:
+def shrink_preprocessor(
+    preprocessor: keras_hub.models.CausalLMPreprocessor | None, tokens: Any, context: int | None
+) -> Any:
     """Returns a preprocessor for fewer tokens or positions; the same one if nothing changes.
 
     Args:
