@@ -10,6 +10,7 @@ from tfgptopt.callbacks.progress import TrainingProgress
 from tfgptopt.callbacks.pruning import Pruning
 from tfgptopt.callbacks.quantization import QuantizationAwareTraining
 
+from tfgptopt.model.types import Data
 from tfgptopt.pruning.technique import Prune
 from tfgptopt.quantization.technique import QuantizeAware
 from tfgptopt.recipe import Recipe
@@ -41,7 +42,7 @@ def register_callback(technique_class: type[Any], make: Maker) -> None:
     _MAKERS[technique_class] = make
 
 
-def from_recipe(recipe: Recipe, calibration: Any = None) -> list[keras.callbacks.Callback]:
+def from_recipe(recipe: Recipe, calibration: Data = None) -> list[keras.callbacks.Callback]:
     """Returns the callbacks that carry out a recipe in `fit`.
 
     Args:

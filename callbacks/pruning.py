@@ -8,6 +8,7 @@ from typing import Any, cast
 import keras
 
 from tfgptopt.model.targets import Selector
+from tfgptopt.model.types import Data
 from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import Pattern, Unstructured
 from tfgptopt.pruning.pruner import Pruner
@@ -88,7 +89,7 @@ class Pruning(keras.callbacks.Callback):
         self._epoch_start = 0
 
     @classmethod
-    def of(cls, technique: Prune, calibration: Any = None) -> Pruning:
+    def of(cls, technique: Prune, calibration: Data = None) -> Pruning:
         """Returns the callback that carries out a technique.
 
         Args:

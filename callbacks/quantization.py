@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
@@ -12,6 +11,7 @@ from tfgptopt.model.changing import changing
 from tfgptopt.model.current import full_precision, has_adapters
 from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Selector, Target
+from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, quantizers
 from tfgptopt.quantization.aware import hold_scales, quantize_aware
 from tfgptopt.quantization.bit_allocation import BitAllocation
@@ -70,7 +70,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._frozen = False
 
     @classmethod
-    def of(cls, technique: QuantizeAware, calibration: Any = None) -> QuantizationAwareTraining:
+    def of(cls, technique: QuantizeAware, calibration: Data = None) -> QuantizationAwareTraining:
         """Returns the callback that carries out a technique, which needs no calibration data."""
         return cls(technique.spec, technique.targets, technique.start_step, technique.freeze_step)
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.model.types import Data
 
-def batches_of(data: Any) -> list[Any]:
+
+def batches_of(data: Data) -> list[Any]:
     """Returns the inputs of each batch of a dataset, without labels and weights.
 
     Args:

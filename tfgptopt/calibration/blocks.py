@@ -20,6 +20,7 @@ from tfgptopt.calibration.watching import (
 )
 from tfgptopt.model.overriding import overriding
 from tfgptopt.model.targets import Target
+from tfgptopt.model.types import Data
 
 # Lets an observer see what goes into some targets, on all data.
 Run = Callable[[Observer], None]
@@ -65,7 +66,7 @@ class _Recorder:
 
         return recorded
 
-    def run(self, model: keras.Layer, batch: Any) -> _Recorder:
+    def run(self, model: keras.Layer, batch: Data) -> _Recorder:
         overrides = [(block, "call", self._wrap(block)) for block in self._blocks]
         with overriding(overrides), suppress(Enough):
             call_on(model, batch)
@@ -86,7 +87,7 @@ class _Recorder:
 
 
 def recorded_calls(
-    model: keras.Layer, layers: list[keras.Layer], batch: Any
+    model: keras.Layer, layers: list[keras.Layer], batch: Data
 ) -> list[tuple[keras.Layer, tuple[Any, ...], Any]]:
     """Runs a model on one batch, and returns the calls of some of its layers in their order.
 
@@ -108,7 +109,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def block_by_block(
-    model: keras.Layer, chosen: list[Target], data: Any
+    model: keras.Layer, chosen: list[Target], data: Data
 ) -> Iterator[tuple[list[Target], Run]]:
     """Goes through the blocks of a model in the order of their calls.
 

@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfgptopt.calibration.batches import batches_of
 from tfgptopt.model.overriding import overriding
 from tfgptopt.model.targets import Target
+from tfgptopt.model.types import Data
 
 # Receives a target and the rows that its matrix multiplies, float32 `(rows, inputs)`.
 Observer = Callable[[Target, tf.Tensor], None]
@@ -88,7 +89,7 @@ def watching(chosen: list[Target], observe: Observer) -> Iterator[None]:
         yield
 
 
-def observe_all(model: keras.Layer, chosen: list[Target], data: Any, observe: Observer) -> None:
+def observe_all(model: keras.Layer, chosen: list[Target], data: Data, observe: Observer) -> None:
     """Shows an observer what goes into all targets, in one pass over data.
 
     Args:
@@ -106,7 +107,7 @@ def observe_all(model: keras.Layer, chosen: list[Target], data: Any, observe: Ob
             call_on(model, batch)
 
 
-def call_on(model: keras.Layer, batch: Any) -> Any:
+def call_on(model: keras.Layer, batch: Data) -> Any:
     """Calls a model on calibration data.
 
     Raises:
@@ -124,7 +125,7 @@ def call_on(model: keras.Layer, batch: Any) -> Any:
         ) from error
 
 
-def without_padding(observe: Observer, batch: Any) -> Observer:
+def without_padding(observe: Observer, batch: Data) -> Observer:
     """Returns an observer that is not shown the rows of padding tokens."""
     mask = batch.get("padding_mask") if isinstance(batch, dict) else None
     if mask is None or np.asarray(mask).all():

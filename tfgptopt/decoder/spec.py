@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+
+from tfgptopt.model.types import Config
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
@@ -253,7 +255,7 @@ class DecoderSpec:
     """
 
     family: str
-    config: dict[str, Any]
+    config: Config
     token_embedding: Matrix
     blocks: tuple[Block, ...]
     final_norm: Norm

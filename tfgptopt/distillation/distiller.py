@@ -24,6 +24,7 @@ from tfgptopt.distillation.views import Lesson, View, look
 from tfgptopt.distillation.wiring import Wiring
 from tfgptopt.model import masks
 from tfgptopt.model.history import record
+from tfgptopt.model.types import Config, Data
 
 _NOT_SAVED = (
     "A Distiller is not saved as a whole. Save `distiller.student`; to resume training, use "
@@ -185,7 +186,7 @@ class Distiller(keras.Model):
         hidden = self._wiring.watched(HiddenStates, 0)
         return look(self.student, inputs, hidden, self._wiring.watched(AttentionMaps, 0), training)
 
-    def _loss(self, student: View, lesson: Lesson, labels: Any, weights: tf.Tensor) -> tf.Tensor:
+    def _loss(self, student: View, lesson: Lesson, labels: Data, weights: tf.Tensor) -> tf.Tensor:
         """Returns this replica's part of the loss, and updates the means that logs show."""
         if labels is not None:
             # A label of padding may be anything, such as -100, whose gradient is NaN on some
@@ -207,7 +208,7 @@ class Distiller(keras.Model):
         self._loss_tracker.update_state(total + penalties, count)
         return share + penalties / tf.distribute.get_strategy().num_replicas_in_sync
 
-    def train_step(self, data: Any) -> dict[str, Any]:
+    def train_step(self, data: Data) -> Config:
         """Runs teacher and student on a batch, and updates the student."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         x, recorded = split_inputs(x)
@@ -221,7 +222,7 @@ class Distiller(keras.Model):
         self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return self.compute_metrics(x, y, student.logits, sample_weight=weights)
 
-    def test_step(self, data: Any) -> dict[str, Any]:
+    def test_step(self, data: Data) -> Config:
         """Computes the losses of a batch, without dropout."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         x, recorded = split_inputs(x)
@@ -266,7 +267,7 @@ class Distiller(keras.Model):
             batch_size = None
         return super().predict(x, batch_size=batch_size, **kwargs)
 
-    def _read(self, data: Any, settings: dict[str, Any], consumed: str = "") -> Any:
+    def _read(self, data: Data, settings: dict[str, Any], consumed: str = "") -> Any:
         if is_text(data):
             size = settings.pop(consumed, None) or settings.get("validation_batch_size")
             data = as_tokens(data, getattr(self.student, "preprocessor", None), size)
@@ -301,7 +302,7 @@ class Distiller(keras.Model):
         """
         raise NotImplementedError(_NOT_SAVED)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """Raises: a distiller is saved as its student, and resumed from `save_weights`.
 
         Raises:

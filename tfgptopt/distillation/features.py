@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfgptopt.distillation.losses import Weight, check_weight
 from tfgptopt.distillation.views import Lesson, View, attention_inside
 from tfgptopt.families import blocks_of
+from tfgptopt.model.types import Data
 
 Place = int | str
 Pairs = list[tuple[keras.Layer, keras.Layer]]
@@ -117,7 +118,7 @@ class HiddenStates:
         """Returns the pairs of layers whose outputs are compared."""
         return pair_layers(student, teacher, self.layers)
 
-    def per_token(self, student: View, lesson: Lesson, labels: Any) -> tf.Tensor:
+    def per_token(self, student: View, lesson: Lesson, labels: Data) -> tf.Tensor:
         """Returns the mean distance over the pairs of layers; see `Loss`."""
         terms = []
         for (mine, yours), projection in lesson.pairs[id(self)].items():
@@ -172,7 +173,7 @@ class AttentionMaps:
         pairs = pair_layers(student, teacher, self.layers)
         return [(attention_inside(mine), attention_inside(yours)) for mine, yours in pairs]
 
-    def per_token(self, student: View, lesson: Lesson, labels: Any) -> tf.Tensor:
+    def per_token(self, student: View, lesson: Lesson, labels: Data) -> tf.Tensor:
         """Returns the mean divergence of a token's attention; see `Loss`."""
         terms = []
         for mine, yours in lesson.pairs[id(self)]:

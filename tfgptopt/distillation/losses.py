@@ -16,6 +16,7 @@ from tfgptopt.distillation.divergences import (
     log_softmax,
 )
 from tfgptopt.distillation.views import Lesson, View
+from tfgptopt.model.types import Data
 
 # A factor, or one that depends on the optimizer's step; keras' LearningRateSchedule is callable.
 Weight = float | Callable[[Any], Any]
@@ -33,7 +34,7 @@ class Loss(Protocol):
     def name(self) -> str:
         """What the term is called in logs."""
 
-    def per_token(self, student: View, lesson: Lesson, labels: Any) -> tf.Tensor:
+    def per_token(self, student: View, lesson: Lesson, labels: Data) -> tf.Tensor:
         """Returns float32 values of shape `(batch, tokens)`."""
 
 
@@ -111,7 +112,7 @@ class LogitsKL:
         """What the term is called in logs."""
         return "logits_kl"
 
-    def per_token(self, student: View, lesson: Lesson, labels: Any) -> tf.Tensor:
+    def per_token(self, student: View, lesson: Lesson, labels: Data) -> tf.Tensor:
         """Returns the divergence at each token, in nats; see `Loss`.
 
         Raises:
@@ -151,7 +152,7 @@ class HardLabels:
         """What the term is called in logs."""
         return "hard_labels"
 
-    def per_token(self, student: View, lesson: Lesson, labels: Any) -> tf.Tensor:
+    def per_token(self, student: View, lesson: Lesson, labels: Data) -> tf.Tensor:
         """Returns the negative log-likelihood of each label, in nats; see `Loss`.
 
         Raises:

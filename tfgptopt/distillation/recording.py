@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.model.types import Config, Data
+
 # The header of a recording that is whole, and of one that is being made.
 WHOLE, PARTIAL, ROWS = "recording.json", "partial.json", "rows.bin"
 _INDICES, _LOGS = "teacher_indices", "teacher_log_probabilities"
@@ -32,7 +34,7 @@ def window_keys(inputs: tf.Tensor) -> np.ndarray:
     return np.frombuffer(b"".join(digests), "<u8")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Config:
     """Returns what a file of a recording says.
 
     Raises:
@@ -47,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> Config:
     """Returns what a whole recording says of itself.
 
     Raises:
@@ -150,7 +152,7 @@ class Recording:
             indices |= found["high"].astype(np.int32) << 16
         return indices, found["logs"].astype(np.float32)
 
-    def attach(self, data: Any) -> tf.data.Dataset:
+    def attach(self, data: Data) -> tf.data.Dataset:
         """Returns batches with what the teacher said of them beside their inputs.
 
         Args:

@@ -9,6 +9,7 @@ import keras
 
 from tfgptopt.distillation.features import AttentionMaps, HiddenStates
 from tfgptopt.distillation.losses import HardLabels, LogitsKL, Loss
+from tfgptopt.model.types import Config
 
 _CLASSES: dict[str, Any] = {
     "logits_kl": LogitsKL,
@@ -18,7 +19,7 @@ _CLASSES: dict[str, Any] = {
 }
 
 
-def serialize_loss(loss: Loss) -> dict[str, Any]:
+def serialize_loss(loss: Loss) -> Config:
     """Returns a loss as plain data.
 
     Raises:

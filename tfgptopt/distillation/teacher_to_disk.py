@@ -28,6 +28,7 @@ from tfgptopt.distillation.recording import (
     window_keys,
 )
 from tfgptopt.distillation.teachers import check_built, tokenizer_hash, tokenizer_of
+from tfgptopt.model.types import Data
 
 
 def weights_hash(model: keras.Model) -> str:
@@ -39,7 +40,7 @@ def weights_hash(model: keras.Model) -> str:
     return digest.hexdigest()
 
 
-def _batches(data: Any) -> Iterator[Any]:
+def _batches(data: Data) -> Iterator[Any]:
     """Yields the inputs of batches, as arrays."""
     if isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError("The data repeats forever. Give a finite dataset: leave out `repeat()`.")
@@ -57,7 +58,7 @@ def _batches(data: Any) -> Iterator[Any]:
 
 def record(
     teacher: keras.Model,
-    data: Any,
+    data: Data,
     path: str | Path,
     top_k: int = 64,
     temperature: float = 1.0,
@@ -173,7 +174,7 @@ def _check_corpus(recording: Recording, data: tf.data.Dataset) -> None:
         raise _other_corpus(Path(recording.path))
 
 
-def _write_rows(folder: Path, header: dict[str, Any], teacher: keras.Model, data: Any) -> int:
+def _write_rows(folder: Path, header: dict[str, Any], teacher: keras.Model, data: Data) -> int:
     """Appends the rows that are missing, and returns how many there are then."""
     layout = row_type(header["tokens"], header["top_k"], header["vocabulary_size"])
     path = folder / ROWS

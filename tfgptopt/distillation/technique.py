@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tfgptopt.distillation.losses import HardLabels, LogitsKL, Loss
 from tfgptopt.distillation.serializing import deserialize_loss, serialize_loss
 from tfgptopt.model.history import history_of
 from tfgptopt.model.techniques import register_technique
+from tfgptopt.model.types import Config
 
 
 @register_technique
@@ -42,13 +43,13 @@ class Distill:
         for loss in self.losses:
             serialize_loss(loss)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> Config:
         """Returns the technique as plain data."""
         losses = [serialize_loss(loss) for loss in self.losses]
         return {"name": self.name, "steps": self.steps, "losses": losses}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Distill:
+    def from_config(cls, config: Config) -> Distill:
         """Returns the technique that `to_config` wrote, given without its name.
 
         Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import keras
 import keras_hub
@@ -15,6 +14,7 @@ from tfgptopt.evaluation.loss import keras_loss, perplexity, tflite_loss
 from tfgptopt.evaluation.size import Size, keras_size, tflite_size
 from tfgptopt.evaluation.speed import Speed, compare_speed
 from tfgptopt.generation import TFLiteCausalLM
+from tfgptopt.model.types import Data
 
 __all__ = ["Result", "Size", "Speed", "evaluate", "perplexity"]
 
@@ -43,7 +43,7 @@ class Result:
 
 def evaluate(
     models: Mapping[str, keras.Model | str | Path],
-    data: Any,
+    data: Data,
     prompt: Sequence[int] | None = None,
     new_tokens: int = 96,
     runs: int = 5,

@@ -12,6 +12,7 @@ from rich.progress import track
 
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.targets import Target
+from tfgptopt.model.types import Data
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class Change:
 
 
 def rise_of_loss(
-    model: keras.Model, data: Any, changes: Sequence[Change], description: str = "Measuring"
+    model: keras.Model, data: Data, changes: Sequence[Change], description: str = "Measuring"
 ) -> tuple[float, list[float]]:
     """Measures how much the loss rises with each change alone, one after the other.
 

@@ -7,10 +7,12 @@ from typing import Any
 import keras
 import keras_hub
 
+from tfgptopt.model.types import Config
 
-def backbone_config(backbone: keras.Model) -> dict[str, Any]:
+
+def backbone_config(backbone: keras.Model) -> Config:
     """Returns the configuration of a KerasHub backbone, what its `get_config` forgets included."""
-    config: dict[str, Any] = backbone.get_config()
+    config: Config = backbone.get_config()
     if hasattr(backbone, "tie_word_embeddings"):
         config["tie_word_embeddings"] = backbone.tie_word_embeddings
     return config

@@ -16,6 +16,7 @@ import tensorflow as tf
 from tfgptopt.model.dressing import put_on, register_mixin, take_off
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.model.techniques import technique_classes
+from tfgptopt.model.types import Config
 
 # Attributes of a pruned layer: its mask, and what moved it before it was saved.
 _HELD = "_tfgptopt_mask"
@@ -42,8 +43,8 @@ class PrunedMixin:
         read_if_fresh(self)  # type: ignore[arg-type]
         return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    def get_config(self) -> dict[str, Any]:
-        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+    def get_config(self) -> Config:
+        config: Config = super().get_config()  # type: ignore[misc]
         mask = mask_on(self)  # type: ignore[arg-type]
         if mask is not None:
             with contextlib.suppress(ValueError):  # A pattern that has no name.
@@ -51,7 +52,7 @@ class PrunedMixin:
         return config
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> keras.Layer:
+    def from_config(cls, config: Config) -> keras.Layer:
         config = dict(config)
         found = dict(config.pop(_PRUNING, {}))
         layer: keras.Layer = super().from_config(config)  # type: ignore[misc]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 import keras
 
 from tfgptopt.model.history import history_of
+from tfgptopt.model.types import Config
 
 
 @runtime_checkable
@@ -22,11 +23,11 @@ class Technique(Protocol):
     name: ClassVar[str]
     order: ClassVar[int]
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> Config:
         """Returns the technique as plain data, its name included."""
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Technique:
+    def from_config(cls, config: Config) -> Technique:
         """Returns the technique that `to_config` wrote; the name is left out."""
 
     def replay(self, model: keras.Layer) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import tensorflow as tf
 
+from tfgptopt.model.types import Config
 from tfgptopt.pruning.blocks import Block, Columns, Rows
 from tfgptopt.pruning.nm import NM
 from tfgptopt.pruning.unstructured import Unstructured
@@ -90,7 +91,7 @@ def register_pattern(name: str, pattern_class: type[Any]) -> None:
         raise ValueError(f"There is a pattern '{name}' already: {_CLASSES[name]}")
 
 
-def serialize_pattern(pattern: Pattern) -> dict[str, Any]:
+def serialize_pattern(pattern: Pattern) -> Config:
     """Returns a pattern as plain data.
 
     Raises:
@@ -105,7 +106,7 @@ def serialize_pattern(pattern: Pattern) -> dict[str, Any]:
     return {"name": names[type(pattern)], **asdict(pattern)}  # type: ignore[call-overload]
 
 
-def deserialize_pattern(config: dict[str, Any]) -> Pattern:
+def deserialize_pattern(config: Config) -> Pattern:
     """Returns the pattern that `serialize_pattern` wrote.
 
     Raises:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
+from tfgptopt.model.types import Config
+
 
 def _import_tfmot_schedules() -> Any:
     """Imports tfmot without the switch to tf_keras that its import leaves in the environment."""
@@ -33,7 +35,7 @@ class Schedule(Protocol):
     def __call__(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns whether to prune at a step, and the sparsity."""
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         """Returns the schedule as plain data."""
 
 
@@ -48,7 +50,7 @@ _WINDOW = 512
 _AHEAD = 10_000
 
 
-def serialize_schedule(schedule: Schedule) -> dict[str, Any]:
+def serialize_schedule(schedule: Schedule) -> Config:
     """Returns a schedule as plain data: its name and its arguments.
 
     A subclass of a user is written under the name of its class, which can be read by people but
@@ -61,7 +63,7 @@ def serialize_schedule(schedule: Schedule) -> dict[str, Any]:
     return {"name": names.get(type(schedule), type(schedule).__name__), **arguments}
 
 
-def deserialize_schedule(config: dict[str, Any]) -> Schedule:
+def deserialize_schedule(config: Config) -> Schedule:
     """Returns the schedule that `serialize_schedule` wrote.
 
     Raises:

@@ -16,6 +16,7 @@ from tfgptopt.calibration.batches import batches_of
 from tfgptopt.calibration.statistics import SquaredSums
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
+from tfgptopt.model.types import Data
 
 
 class Meter(Protocol):
@@ -96,7 +97,7 @@ class Wanda:
     Models" (https://arxiv.org/abs/2306.11695).
     """
 
-    data: Any = field(default=None, compare=False, repr=False)
+    data: Data = field(default=None, compare=False, repr=False)
 
     name: ClassVar[str] = "wanda"
 
@@ -111,7 +112,7 @@ class Wanda:
 
 
 class _WandaMeter(Meter):
-    def __init__(self, model: keras.Layer, chosen: list[Target], data: Any) -> None:
+    def __init__(self, model: keras.Layer, chosen: list[Target], data: Data) -> None:
         # Read once, so that a generator serves every firing, and tried now rather than then.
         self._model, self._targets, self._data = model, chosen, batches_of(data)
         observe_all(model, chosen, self._data[:1], lambda target, rows: None)

@@ -16,6 +16,7 @@ from rich.table import Table
 from tfgptopt.evaluation.sensitivity import Change, rise_of_loss
 from tfgptopt.model.current import current
 from tfgptopt.model.targets import Selector, Target
+from tfgptopt.model.types import Data
 from tfgptopt.pruning.patterns import Pattern, Unstructured
 from tfgptopt.pruning.schedules import ConstantSparsity
 from tfgptopt.pruning.scores import Magnitude, Meter, Movement, Score
@@ -134,7 +135,7 @@ def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
 
 def sensitivity(
     model: keras.Model,
-    data: Any,
+    data: Data,
     sparsities: Sequence[float] = (0.5, 0.75),
     pattern: Pattern = Unstructured(),
     score: Score = Magnitude(),

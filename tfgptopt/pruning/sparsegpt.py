@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import keras
 import numpy as np
@@ -13,6 +13,7 @@ from rich.progress import track
 from tfgptopt.calibration.blocks import block_by_block, targets_by_block
 from tfgptopt.calibration.statistics import Grams, inverse_factor
 from tfgptopt.model.targets import Target
+from tfgptopt.model.types import Data
 from tfgptopt.pruning.patterns import Pattern
 
 
@@ -38,7 +39,7 @@ class SparseGPT:
     Pruned in One-Shot" (https://arxiv.org/abs/2301.00774).
     """
 
-    data: Any = field(default=None, compare=False, repr=False)
+    data: Data = field(default=None, compare=False, repr=False)
     block_size: int = 128
     damping: float = 0.01
 

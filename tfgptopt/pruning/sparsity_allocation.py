@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +13,7 @@ from tfgptopt.calibration.blocks import targets_by_block
 from tfgptopt.calibration.statistics import SquaredSums
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Selector, Target, select
+from tfgptopt.model.types import Data
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Allocation:
 
 def owl(
     model: keras.Layer,
-    data: Any,
+    data: Data,
     sparsity: float,
     targets: Selector | None = None,
     threshold: float = 5.0,

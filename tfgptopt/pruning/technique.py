@@ -19,6 +19,7 @@ from tfgptopt.model.targets import (
     select,
 )
 from tfgptopt.model.techniques import register_technique
+from tfgptopt.model.types import Config
 from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import (
     Pattern,
@@ -121,7 +122,7 @@ class Prune:
             "the steps behind the end of the schedule, or train on."
         )
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> Config:
         """Returns the technique as plain data.
 
         Raises:
@@ -137,7 +138,7 @@ class Prune:
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Prune:
+    def from_config(cls, config: Config) -> Prune:
         """Returns the technique that `to_config` wrote. All but the schedule may be missing.
 
         Raises:

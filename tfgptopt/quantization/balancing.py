@@ -13,6 +13,7 @@ from rich.progress import track
 from tfgptopt.calibration.batches import batches_of
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
+from tfgptopt.model.types import Config, Data
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.quantizers import grids_of
 from tfgptopt.quantization.rounding import Grid
@@ -63,13 +64,13 @@ class _Inputs:
         old["largest"] = np.maximum(old["largest"], new["largest"])
         old["rows"] += new["rows"]
 
-    def of(self, target: Target) -> dict[str, Any]:
+    def of(self, target: Target) -> Config:
         """Returns what was gathered for a target."""
         return self._shared[self._keys[id(target.variable)]]
 
 
 def balance(
-    model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any, kind: Balance
+    model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data, kind: Balance
 ) -> list[Pair]:
     """Moves the scale of features between inputs and weights, so that rounding costs least.
 

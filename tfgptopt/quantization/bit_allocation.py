@@ -15,6 +15,7 @@ from rich.table import Table
 from tfgptopt.evaluation.sensitivity import Change, rise_of_loss
 from tfgptopt.model.current import current
 from tfgptopt.model.targets import Selector, Target, select
+from tfgptopt.model.types import Data
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.quantizers import check_fits, grids_of
 from tfgptopt.quantization.specs import Int4, Int8, Spec, check_spec
@@ -145,7 +146,7 @@ class BitAllocation:
 
 def allocate(
     model: keras.Model,
-    data: Any,
+    data: Data,
     bits: float,
     choices: Sequence[Spec | None] = (Int4(), Int8(), None),
     targets: Selector | None = None,
@@ -213,7 +214,7 @@ def _bits(target: Target, spec: Spec | None) -> float:
 
 
 def _measure(
-    model: keras.Model, data: Any, chosen: list[Target], choices: Sequence[Spec | None]
+    model: keras.Model, data: Data, chosen: list[Target], choices: Sequence[Spec | None]
 ) -> dict[str, tuple[Measured, ...]]:
     changes = [
         Change(target, partial(_rounded, target, spec)) for target in chosen for spec in choices

@@ -24,6 +24,7 @@ from tfgptopt.model.current import (
 from tfgptopt.model.dressing import dressed_class, put_on, register_mixin, take_off, worn_by
 from tfgptopt.model.precision import is_half
 from tfgptopt.model.targets import Target, target_of
+from tfgptopt.model.types import Config
 from tfgptopt.quantization import quantizers, rounding
 from tfgptopt.quantization.quantizers import Quantizer
 from tfgptopt.quantization.rounding import Grid
@@ -67,13 +68,13 @@ class QuantizeAwareMixin:
         quantizer = quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
         return self._call_rounded(quantizer, self._round_rows(inputs), *args, **kwargs)
 
-    def get_config(self) -> dict[str, Any]:
+    def get_config(self) -> Config:
         config = super().get_config()  # type: ignore[misc]
         spec = serialize_spec(self.quantization_spec)
         return {**config, _SPEC: spec, _IS_HEAD: self.quantized_as_head}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> keras.Layer:
+    def from_config(cls, config: Config) -> keras.Layer:
         config = dict(config)
         spec = deserialize_spec(config.pop(_SPEC))
         is_head = config.pop(_IS_HEAD, False)

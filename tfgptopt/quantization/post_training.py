@@ -20,6 +20,7 @@ from tfgptopt.model.changing import changing
 from tfgptopt.model.current import current
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
+from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, quantizers, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
 from tfgptopt.quantization.balancing import balance
@@ -41,7 +42,7 @@ def quantize(
     model: keras.Layer,
     spec: Spec | BitAllocation,
     method: Method | Sequence[Method] = "rtn",
-    data: Any = None,
+    data: Data = None,
     targets: Selector | None = None,
 ) -> keras.Layer:
     """Quantizes a model without training, in place.
@@ -114,7 +115,7 @@ def quantize(
     return model
 
 
-def _automatic(spec: Spec | BitAllocation, data: Any) -> tuple[str, ...]:
+def _automatic(spec: Spec | BitAllocation, data: Data) -> tuple[str, ...]:
     """Returns the methods that are best for a spec, with the data that there is."""
     specs = spec.specs.values() if isinstance(spec, BitAllocation) else [spec]
     wide = min(one.bits for one in specs if one is not None) >= 8
@@ -136,7 +137,7 @@ def _methods(method: Any) -> tuple[list[str], str]:
     return [name for name in names if name in _BALANCES], (final or ["rtn"])[0]
 
 
-def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any) -> None:
+def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:
     """Raises if calibration data is too little to tell anything, and warns if it tells little."""
     kernels = [target for target, _ in chosen if target.role != "embedding"]
     if data is None or not kernels:
@@ -164,7 +165,7 @@ def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any
     )
 
 
-def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, data: Any) -> None:
+def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, data: Data) -> None:
     """Dresses the chosen layers, with the scales that a method finds."""
     if final == "gptq":
         kernels = [(target, spec) for target, spec in chosen if target.role != "embedding"]
@@ -181,7 +182,7 @@ def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, da
                 quantizer.hold(weights)
 
 
-def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Any) -> None:
+def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:
     """Rounds kernels by GPTQ; each block sees what the rounded ones before it give."""
     if not chosen:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
@@ -13,6 +12,7 @@ from rich.table import Table
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.current import current
 from tfgptopt.model.targets import Skipped, Target, candidates
+from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, rounding
 from tfgptopt.quantization.quantizers import Quantizer, quantizers_of
 from tfgptopt.quantization.specs import Spec
@@ -77,7 +77,7 @@ class QuantizationReport:
         return as_text(self)
 
 
-def report(model: keras.Layer, data: Any = None) -> QuantizationReport:
+def report(model: keras.Layer, data: Data = None) -> QuantizationReport:
     """Reports what rounding does to each weight of a model.
 
     Args:

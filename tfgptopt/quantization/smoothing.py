@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tfgptopt.calibration.blocks import recorded_calls, targets_by_block
 from tfgptopt.model.targets import Target, candidates
+from tfgptopt.model.types import Data
 
 # How far what a product gives may move when only the roundings of floats change.
 _TOLERANCE = 2e-3
@@ -99,7 +100,7 @@ def _offset(norm: keras.Layer) -> float:
     return 1.0 if left > 1e-3 else 0.0
 
 
-def _short(batch: Any) -> Any:
+def _short(batch: Data) -> Any:
     """Returns one row of a batch, and of rows of tokens the first few."""
     leaves = tf.nest.flatten(batch)
     tokens = all(len(np.shape(leaf)) == 2 for leaf in leaves)
@@ -115,7 +116,7 @@ def _short(batch: Any) -> Any:
 class _Probe:
     """Tells whether folding pairs leaves what a model computes as it is."""
 
-    def __init__(self, model: keras.Layer, batch: Any) -> None:
+    def __init__(self, model: keras.Layer, batch: Data) -> None:
         self._model, self._batch = model, _short(batch)
         kernels = [t for t in candidates(model) if isinstance(t, Target) and t.role != "embedding"]
         self._layers = [model, *(target.layer for target in kernels)]
@@ -164,7 +165,7 @@ def _touched(pair: Pair) -> Iterator[Any]:
         yield pair.producer.beta
 
 
-def find_pairs(model: keras.Layer, chosen: list[Target], batch: Any) -> list[Pair]:
+def find_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[Pair]:
     """Returns where the scale of features can be moved in a model.
 
     Args:
@@ -182,7 +183,7 @@ def find_pairs(model: keras.Layer, chosen: list[Target], batch: Any) -> list[Pai
     return kept + _product_pairs(model, chosen, probe)
 
 
-def _norm_pairs(model: keras.Layer, chosen: list[Target], batch: Any) -> list[Pair]:
+def _norm_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[Pair]:
     """Returns normalizations with the kernels that read what they give."""
     by_layer = {id(target.layer): target for target in chosen}
     norms = [

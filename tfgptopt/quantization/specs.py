@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from tfgptopt.file.number_types import number_type
+from tfgptopt.model.types import Config
 
 ScaleMethod = Literal["absmax", "mse", "learned"]
 Activations = Literal["dynamic"]
@@ -204,13 +205,13 @@ def check_spec(spec: Any) -> None:
     number_type(spec.embedding_bits)
 
 
-def serialize_spec(spec: Spec) -> dict[str, Any]:
+def serialize_spec(spec: Spec) -> Config:
     """Returns a spec as plain data."""
     values = {field.name: getattr(spec, field.name) for field in fields(spec)}
     return {"name": type(spec).__name__.lower(), **values}
 
 
-def deserialize_spec(config: dict[str, Any]) -> Spec:
+def deserialize_spec(config: Config) -> Spec:
     """Returns the spec that `serialize_spec` wrote. All but the name may be missing.
 
     Raises:
@@ -238,7 +239,7 @@ def parse_spec(text: str) -> Spec:
         raise ValueError(
             f"A spec is int8, int4 or int4:BLOCK_SIZE, such as int4:32. Received: {text!r}"
         )
-    config: dict[str, Any] = {"name": name}
+    config: Config = {"name": name}
     if size:
         config["block_size"] = int(size)
     return deserialize_spec(config)

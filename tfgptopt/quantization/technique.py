@@ -11,6 +11,7 @@ import keras
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.targets import Selector, Target, candidates, check_regex, grouped, regex_for
 from tfgptopt.model.techniques import register_technique
+from tfgptopt.model.types import Config
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.aware import (
     check_setting,
@@ -65,7 +66,7 @@ class QuantizeAware:
         """
         return chosen_specs(model, self.spec, self.targets)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> Config:
         """Returns the technique as plain data.
 
         Raises:
@@ -80,7 +81,7 @@ class QuantizeAware:
         }
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> QuantizeAware:
+    def from_config(cls, config: Config) -> QuantizeAware:
         """Returns the technique that `to_config` wrote. All but the spec may be missing.
 
         Raises:
@@ -107,7 +108,7 @@ class QuantizeAware:
         return [cls(spec, regex_for(group, found)) for spec, group in groups]
 
 
-def _serialize(spec: Spec | BitAllocation) -> dict[str, Any]:
+def _serialize(spec: Spec | BitAllocation) -> Config:
     if not isinstance(spec, BitAllocation):
         return serialize_spec(spec)
     specs = {path: one and serialize_spec(one) for path, one in spec.specs.items()}

@@ -18,6 +18,7 @@ from tfgptopt.model.techniques import (
     technique_classes,
     techniques_of,
 )
+from tfgptopt.model.types import Config
 
 
 def _technique_from(config: Any) -> Technique:
@@ -89,7 +90,7 @@ class Recipe:
         """The part that callbacks of `fit` carry out: pruning and rounding."""
         return Recipe(tuple(t for t in self.techniques if t.order >= IN_FIT))
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> Config:
         """Returns the recipe as plain data."""
         return {"techniques": [technique.to_config() for technique in self.techniques]}
 

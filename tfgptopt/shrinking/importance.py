@@ -15,6 +15,7 @@ from tfgptopt.data.corpus import tokens_as_input
 from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.families import Layout, Part, blocks_of, follow
 from tfgptopt.model.overriding import overriding
+from tfgptopt.model.types import Data
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.shapes import check_depth_score
 
@@ -200,7 +201,7 @@ def _share(squares: np.ndarray) -> np.ndarray:
     return sizes / max(sizes.sum(), 1e-30)
 
 
-def read_data(model: keras.Model, data: Any) -> list[dict[str, Any]]:
+def read_data(model: keras.Model, data: Data) -> list[dict[str, Any]]:
     """Returns calibration data as batches of `token_ids` and `padding_mask`.
 
     Raises:
@@ -256,7 +257,7 @@ def next_token_loss(model: keras.Model, batches: list[Any]) -> float:
     """
 
     @tf.function(reduce_retracing=True)
-    def of_batch(batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def of_batch(batch: Data) -> tuple[tf.Tensor, tf.Tensor]:
         logits = tf.cast(model(batch, training=False), tf.float32)[:, :-1]
         real = tf.cast(batch["padding_mask"][:, 1:], tf.float32)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(batch["token_ids"][:, 1:], logits)
@@ -282,7 +283,7 @@ def _loss_when_skipped(model: keras.Model, blocks: list[Any], batches: list[Any]
     return np.array(losses)
 
 
-def importance(model: keras.Model, data: Any, depth_score: str = "influence") -> Importance:
+def importance(model: keras.Model, data: Data, depth_score: str = "influence") -> Importance:
     """Measures how much each part of a model does on given data.
 
     Heads, neurons and features count by the size of what they add, which is that of their

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfgptopt.model.types import Data
 from tfgptopt.shrinking.families import family_of, period_of
 from tfgptopt.shrinking.importance import Importance, next_token_loss, read_data
 from tfgptopt.shrinking.shapes import Shape, count_parameters, shape_of
@@ -121,7 +122,7 @@ def _relative_time(model: keras.Model, small: keras.Model, batches: list[Any]) -
 
 
 def search(
-    model: keras.Model, found: Importance, data: Any, budget: str, share: float, make: Make
+    model: keras.Model, found: Importance, data: Data, budget: str, share: float, make: Make
 ) -> Any:
     """Returns a smaller model for a budget.
 

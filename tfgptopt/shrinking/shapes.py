@@ -10,6 +10,7 @@ import keras
 
 from tfgptopt.families import Layout, blocks_of, follow
 from tfgptopt.model.cloning import backbone_config
+from tfgptopt.model.types import Config
 from tfgptopt.shrinking.families import family_of, period_of, positions_of
 
 
@@ -72,7 +73,7 @@ def shape_of(model: keras.Model) -> Shape:
     )
 
 
-def config_with(model: keras.Model, shape: Shape) -> dict[str, Any]:
+def config_with(model: keras.Model, shape: Shape) -> Config:
     """Returns the configuration of a model's backbone with another shape."""
     family, backbone = family_of(model), getattr(model, "backbone", model)
     config = backbone_config(backbone)

@@ -10,6 +10,7 @@ from tfgptopt.model import masks
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import with_backbone
 from tfgptopt.model.history import history_of, record
+from tfgptopt.model.types import Data
 from tfgptopt.quantization.layers import is_dressed
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.importance import Importance, importance
@@ -50,7 +51,7 @@ def shrink(
     width: int | float | None = None,
     vocabulary: int | float | None = None,
     context: int | float | None = None,
-    calibration: Any = None,
+    calibration: Data = None,
     parameters: float | None = None,
     latency: float | None = None,
     depth_score: str = "influence",
@@ -126,7 +127,7 @@ def shrink(
     return small
 
 
-def _importance_for(model: keras.Model, request: Shrink, calibration: Any) -> Importance | None:
+def _importance_for(model: keras.Model, request: Shrink, calibration: Data) -> Importance | None:
     """Returns the importance of a model's parts, or `None` if nothing goes that depends on it."""
     if not any(name in _MEASURED for name in request.cuts()):
         return None
@@ -150,7 +151,7 @@ def prepare(model: keras.Model, request: Shrink) -> Any:
         return with_backbone(model, build(model, shape), preprocessor)
 
 
-def fill(model: keras.Model, small: keras.Model, request: Shrink, calibration: Any) -> None:
+def fill(model: keras.Model, small: keras.Model, request: Shrink, calibration: Data) -> None:
     """Copies the most important parts of a model into one that `prepare` returned.
 
     Args:

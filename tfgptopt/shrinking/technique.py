@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from tfgptopt.model.history import history_of
 from tfgptopt.model.techniques import register_technique
+from tfgptopt.model.types import Config
 from tfgptopt.shrinking.shapes import check_depth_score, check_request
 
 
@@ -46,21 +47,21 @@ class Shrink:
         """Name and value of the budget, or `None` if numbers are given."""
         return check_request(**self.cuts())
 
-    def cuts(self) -> dict[str, Any]:
+    def cuts(self) -> Config:
         """Returns what is to be shrunk, by the arguments of `tfgptopt.shrink`."""
         return {name: value for name, value in self.settings().items() if name != "depth_score"}
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> Config:
         """Returns all arguments of `tfgptopt.shrink` that are given."""
         settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in settings.items() if value is not None}
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> Config:
         """Returns the technique as plain data."""
         return {"name": self.name, **self.settings()}
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Shrink:
+    def from_config(cls, config: Config) -> Shrink:
         """Returns the technique that `to_config` wrote, given without its name.
 
         Raises:
