@@ -17,6 +17,19 @@ from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.technique import Prune
 
 
+def check_along_schedule(technique: Prune) -> None:
+    """Raises if a score cannot prune step by step.
+
+    Raises:
+        ValueError: If it prunes at once.
+    """
+    if isinstance(technique.score, SparseGPT):
+        raise ValueError(
+            "SparseGPT(data) prunes at once, with `tfgptopt.prune`; along a schedule use "
+            "Magnitude(), Wanda(data) or Movement()."
+        )
+
+
 class Pruner:
     """Holds the masks of a model and moves them along a schedule.
 
@@ -39,11 +52,7 @@ class Pruner:
     """
 
     def __init__(self, model: keras.Layer, technique: Prune) -> None:
-        if isinstance(technique.score, SparseGPT):
-            raise ValueError(
-                "SparseGPT(data) prunes at once, with `tfgptopt.prune`; along a schedule use "
-                "Magnitude(), Wanda(data) or Movement()."
-            )
+        check_along_schedule(technique)
         self.timeline = Timeline(technique.schedule)
         self.model = model
         self.technique = technique
