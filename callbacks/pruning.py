@@ -11,7 +11,7 @@ from tfgptopt.model.targets import Selector
 from tfgptopt.model.types import Data
 from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import Pattern, Unstructured
-from tfgptopt.pruning.pruner import Pruner, check_along_schedule
+from tfgptopt.pruning.pruner import Pruner, score_along_schedule
 from tfgptopt.pruning.schedules import Schedule, last_step
 from tfgptopt.pruning.scores import Magnitude, Score, Wanda
 from tfgptopt.pruning.sparsity_allocation import Allocation
@@ -123,7 +123,7 @@ class Pruning(keras.callbacks.Callback):
         if self._pruner is not None and self._pruner.can_continue(model, self._pruner.seen):
             self._pruner.check_model()
         else:
-            check_along_schedule(self.technique)
+            score_along_schedule(self.technique)
             self.technique.check(model)
 
     def _ready(self) -> Pruner:

@@ -13,12 +13,13 @@ from tfgptopt.model.targets import Target, select
 from tfgptopt.pruning.checkpointing import mask_state, overlap
 from tfgptopt.pruning.patterns import check_reaches
 from tfgptopt.pruning.schedules import Timeline
+from tfgptopt.pruning.scores import Score
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.technique import Prune
 
 
-def check_along_schedule(technique: Prune) -> None:
-    """Raises if a score cannot prune step by step.
+def score_along_schedule(technique: Prune) -> Score:
+    """Returns the score of a technique, which has to prune step by step.
 
     Raises:
         ValueError: If it prunes at once.
@@ -28,6 +29,7 @@ def check_along_schedule(technique: Prune) -> None:
             "SparseGPT(data) prunes at once, with `tfgptopt.prune`; along a schedule use "
             "Magnitude(), Wanda(data) or Movement()."
         )
+    return technique.score
 
 
 class Pruner:
@@ -52,7 +54,7 @@ class Pruner:
     """
 
     def __init__(self, model: keras.Layer, technique: Prune) -> None:
-        check_along_schedule(technique)
+        score = score_along_schedule(technique)
         self.timeline = Timeline(technique.schedule)
         self.model = model
         self.technique = technique
@@ -63,7 +65,7 @@ class Pruner:
         self._floor = self._sparsity = 0.0
         self._attached: list[Target] | None = None
         with strategy_scope(model):
-            self.meter = technique.score.meter(model, self.targets)
+            self.meter = score.meter(model, self.targets)
         self._finite = tf.function(self._all_finite)
         self._update = tf.function(self._update_all)
         mask_state(model)  # A checkpoint may be loaded before the first step.
