@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from tfgptopt.cli.shared import Force, console, load_libraries, load_preset
+from tfgptopt.cli.shared import Force, console, load_libraries, load_preset, print_size
 
 
 def export(
@@ -51,5 +51,4 @@ def export(
         loaded.replay(model)
     with console.status(f"Writing {path}"):
         tfgptopt.export(model, path, format, force)
-    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
-    console.print(f"{path}: {size / 1e6:.2f} MB")
+    print_size(path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from rich.markup import escape
 
-from tfgptopt.cli.shared import Force, console, load_libraries, load_preset
+from tfgptopt.cli.shared import Force, console, load_libraries, load_preset, print_size
 
 if TYPE_CHECKING:
     import keras
@@ -80,8 +80,7 @@ def quantize(
     console.print(report(model))
     with console.status(f"Writing {path}"):
         tfgptopt.export(model, path, format, force)
-    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
-    console.print(f"{path}: {size / 1e6:.2f} MB")
+    print_size(path)
     if before is not None and held_out is not None:
         after = _perplexity(model, held_out)
         change = after / before - 1

@@ -100,6 +100,12 @@ def default_recipe(first: int, steps: int, sparsity: float, spec: Spec) -> Recip
     return Recipe((*techniques, QuantizeAware(spec)))
 
 
+def print_size(path: Path) -> None:
+    """Prints how large an exported file or folder is."""
+    size = sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")))
+    console.print(f"{path}: {size / 1e6:.2f} MB")
+
+
 def print_corpus(corpus: Corpus) -> None:
     """Prints what text there is, and what was cut off."""
     console.print(corpus.describe())

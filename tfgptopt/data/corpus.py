@@ -123,7 +123,7 @@ class Corpus:
 def load_corpus(
     sources: Any = None,
     *,
-    tokenizer: keras_hub.tokenizers.Tokenizer = None,
+    tokenizer: keras_hub.tokenizers.Tokenizer | None = None,
     chat_template: ChatTemplate | str | None = None,
     vocabulary_size: int = 4096,
     sequence_length: int = 128,

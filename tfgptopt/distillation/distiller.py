@@ -32,7 +32,7 @@ _NOT_SAVED = (
 )
 
 
-def token_weights(inputs: tf.Tensor, sample_weight: Any, logits: tf.Tensor) -> tf.Tensor:
+def token_weights(inputs: Data, sample_weight: Any, logits: tf.Tensor) -> tf.Tensor:
     """Returns how much each token counts: 0 for padding, else its sample weight.
 
     Args:
@@ -150,7 +150,7 @@ class Distiller(keras.Model):
         """The losses, in the order in which they were given."""
         return list(self._teaching.value)
 
-    def call(self, inputs: tf.Tensor, training: bool | None = None) -> Any:
+    def call(self, inputs: Data, training: bool | None = None) -> Any:
         """Returns what the student gives."""
         return self.student(split_inputs(inputs)[0], training=training)
 
@@ -172,7 +172,7 @@ class Distiller(keras.Model):
             )
         super().compile(optimizer=optimizer, **kwargs)
 
-    def _lesson(self, inputs: tf.Tensor, recorded: Any) -> Lesson:
+    def _lesson(self, inputs: Data, recorded: Any) -> Lesson:
         if isinstance(self.teacher, LiveTeacher):
             return Lesson(view=self.teacher.look(inputs), pairs=self._wiring.projections)
         if recorded is None:
@@ -182,7 +182,7 @@ class Distiller(keras.Model):
             )
         return Lesson(top_k=recorded)
 
-    def _look(self, inputs: tf.Tensor, training: bool) -> View:
+    def _look(self, inputs: Data, training: bool) -> View:
         hidden = self._wiring.watched(HiddenStates, 0)
         return look(self.student, inputs, hidden, self._wiring.watched(AttentionMaps, 0), training)
 
@@ -231,7 +231,7 @@ class Distiller(keras.Model):
         self._loss(student, self._lesson(x, recorded), y, weights)
         return self.compute_metrics(x, y, student.logits, sample_weight=weights)
 
-    def fit(self, x: tf.Tensor = None, *args: object, **kwargs: object) -> Any:
+    def fit(self, x: Data = None, *args: object, **kwargs: object) -> Any:
         """Trains as `keras.Model.fit` does. Text is tokenized by the student's preprocessor.
 
         Raises:
@@ -256,11 +256,11 @@ class Distiller(keras.Model):
         if losses and all(known.losses != losses for known in Distill.found_on(self.student)):
             record(self.student, Distill(steps=None, losses=losses))
 
-    def evaluate(self, x: tf.Tensor = None, *args: object, **kwargs: object) -> Any:
+    def evaluate(self, x: Data = None, *args: object, **kwargs: object) -> Any:
         """Evaluates as `keras.Model.evaluate` does. Text is tokenized, as in `fit`."""
         return super().evaluate(self._read(x, kwargs, "batch_size"), *args, **kwargs)
 
-    def predict(self, x: tf.Tensor = None, batch_size: int | None = None, **kwargs: object) -> Any:
+    def predict(self, x: Data = None, batch_size: int | None = None, **kwargs: object) -> Any:
         """Returns the student's logits, as `keras.Model.predict` does. Text is tokenized."""
         if is_text(x):
             x = as_tokens(x, getattr(self.student, "preprocessor", None), batch_size)

@@ -25,7 +25,7 @@ def row_type(tokens: int, top_k: int, vocabulary: int) -> np.dtype:
     return np.dtype([("key", "<u8"), ("low", "<u2", shape), *high, ("logs", "<f2", shape)])
 
 
-def window_keys(inputs: tf.Tensor) -> np.ndarray:
+def window_keys(inputs: Data) -> np.ndarray:
     """Returns a number for each window that depends on its real tokens."""
     tokens = np.asarray(inputs["token_ids"]).astype("<i4")
     if "padding_mask" in inputs:
@@ -119,7 +119,7 @@ class Recording:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in self.path.iterdir())
 
-    def lookup(self, inputs: tf.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def lookup(self, inputs: Data) -> tuple[np.ndarray, np.ndarray]:
         """Returns what the teacher said of a batch.
 
         Args:
@@ -172,7 +172,7 @@ class Recording:
         def read(token_ids: Any, mask: tf.Tensor) -> Any:
             return self.lookup({"token_ids": token_ids, "padding_mask": mask})
 
-        def add(inputs: tf.Tensor, *rest: Any) -> Any:
+        def add(inputs: Data, *rest: Any) -> Any:
             tokens = inputs["token_ids"]
             mask = inputs.get("padding_mask", tf.ones_like(tokens))
             indices, logs = tf.numpy_function(read, (tokens, mask), (tf.int32, tf.float32))
@@ -183,7 +183,7 @@ class Recording:
         return data.map(add, num_parallel_calls=1).prefetch(2)
 
 
-def split_inputs(inputs: tf.Tensor) -> tuple[Any, Any]:
+def split_inputs(inputs: Data) -> tuple[Any, Any]:
     """Returns the inputs of the student, and what `Recording.attach` put beside them or `None`."""
     if not isinstance(inputs, dict) or _INDICES not in inputs:
         return inputs, None

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import keras_hub
@@ -17,6 +17,7 @@ from tfgptopt.distillation.recording import Recording
 from tfgptopt.distillation.views import View, look
 from tfgptopt.model import masks
 from tfgptopt.model.cloning import clone
+from tfgptopt.model.types import Data
 from tfgptopt.quantization.layers import is_dressed
 
 
@@ -35,7 +36,7 @@ class LiveTeacher:
     hidden: list[keras.Layer] = field(default_factory=list)
     attention: list[keras.Layer] = field(default_factory=list)
 
-    def look(self, inputs: tf.Tensor) -> View:
+    def look(self, inputs: Data) -> View:
         """Returns what the teacher says of a batch."""
         seen = look(self.model, inputs, self.hidden, self.attention)
         return seen.map(tf.stop_gradient)
@@ -58,7 +59,7 @@ def check_built(model: keras.Model, role: str) -> None:
         )
 
 
-def live_teacher(student: keras.Model, teacher: keras.Model) -> LiveTeacher:
+def live_teacher(student: keras.Model, teacher: keras.Model | Literal["self"]) -> LiveTeacher:
     """Returns the teacher of a student, a copy of it for `"self"`.
 
     Raises:

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from tfgptopt.model.overriding import Override, overriding
+from tfgptopt.model.types import Data
 
 
 @dataclass(eq=False)
@@ -23,7 +24,7 @@ class View:
         attention: Layer ids to attention maps, `(batch, heads, tokens, tokens)`, rows sum to 1.
     """
 
-    logits: tf.Tensor = None
+    logits: Any = None
     hidden: dict[int, tf.Tensor] = field(default_factory=dict)
     attention: dict[int, tf.Tensor] = field(default_factory=dict)
 
@@ -105,7 +106,7 @@ def _watched_attention(layer: keras.Layer, view: View) -> Override:
 
 def look(
     model: keras.Model,
-    inputs: tf.Tensor,
+    inputs: Data,
     hidden: Sequence[keras.Layer] = (),
     attention: Sequence[keras.Layer] = (),
     training: bool = False,

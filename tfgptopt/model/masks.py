@@ -84,12 +84,12 @@ class Mask(keras.constraints.Constraint):
         technique: What moves the mask, for recipes and reports.
     """
 
-    def __init__(self, model: keras.Model, target: Target, technique: Any) -> None:
+    def __init__(self, model: keras.Model | None, target: Target, technique: Any) -> None:
         variable = target.variable
         # A constraint that the kernel already had is applied first.
         self.inner: Callable[[Any], Any] | None = variable.constraint
         self.technique = technique
-        self.owner: keras.Layer = None
+        self.owner: Any = None
         self.belongs_to(model)
         self.mask = keras.Variable(
             tf.ones(variable.shape, tf.bool),
@@ -105,7 +105,7 @@ class Mask(keras.constraints.Constraint):
         object.__setattr__(self._layer, _HELD, self)
         put_on(self._layer, PrunedMixin)
 
-    def belongs_to(self, model: keras.Model) -> None:
+    def belongs_to(self, model: keras.Model | None) -> None:
         """Says whose optimizer may average the kernel."""
         self._model: Callable[[], Any] = (lambda: None) if model is None else weakref.ref(model)
 
@@ -160,7 +160,7 @@ class Mask(keras.constraints.Constraint):
             average.assign(self.zeroed(average))
 
 
-def _average_of(variable: keras.Variable, optimizer: keras.optimizers.Optimizer) -> Any:
+def _average_of(variable: keras.Variable, optimizer: keras.optimizers.Optimizer | None) -> Any:
     """Returns the average (`use_ema`) that an optimizer keeps of a variable, or `None`."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     for each in getattr(optimizer, "optimizers", [optimizer]):

@@ -101,7 +101,7 @@ class MaskState(keras.layers.Layer):
         for owner, seen in resumed.values():
             owner.resume(seen)
 
-    def _restore_scores(self, i: int, target: Target, owner: keras.Layer) -> None:
+    def _restore_scores(self, i: int, target: Target, owner: Any) -> None:
         index = owner.targets_index(target)
         for j, variable in enumerate(owner.meter.variables(index)):
             saved = self._loaded.pop(f"score_{i}_{j}", None)

@@ -18,7 +18,6 @@ class Training:
         learning_rate: float. Peak of the warmup and cosine decay over all steps.
         dense_run: bool. Also train the dense model for `steps`, as the fair comparison. If
             false, the dense model is the given one.
-
         lora: int. Rank of the LoRA adapters that train in the place of the weights in the
             optimized run. Defaults to `None`: all weights train.
 
