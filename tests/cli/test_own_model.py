@@ -51,7 +51,7 @@ def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(preset, tmp_path
         (("--spec", "int4:no"), "int4:32"),
         (("--spec", "int4:33"), "multiple of 32"),
         (("--method", "gptq"), "needs calibration data"),
-        (("--method", "magic"), "must be one of"),
+        (("--method", "magic"), "'auto', one of"),
         (("--calibration", "nowhere.txt"), "no text file"),
     ):
         assert_refused(run("quantize", preset, path, *options), message)
