@@ -54,7 +54,9 @@ def _parts_table(file: Path) -> Table:
     from tfgptopt.file.contents import parts_of
 
     parts, size = parts_of(file), file.stat().st_size
-    table = Table("part", "type", padding=(0, 1))
+    table = Table(padding=(0, 1))
+    table.add_column("part", overflow="fold")
+    table.add_column("type")
     for heading in ("count", "numbers", "bits", "MB", "share"):
         table.add_column(heading, justify="right")
     for part in parts:

@@ -20,8 +20,8 @@ from tfgptopt.cli.shared import (
 if TYPE_CHECKING:
     from tfgptopt.quantization.post_training import Method
 
-# Windows that calibration reads, and how many at once.
-_CALIBRATION_ROWS, _AT_ONCE = 32, 4
+# Windows that calibration reads at once.
+_AT_ONCE = 4
 
 
 def quantize(
@@ -38,6 +38,7 @@ def quantize(
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text or records to calibrate with.")
     ] = None,
+    windows: Annotated[int, typer.Option(help="Windows to calibrate with.", min=1)] = 32,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Text to measure perplexity on: of the model before, of the file after."),
@@ -66,7 +67,7 @@ def quantize(
         held_out = read_text(text, model, preset, sequence_length, 2, validation_share=1.0)
     if calibration:
         corpus = read_text(calibration, model, preset, sequence_length, _AT_ONCE)
-        data = corpus.train.take(_CALIBRATION_ROWS // _AT_ONCE)
+        data = corpus.train.take(-(-windows // _AT_ONCE))
     if held_out is not None:
         before = perplexity_of(model, held_out.validation)
     names = cast("list[Method]", method.split("+"))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import mmap
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from tfgptopt.terminal.tables import across_layers
+
 _TYPES = {value: name.lower() for name, value in vars(schema.TensorType).items() if name.isupper()}
-_REST = "norms, biases, positions"
+_REST = "norms, biases, constants"
 
 
 @dataclass(frozen=True)
@@ -55,29 +56,48 @@ def parts_of(path: str | Path) -> list[Part]:
         model = schema.Model.GetRootAs(data)
         seen: set[int] = set()
         graph = model.Subgraphs(0)
+        of_blocks = {scales for i in range(graph.TensorsLength())
+                     if (scales := _block_scales(graph.Tensors(i))) is not None}  # fmt: skip
         for i in range(graph.TensorsLength()):
             tensor = graph.Tensors(i)
-            buffer = model.Buffers(tensor.Buffer())
-            size = buffer.DataLength() or buffer.Size()
-            if size <= 1 or tensor.Buffer() in seen:
+            size = _size(model, tensor)
+            if i in of_blocks or size <= 1 or tensor.Buffer() in seen:
                 continue
             seen.add(tensor.Buffer())
-            part = _part(tensor, size)
+            scales = _block_scales(tensor)
+            part = _part(
+                tensor, size + (0 if scales is None else _size(model, graph.Tensors(scales)))
+            )
             before = found.get((part.name, part.number))
             if before is not None:
                 part = Part(part.name, part.number, before.count + 1,
                             before.elements + part.elements, before.size + part.size)  # fmt: skip
             found[part.name, part.number] = part
-        del tensor, buffer, graph, model  # They point into the map, which closes here.
     return sorted(found.values(), key=lambda part: part.name == _REST)
 
 
+def _size(model: schema.Model, tensor: schema.Tensor) -> int:
+    buffer = model.Buffers(tensor.Buffer())
+    return int(buffer.DataLength() or buffer.Size())
+
+
+def _block_scales(tensor: schema.Tensor) -> int | None:
+    """Returns which tensor holds the scales of blocks, if a tensor has such."""
+    quantization = tensor.Quantization()
+    kind = schema.QuantizationDetails.BlockwiseQuantization
+    if quantization is None or quantization.DetailsType() != kind:
+        return None
+    details, blocks = quantization.Details(), schema.BlockwiseQuantization()
+    blocks.Init(details.Bytes, details.Pos)
+    return int(blocks.Scales())
+
+
 def _part(tensor: schema.Tensor, size: int) -> Part:
-    shape = tensor.ShapeAsNumpy() if tensor.ShapeLength() else np.ones(0, int)
+    shape = [tensor.Shape(axis) for axis in range(tensor.ShapeLength())]
     quantization = tensor.Quantization()
     scales = 0 if quantization is None else 4 * quantization.ScaleLength()
-    elements = int(np.prod(shape)) if len(shape) else 1
-    name = re.sub(r"_\d+(?=/)", "_*", tensor.Name().decode())
+    elements = math.prod(shape)
+    name = across_layers((tensor.Name() or b"").decode())
     matrix = len(shape) > 1 and "/" in name
     number = _TYPES.get(tensor.Type(), "?")
     return Part(name if matrix else _REST, number, 1, elements, size + scales)
