@@ -16,6 +16,7 @@ from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
 from tfgptopt.exporting.tflite.kv_cache import Held, add_growth
+from tfgptopt.file import names
 from tfgptopt.file.metadata import CacheDtype
 
 
@@ -39,12 +40,12 @@ def add_signatures(
 ) -> None:
     """Adds signatures to a model, which share every weight.
 
-    Inputs of each: `tokens` int32 `(length,)`; `position` int32 `(1,)`, the position of the first
-    token; `key_i` and `value_i` `(key-value heads, context, head_dim)` for each layer `i`, of the
-    dtype of the cache, and for int8 `key_scale_i` and `value_scale_i` float32 `(key-value heads,
-    context, 1)`. Outputs: the caches under the same names, and `logits` float32 `(length,
-    vocabulary)`. All caches together may be resized to fewer positions. One more signature, `grow`,
-    appends positions to the cache of a layer.
+    Inputs of each: `tokens` int32 `(length,)`; `input_pos` int32 `(length,)`, their positions;
+    `kv_cache_k_i` and `kv_cache_v_i` `(key-value heads, context, head_dim)` for each layer `i`, of
+    the dtype of the cache, and for int8 `kv_cache_k_scale_i` and `kv_cache_v_scale_i` float32
+    `(key-value heads, context, 1)`. Outputs: the caches under the same names, and `logits` float32
+    `(1, length, vocabulary)`. All caches together may be resized to fewer positions. One more
+    signature, `grow`, appends positions to the cache of a layer.
 
     Args:
         model: The file.
@@ -59,7 +60,7 @@ def add_signatures(
     ]
     for step in steps:
         _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
-    add_growth(model.graph("grow"), spec.cache_shape, cache_dtype)
+    add_growth(model.graph(names.GROW), spec.cache_shape, cache_dtype)
 
 
 def _add_signature(
@@ -69,9 +70,9 @@ def _add_signature(
     step: Step,
     cache_dtype: CacheDtype,
 ) -> None:
-    tokens = graph.input("tokens", (step.length,), np.int32)
+    tokens = graph.input(names.TOKENS, (step.length,), np.int32)
     caches = [
-        [Held(graph, name, i, spec.cache_shape, cache_dtype) for name in ("key", "value")]
+        [Held(graph, name, i, spec.cache_shape, cache_dtype) for name in (names.KEYS, names.VALUES)]
         for i in range(len(spec.blocks))
     ]
     positions = Positions(graph, step.length, caches[0][0].tensor)
@@ -100,7 +101,7 @@ def _add_signature(
     logits = op.fully_connected(graph, x, spec.head or spec.token_embedding)
     if spec.logit_soft_cap is not None:
         logits = op.soft_cap(graph, logits, spec.logit_soft_cap)
-    graph.output("logits", logits)
+    graph.output(names.LOGITS, op.reshape(graph, logits, (1, *logits.shape)))
 
 
 def _embed(graph: Graph, spec: DecoderSpec, tokens: Tensor, positions: Positions) -> Tensor:

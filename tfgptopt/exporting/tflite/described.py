@@ -4,6 +4,8 @@ operator.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import keras
 import numpy as np
 
@@ -12,6 +14,7 @@ from tfgptopt.decoder import DecoderSpec, read_known
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.exporting.tflite.decoder_graph import add_signatures
 from tfgptopt.exporting.tflite.describing import (
+    PREFILL_LENGTHS,
     Settings,
     context_of,
     describe,
@@ -20,7 +23,7 @@ from tfgptopt.exporting.tflite.describing import (
     steps_of,
 )
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
-from tfgptopt.file.metadata import METADATA_NAME, DecoderShape
+from tfgptopt.file.metadata import DecoderShape, Metadata
 
 
 def described_file(model: keras.Model, settings: Settings) -> memoryview:
@@ -33,10 +36,29 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
     """
+    file, about = described_model(model, settings)
+    for name, data in about.entries().items():
+        file.metadata(name, data)
+    return file.pack()
+
+
+def described_model(
+    model: keras.Model, settings: Settings, prefill: Sequence[int] = PREFILL_LENGTHS
+) -> tuple[Model, Metadata]:
+    """Returns the graphs of a model whose family has a reader, and what is to be said of them.
+
+    Args:
+        model: A causal LM.
+        settings: The format.
+        prefill: Lengths of prefill. Defaults to those of a `.tflite` file.
+
+    Raises:
+        ValueError: If its configuration cannot be exported, or the settings do not fit it.
+    """
     spec = read_known(model)
     context = context_of(model, spec.context_length, settings.context_length)
     _check_settings(spec, settings)
-    spec, signatures = spec.with_context(context), plan_signatures(context)
+    spec, signatures = spec.with_context(context), plan_signatures(context, prefill)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
     add_signatures(file, spec, steps_of(signatures), settings.cache_dtype)
     heads, _, head_dim = spec.cache_shape
@@ -50,9 +72,7 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
         context_length=context,
         vocabulary_size=spec.vocabulary_size,
     )
-    about = describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
-    file.metadata(METADATA_NAME, about.to_json())
-    return file.pack()
+    return file, describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
 
 
 def _check_settings(spec: DecoderSpec, settings: Settings) -> None:
