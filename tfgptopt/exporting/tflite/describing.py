@@ -17,6 +17,7 @@ from tfgptopt.data.portable import Portable
 from tfgptopt.exporting.tflite.decoder_graph import Step
 from tfgptopt.exporting.tokenizers import end_token_ids, store_tokenizer
 from tfgptopt.file.metadata import (
+    CACHE_DTYPES,
     CacheDtype,
     DecoderShape,
     GenerationDefaults,
@@ -46,6 +47,21 @@ class Settings(Protocol):
 
     @property
     def sparse(self) -> bool: ...
+
+
+def check_settings(context_length: object, cache_dtype: object) -> None:
+    """Raises where settings that formats share are out of range.
+
+    Raises:
+        ValueError: If they are.
+    """
+    length = context_length
+    if length is not None and (
+        not isinstance(length, int) or isinstance(length, bool) or length < 2
+    ):
+        raise ValueError(f"`context_length` must be an int >= 2, or None. Received: {length!r}")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {cache_dtype!r}")
 
 
 def plan_signatures(context_length: int, prefill: Sequence[int]) -> Signatures:

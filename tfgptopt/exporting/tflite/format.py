@@ -11,8 +11,9 @@ import keras
 from tfgptopt.decoder import is_decoder_only, why_unreadable
 from tfgptopt.exporting.tflite.converted import converted_causal_lm_file, converted_file
 from tfgptopt.exporting.tflite.described import described_file
+from tfgptopt.exporting.tflite.describing import check_settings
 from tfgptopt.file.container import seal
-from tfgptopt.file.metadata import CACHE_DTYPES, CacheDtype
+from tfgptopt.file.metadata import CacheDtype
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,7 @@ class TFLite:
     suffix: ClassVar[str] = ".tflite"
 
     def __post_init__(self) -> None:
-        length = self.context_length
-        if length is not None and (
-            not isinstance(length, int) or isinstance(length, bool) or length < 2
-        ):
-            raise ValueError(f"`context_length` must be an int >= 2, or None. Received: {length!r}")
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {self.cache_dtype!r}"
-            )
+        check_settings(self.context_length, self.cache_dtype)
         if not isinstance(self.sparse, bool):
             raise ValueError(f"`sparse` must be a bool. Received: {self.sparse!r}")
 
