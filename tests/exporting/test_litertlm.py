@@ -1,0 +1,136 @@
+"""Bundles in LiteRT-LM itself: its greedy text is that of `TFLiteCausalLM`."""
+
+import pytest
+from decoder.families import CONTEXT, FAMILIES, prompt
+from exporting.pairs import PAIRS, pairs, with_pairs
+
+import tfgptopt
+from tfgptopt.data import set_template
+from tfgptopt.exporting import LiteRTLM
+from tfgptopt.generation import ChatTemplate, TFLiteCausalLM
+from tfgptopt.generation.templates import KNOWN
+from tfgptopt.quantization import Int4, Int8
+
+litert_lm = pytest.importorskip("litert_lm")
+litert_lm.set_min_log_severity(litert_lm.LogSeverity.FATAL)
+NEW = 60
+
+
+def engine_of(path):
+    return litert_lm.Engine(str(path), cache_dir=":nocache")
+
+
+def continued(engine, text, new=NEW):
+    """Returns what the engine writes behind a text."""
+    session = engine.create_session(apply_prompt_template=False, max_output_tokens=new)
+    session.run_prefill([text])
+    return session.run_decode().texts[0]
+
+
+def exported(path, name, spec=None, settings=None, **changes):
+    model = with_pairs(name, CONTEXT, **changes)
+    if spec is not None:
+        tfgptopt.quantize_aware(model, spec)
+    return tfgptopt.export(model, path / "gpt.litertlm", settings or LiteRTLM(CONTEXT))
+
+
+def check_the_same(path):
+    """Compares both engines for prompts within a chunk, and of several."""
+    lm, engine, written = TFLiteCausalLM(path), engine_of(path), ""
+    for length in (3, 34):
+        text = pairs(prompt(length))
+        assert len(lm.tokenize(text)) == length
+        ours = lm.generate(text, max_length=length + NEW, strip_prompt=True)
+        assert continued(engine, text) == ours
+        written += ours
+    assert len(written) > NEW and len(set(written)) > 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_text_is_ours(name, tmp_path):
+    check_the_same(exported(tmp_path, name))
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama3"])
+@pytest.mark.parametrize(
+    "spec", [Int8(), Int4(), Int4(block_size=32), Int4(embedding_bits=4)], ids=str
+)
+def test_greedy_text_of_integers_is_ours(name, spec, tmp_path):
+    check_the_same(exported(tmp_path, name, spec, intermediate_dim=64))
+
+
+def test_greedy_text_with_int8_caches_is_ours(tmp_path):
+    settings = LiteRTLM(CONTEXT, cache_dtype="int8")
+    check_the_same(exported(tmp_path, "GPT2", Int8(), settings))
+
+
+def test_a_start_token_is_put_before_the_text(tmp_path):
+    path = exported(tmp_path, "GPT2", start_token_id=150)
+    lm, text = TFLiteCausalLM(path), pairs(prompt(9))
+    ours = lm.generate(text, max_length=40, strip_prompt=True)
+    assert ours != lm.generate(lm.tokenize(text), max_length=39, strip_prompt=True)
+    assert continued(engine_of(path), text, 30) == ours
+
+
+def test_prompts_of_every_length(tmp_path):
+    context = 150  # Behind a chunk of 128 there is no room for one of 32.
+    model = with_pairs("Llama", context, num_layers=1)
+    path = tfgptopt.export(model, tmp_path / "gpt.litertlm")
+    lm, engine = TFLiteCausalLM(path), engine_of(path)
+    for length in range(1, context):
+        text = pairs(prompt(length))
+        ours = lm.generate(text, max_length=min(length + 6, context), strip_prompt=True)
+        assert continued(engine, text, min(6, context - length)) == ours, length
+
+
+TURNS = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}BaBb{{ message['content'] }}{{ eos_token }}"
+    "{% else %}{{ message['content'] }}STOP{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}BcBd{% endif %}\n"
+)
+
+
+def test_a_chat_of_two_turns(tmp_path):
+    model = with_pairs("Qwen3", CONTEXT, start_token_id=150)
+    questions = [pairs(prompt(7, seed)) for seed in (2, 3)]
+
+    def chat_ending_with(stop):
+        source = TURNS.replace("STOP", stop)
+        set_template(model, ChatTemplate(source, (stop,), PAIRS[150 - 33], "Bf"))
+        path = tfgptopt.export(model, tmp_path / "gpt.litertlm", overwrite=True)
+        return TFLiteCausalLM(path).chat(), engine_of(path)
+
+    chat, _ = chat_ending_with("Be")
+    answer = chat.generate(questions[0], max_new_tokens=20)
+    stop = answer[10:12]  # So that the model ends its turn.
+    chat, engine = chat_ending_with(stop)
+    conversation = engine.create_conversation()
+    for question in questions:
+        ours = chat.generate(question, max_new_tokens=20)
+        theirs = conversation.send_message(question, max_output_tokens=20)
+        assert str(theirs).removesuffix(stop) == ours
+    assert len(chat.messages) == 4 and all(message["content"] for message in chat.messages)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return engine_of(exported(tmp_path_factory.mktemp("lm"), "GPT2"))
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_templates_are_rendered_as_here(name, engine):
+    from tfgptopt.exporting.litertlm.templates import engine_template
+
+    template = KNOWN[name]
+    found = engine_template(template)
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " Why,\nand <what>?"},
+    ]
+    conversation = engine.create_conversation(
+        chat_template=found.source, system_message=messages[0]["content"]
+    )
+    expected = template.render(messages, add_generation_prompt=True)
+    start = template.bos_token if found.starts else ""
+    assert start + conversation.render_message_to_string(messages[1]["content"]) == expected
