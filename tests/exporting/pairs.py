@@ -8,15 +8,15 @@ import types
 import keras_hub
 from decoder.families import VOCABULARY, make
 
-END = "!"
+END, LINE = "!", "Ċ"  # Byte pairs write the end of a line so.
 _UPPER, _LOWER = string.ascii_uppercase[:16], string.ascii_lowercase[:16]
 _PAIRS = [upper + lower for upper in _UPPER for lower in _LOWER]
-PAIRS = _PAIRS[: VOCABULARY - len([END, *_UPPER, *_LOWER])]
+PAIRS = _PAIRS[: VOCABULARY - len([END, LINE, *_UPPER, *_LOWER])]
 
 
 def pairs_tokenizer():
     """Returns the tokenizer; token 0 ends a text."""
-    tokens = [END, *_UPPER, *_LOWER, *PAIRS]
+    tokens = [END, LINE, *_UPPER, *_LOWER, *PAIRS]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [" ".join(pair) for pair in PAIRS]
     tokenizer = keras_hub.tokenizers.BytePairTokenizer(vocabulary, merges)
@@ -36,6 +36,5 @@ def with_pairs(name, length, start_token_id=None, **changes):
 
 
 def pairs(tokens):
-    """Returns tokens as those that are pairs, and the text that they are."""
-    text = "".join(PAIRS[token % len(PAIRS)] for token in tokens)
-    return text
+    """Returns a text of as many pairs as there are tokens."""
+    return "".join(PAIRS[token % len(PAIRS)] for token in tokens)

@@ -43,7 +43,7 @@ def check_the_same(path):
         ours = lm.generate(text, max_length=length + NEW, strip_prompt=True)
         assert continued(engine, text) == ours
         written += ours
-    assert len(written) > NEW and len(set(written)) > 3
+    assert len(written) > NEW and len(set(written)) > 2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -86,7 +86,7 @@ def test_prompts_of_every_length(tmp_path):
 TURNS = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}BaBb{{ message['content'] }}{{ eos_token }}"
-    "{% else %}{{ message['content'] }}STOP{% endif %}{% endfor %}"
+    "{% else %}BcBd{{ message['content'] }}{{ 'STOP\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}BcBd{% endif %}\n"
 )
 
@@ -97,19 +97,23 @@ def test_a_chat_of_two_turns(tmp_path):
 
     def chat_ending_with(stop):
         source = TURNS.replace("STOP", stop)
-        set_template(model, ChatTemplate(source, (stop,), PAIRS[150 - 33], "Bf"))
+        set_template(model, ChatTemplate(source, (stop,), PAIRS[150 - 34], "Bf"))
         path = tfgptopt.export(model, tmp_path / "gpt.litertlm", overwrite=True)
         return TFLiteCausalLM(path).chat(), engine_of(path)
 
     chat, _ = chat_ending_with("Be")
-    answer = chat.generate(questions[0], max_new_tokens=20)
-    stop = answer[10:12]  # So that the model ends its turn.
+    chat.generate(questions[0], max_new_tokens=20)
+    said = chat.tokens[-19:]  # The last was not read.
+    pair = next(token for token in said[3:] if token > 33 and token not in said[:3])
+    stop = PAIRS[pair - 34]  # So that the model ends its turn.
     chat, engine = chat_ending_with(stop)
     conversation = engine.create_conversation()
     for question in questions:
         ours = chat.generate(question, max_new_tokens=20)
-        theirs = conversation.send_message(question, max_output_tokens=20)
-        assert str(theirs).removesuffix(stop) == ours
+        theirs = str(conversation.send_message(question, max_output_tokens=20))
+        for name in (stop, "Bf", PAIRS[150 - 34]):  # It prints special tokens.
+            theirs = theirs.replace(name, "")
+        assert theirs == ours
     assert len(chat.messages) == 4 and all(message["content"] for message in chat.messages)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from tfgptopt.exporting.litertlm.templates import PLAIN, SAMPLE, engine_template
+from tfgptopt.exporting.litertlm.templates import SAMPLE, engine_template
 from tfgptopt.file.bundle import bundle_builder
 from tfgptopt.file.metadata import DecoderShape, Metadata
 from tfgptopt.file.names import KEYS, VALUES, in_layer, parts_of
@@ -61,14 +61,13 @@ def llm_metadata(about: Metadata) -> Any:
             "LiteRT-LM needs a token that ends an answer, and the model's tokenizer has none: "
             "neither an end token nor stop tokens of a chat template."
         )
-    message.jinja_prompt_template = PLAIN
-    if about.chat is not None:
-        template = ChatTemplate.from_metadata(about.chat)
-        written = engine_template(template)
+    template = None if about.chat is None else ChatTemplate.from_metadata(about.chat)
+    written = engine_template(template)
+    message.jinja_prompt_template = written.source
+    if template is not None:
         start = tokenizer.token_to_id(template.bos_token) if written.starts else None
         text = template.render(shielded(SAMPLE), add_generation_prompt=True)
         _check_same_tokens(about, encode_written(tokenizer, text), start, written.render())
-        message.jinja_prompt_template = written.source
     if start is not None:
         message.start_token.token_ids.ids.append(start)
     message.max_num_tokens = about.decoder.context_length

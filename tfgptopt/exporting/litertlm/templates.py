@@ -1,6 +1,7 @@
 """Chat templates as LiteRT-LM renders them: with minijinja, in place of Jinja.
 
-The engine puts the start token before a text itself, and knows neither `bos_token` nor `eos_token`.
+The engine puts the start token before a text itself, knows neither `bos_token` nor `eos_token`, and
+gives the content of a message in parts, where templates expect a text.
 
 Reference: https://github.com/google-ai-edge/LiteRT-LM, `runtime/components/prompt_template.cc`.
 """
@@ -27,8 +28,24 @@ _METHODS = (
     "rstrip",
     "items",
 )
+_AS_TEXT = (
+    "{% set as_text = namespace(messages=[], content='') %}"
+    "{% for message in messages %}{% set as_text.content = message.content %}"
+    "{% if message.content is not string %}{% set as_text.content = '' %}"
+    "{% for part in message.content or [] %}{% if part.type == 'text' %}"
+    "{% set as_text.content = as_text.content + part.text %}"
+    "{% endif %}{% endfor %}{% endif %}"
+    "{% set as_text.messages = as_text.messages + [dict(message, content=as_text.content)] %}"
+    "{% endfor %}{% set messages = as_text.messages %}"
+)
+# Of a new turn the engine reads what is written behind that of the turns before it, which must
+# not end with more than the token at which the model stopped.
+_WRITTEN = (
+    "{% if messages and messages[-1].role == 'assistant' and not add_generation_prompt %}"
+    "{{ written.rstrip() }}{% else %}{{ written }}{% endif %}"
+)
 # The engine holds conversations by a template only. This one continues their text.
-PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_PLAIN = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 SAMPLE = (
     {"role": "user", "content": "Hello there"},
     {"role": "assistant", "content": "Hello"},
@@ -53,16 +70,18 @@ class EngineTemplate:
         return ChatTemplate(self.source).render(SAMPLE, add_generation_prompt=True)
 
 
-def engine_template(template: ChatTemplate) -> EngineTemplate:
+def engine_template(template: ChatTemplate | None) -> EngineTemplate:
     """Returns a template as LiteRT-LM needs it.
 
     Args:
-        template: The template.
+        template: The template, or `None` for one that writes messages one behind the other.
 
     Raises:
         ValueError: If it calls what the engine does not know, or writes `bos_token` elsewhere than
             at the beginning.
     """
+    if template is None:
+        return EngineTemplate(f"{_AS_TEXT}\n{_PLAIN}", False)
     _check_methods(template.source)
     written, rest = (
         one.render(SAMPLE, add_generation_prompt=True)
@@ -77,8 +96,13 @@ def engine_template(template: ChatTemplate) -> EngineTemplate:
     source = template.source.removesuffix("\n")
     eos = json.dumps(template.eos_token, ensure_ascii=False)
     # The line end behind a block is not written.
-    source = f"{{% set bos_token = '' %}}{{% set eos_token = {eos} %}}\n{source}"
-    return EngineTemplate(source, written != rest)
+    names = f"{{% set bos_token = '' %}}{{% set eos_token = {eos} %}}"
+    answered = template.render(SAMPLE[:2])
+    if not answered.endswith(template.stop_tokens) and answered.rstrip().endswith(
+        template.stop_tokens
+    ):
+        source = f"{{% set written %}}\n{source}{{% endset %}}{_WRITTEN}"
+    return EngineTemplate(f"{names}{_AS_TEXT}\n{source}", written != rest)
 
 
 def _check_methods(source: str) -> None:
