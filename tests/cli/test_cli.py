@@ -160,6 +160,18 @@ def test_a_preset_without_weights(preset, tmp_path):
     assert_refused(run("export", tmp_path, tmp_path / "x.tflite"), "has no weights")
 
 
+def test_a_bundle_for_phones_is_exported_and_read(preset, tmp_path):
+    path = tmp_path / "gpt.litertlm"
+    result = run("export", preset, path, "--context-length", 24)
+    assert result.returncode == 0, result.stderr
+    result = run("inspect", path)
+    assert "24 tokens" in result.stdout and "prefill_1, prefill_24" in result.stdout
+    result = run("generate", path, "import", "--max-length", 12)
+    assert result.returncode == 0 and result.stdout.startswith("import")
+    refused = run("export", preset, tmp_path / "b.litertlm", "--sparse")
+    assert_refused(refused, "stands for LiteRTLM, which has no setting `sparse`")
+
+
 def test_export_offers_every_setting_of_the_formats(tmp_path):
     words = " ".join(run("export", "--help").stdout.split())
     for field in dataclasses.fields(TFLite):

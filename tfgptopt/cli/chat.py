@@ -24,7 +24,7 @@ _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an 
 
 
 def chat(
-    file: Annotated[Path, typer.Argument(help="A .tflite file written by tfgptopt.")],
+    file: Annotated[Path, typer.Argument(help="A .tflite or .litertlm file written by tfgptopt.")],
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     template: Annotated[
         str | None,

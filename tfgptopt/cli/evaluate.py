@@ -13,7 +13,7 @@ from tfgptopt.cli.shared import console, load_libraries, load_preset, print_corp
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help=".tflite files and presets, of one tokenizer.")
+        list[str], typer.Argument(help=".tflite and .litertlm files and presets, of one tokenizer.")
     ],
     text: Annotated[list[str], typer.Option(help="Text or records to measure on.")],
     tokenizer: Annotated[
@@ -31,7 +31,7 @@ def evaluate(
     loaded: dict[str, Any] = {}
     for name in models:
         short = Path(name).name if Path(name).name not in loaded else name
-        if name.endswith(".tflite"):
+        if name.endswith((".tflite", ".litertlm")):
             loaded[short] = Path(name)
             continue
         with console.status(f"Loading {escape(name)}"):

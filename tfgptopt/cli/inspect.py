@@ -12,7 +12,7 @@ from tfgptopt.cli.shared import console
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A .tflite file written by tfgptopt.")],
+    file: Annotated[Path, typer.Argument(help="A .tflite or .litertlm file written by tfgptopt.")],
 ) -> None:
     """Show what a file holds: family, shape, signatures, tokenizer, all that was done to it."""
     from tfgptopt.file.container import read_metadata

@@ -25,7 +25,7 @@ def quantize(
     preset: Annotated[
         str, typer.Argument(help="KerasHub preset (folder, name, hf://) or Hugging Face folder.")
     ],
-    path: Annotated[Path, typer.Argument(help="The .tflite file to write, or a folder.")],
+    path: Annotated[Path, typer.Argument(help="The .tflite or .litertlm file, or a folder.")],
     spec: Annotated[
         str, typer.Option(help="int8, int4, or int4:32 in blocks of 32 inputs.")
     ] = "int8",

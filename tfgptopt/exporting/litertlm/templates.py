@@ -9,25 +9,25 @@ Reference: https://github.com/google-ai-edge/LiteRT-LM, `runtime/components/prom
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 
 import jinja2
-import jinja2.nodes
+from jinja2 import nodes
 
 from tfgptopt.generation.templates import ChatTemplate
 
-# What is rewritten to filters there; minijinja has no other methods.
+# What the engine rewrites to filters; minijinja has no other methods.
 _METHODS = (
-    "startswith",
-    "endswith",
-    "replace",
-    "split",
-    "join",
-    "strip",
-    "lstrip",
-    "rstrip",
-    "items",
+    *("startswith", "endswith", "replace", "split", "join"),
+    *("strip", "lstrip", "rstrip", "items"),
 )
+_UNKNOWN_FILTERS = (
+    *("center", "filesizeformat", "forceescape", "random", "striptags", "truncate"),
+    *("urlencode", "urlize", "wordcount", "wordwrap", "xmlattr"),
+)
+# What marks answers for training, and writes nothing.
+_GENERATION = re.compile(r"{%(-?)\s*(?:end)?generation\s*(-?)%}")
 _AS_TEXT = (
     "{% set as_text = namespace(messages=[], content='') %}"
     "{% for message in messages %}{% set as_text.content = message.content %}"
@@ -77,12 +77,19 @@ def engine_template(template: ChatTemplate | None) -> EngineTemplate:
         template: The template, or `None` for one that writes messages one behind the other.
 
     Raises:
-        ValueError: If it calls what the engine does not know, or writes `bos_token` elsewhere than
+        ValueError: If it has what the engine does not know, or writes `bos_token` elsewhere than
             at the beginning.
     """
     if template is None:
         return EngineTemplate(f"{_AS_TEXT}\n{_PLAIN}", False)
-    _check_methods(template.source)
+    # A comment in its place takes the same white space away; the engine's own way does not.
+    source = _GENERATION.sub(r"{#\1 \2#}", template.source)
+    unknown = _unknown_to_engine(source)
+    if unknown:
+        raise ValueError(
+            f"The chat template has what LiteRT-LM does not know: {', '.join(unknown)}. It has "
+            f"Jinja without break and continue, and of methods {', '.join(_METHODS)}."
+        )
     written, rest = (
         one.render(SAMPLE, add_generation_prompt=True)
         for one in (template, replace(template, bos_token=""))
@@ -93,7 +100,7 @@ def engine_template(template: ChatTemplate | None) -> EngineTemplate:
             "the start token there, and knows no `bos_token`: write its name out in the template."
         )
     # Jinja leaves the last line end of a template out, minijinja does not.
-    source = template.source.removesuffix("\n")
+    source = source.removesuffix("\n")
     eos = json.dumps(template.eos_token, ensure_ascii=False)
     # The line end behind a block is not written.
     names = f"{{% set bos_token = '' %}}{{% set eos_token = {eos} %}}"
@@ -105,18 +112,21 @@ def engine_template(template: ChatTemplate | None) -> EngineTemplate:
     return EngineTemplate(f"{names}{_AS_TEXT}\n{source}", written != rest)
 
 
-def _check_methods(source: str) -> None:
-    """Raises where a template calls a method that LiteRT-LM does not know.
-
-    Raises:
-        ValueError: If it does.
-    """
-    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(
-        source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    )
-    for call in tree.find_all(jinja2.nodes.Call):
-        if isinstance(call.node, jinja2.nodes.Getattr) and call.node.attr not in _METHODS:
-            raise ValueError(
-                f"The chat template calls `.{call.node.attr}()` in line {call.lineno}, which "
-                f"LiteRT-LM does not know. It knows {', '.join(_METHODS)}, and Jinja's filters."
-            )
+def _unknown_to_engine(source: str) -> list[str]:
+    """Returns what a template has that LiteRT-LM does not know."""
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+    found: dict[str, None] = {}
+    kinds = (nodes.Call, nodes.Filter, nodes.Break, nodes.Continue)
+    for node in tree.find_all(kinds):
+        if isinstance(node, nodes.Call):
+            method = node.node.attr if isinstance(node.node, nodes.Getattr) else _METHODS[0]
+            name = "" if method in _METHODS else f".{method}()"
+        elif isinstance(node, nodes.Filter):
+            tuned = node.name == "tojson" and (node.args or node.kwargs)
+            name = "tojson with arguments" if tuned else f"the filter {node.name}"
+            name = name if tuned or node.name in _UNKNOWN_FILTERS else ""
+        else:
+            name = type(node).__name__.lower()
+        if name:
+            found[f"{name} (line {node.lineno})"] = None
+    return list(found)
