@@ -32,8 +32,8 @@ class TFLiteCausalLM:
     A prompt that begins like the one before it is read from where they differ.
 
     Args:
-        path: The `.tflite` file, or a `.litertlm` bundle, whose model is kept in a file of its own in
-            the folder of `weight_cache`, since LiteRT maps only whole files.
+        path: The `.tflite` file, or a `.litertlm` bundle, whose model is kept in a file of its
+            own in the folder of `weight_cache`, since LiteRT maps only whole files.
         num_threads: int. Threads for the kernels. Defaults to `None`: all cores.
         weight_cache: Folder for the weights as the CPU's kernels want them, so that the file loads
             in an instant the second time; `False` for none. Defaults to `True`: the folder that

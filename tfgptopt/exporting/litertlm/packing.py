@@ -37,6 +37,9 @@ def write_bundle(
             bundle.add_sentencepiece_tokenizer(part("tokenizer.model", tokenizer))
         else:
             bundle.add_hf_tokenizer(part("tokenizer.json", tokenizer.encode()))
-        bundle.add_tflite_model(part("model.tflite", model), library.TfLiteModelType.PREFILL_DECODE)
+        # Without the constraint apps may take the GPU, which computes in half precision.
+        bundle.add_tflite_model(
+            part("model.tflite", model), library.TfLiteModelType.PREFILL_DECODE, "cpu"
+        )
         with target.open("wb") as file:
             bundle.build(file, validate_metadata=True)
