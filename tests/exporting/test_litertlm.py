@@ -1,5 +1,8 @@
 """Bundles in LiteRT-LM itself: its greedy text is that of `TFLiteCausalLM`."""
 
+import re
+from pathlib import Path
+
 import pytest
 from decoder.families import CONTEXT, FAMILIES, prompt
 from exporting.pairs import PAIRS, pairs, with_pairs
@@ -115,6 +118,15 @@ def test_a_chat_of_two_turns(tmp_path):
             theirs = theirs.replace(name, "")
         assert theirs == ours
     assert len(chat.messages) == 4 and all(message["content"] for message in chat.messages)
+
+
+def test_the_example_of_the_page(tmp_path, monkeypatch, capfd):
+    page = (Path(__file__).parents[2] / "docs/litertlm.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("Hello", "AaBbAcBd"), {"gpt": with_pairs("GPT2", CONTEXT)})
+    theirs, ours = capfd.readouterr().out.splitlines()[-2:]
+    assert ours.startswith("AaBbAcBd" + theirs) and len(theirs) > 8
 
 
 @pytest.fixture(scope="module")
