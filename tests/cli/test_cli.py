@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tfgptopt
-from tfgptopt.exporting import TFLite
+from tfgptopt.exporting import LiteRTLM, TFLite
 from tfgptopt.generation import MinP, Random, RepetitionPenalty, TopK, TopP
 
 MAIN = [sys.executable, "-m", "tfgptopt.cli.main"]
@@ -174,7 +174,7 @@ def test_a_bundle_for_phones_is_exported_and_read(preset, tmp_path):
 
 def test_export_offers_every_setting_of_the_formats(tmp_path):
     words = " ".join(run("export", "--help").stdout.split())
-    for field in dataclasses.fields(TFLite):
+    for field in (*dataclasses.fields(TFLite), *dataclasses.fields(LiteRTLM)):
         assert f"--{field.name.replace('_', '-')}" in words
     result = run("export", "no/preset", tmp_path / "folder", "--cache-dtype", "int8")
     assert_refused(result, "stands for SavedModel, which has no setting `cache_dtype`, none.")

@@ -67,6 +67,17 @@ def test_greedy_text_with_int8_caches_is_ours(tmp_path):
     check_the_same(exported(tmp_path, "GPT2", Int8(), settings))
 
 
+@pytest.mark.parametrize("name", ["GPT2", "Falcon", "Llama3", "Gemma 2"])
+def test_greedy_text_with_growing_caches_is_ours(name, tmp_path):
+    spec = Int8() if name == "Llama3" else None
+    check_the_same(exported(tmp_path, name, spec, LiteRTLM(CONTEXT, growing_cache=True)))
+
+
+def test_int8_caches_grow_too(tmp_path):
+    settings = LiteRTLM(CONTEXT, cache_dtype="int8", growing_cache=True)
+    check_the_same(exported(tmp_path, "GPT2", Int8(), settings))
+
+
 def test_a_start_token_is_put_before_the_text(tmp_path):
     path = exported(tmp_path, "GPT2", start_token_id=150)
     lm, text = TFLiteCausalLM(path), pairs(prompt(9))
@@ -75,10 +86,11 @@ def test_a_start_token_is_put_before_the_text(tmp_path):
     assert continued(engine_of(path), text, 30) == ours
 
 
-def test_prompts_of_every_length(tmp_path):
+@pytest.mark.parametrize("growing", [False, True])
+def test_prompts_of_every_length(growing, tmp_path):
     context = 150  # Behind a chunk of 128 there is no room for one of 32.
     model = with_pairs("Llama", context, num_layers=1)
-    path = tfgptopt.export(model, tmp_path / "gpt.litertlm")
+    path = tfgptopt.export(model, tmp_path / "gpt.litertlm", LiteRTLM(growing_cache=growing))
     lm, engine = TFLiteCausalLM(path), engine_of(path)
     for length in range(1, context):
         text = pairs(prompt(length))
@@ -94,14 +106,16 @@ TURNS = (
 )
 
 
-def test_a_chat_of_two_turns(tmp_path):
+@pytest.mark.parametrize("growing", [False, True])
+def test_a_chat_of_two_turns(growing, tmp_path):
     model = with_pairs("Qwen3", CONTEXT, start_token_id=150)
     questions = [pairs(prompt(7, seed)) for seed in (2, 3)]
 
     def chat_ending_with(stop):
         source = TURNS.replace("STOP", stop)
         set_template(model, ChatTemplate(source, (stop,), PAIRS[150 - 34], "Bf"))
-        path = tfgptopt.export(model, tmp_path / "gpt.litertlm", overwrite=True)
+        settings = LiteRTLM(growing_cache=growing)
+        path = tfgptopt.export(model, tmp_path / "gpt.litertlm", settings, overwrite=True)
         return TFLiteCausalLM(path).chat(), engine_of(path)
 
     chat, _ = chat_ending_with("Be")

@@ -28,6 +28,9 @@ def export(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="TFLite: leave out empty blocks of float32 weights.")
     ] = False,
+    growing_cache: Annotated[
+        bool, typer.Option("--growing-cache", help="LiteRTLM: the cache grows with a text.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Export a model as TFLite, for LiteRT-LM (both with a KV cache), or as a SavedModel."""
@@ -42,6 +45,7 @@ def export(
         "context_length": context_length,
         "cache_dtype": cache_dtype,
         "sparse": sparse or None,
+        "growing_cache": growing_cache or None,
     }
     format = format_of(path, {name: x for name, x in options.items() if x is not None})
     loaded = Recipe.load(recipe) if recipe else None

@@ -16,13 +16,13 @@ from tfgptopt.exporting.litertlm.describing import (
 )
 from tfgptopt.exporting.litertlm.packing import write_bundle
 from tfgptopt.exporting.tflite.described import described_model
-from tfgptopt.exporting.tflite.describing import check_settings
+from tfgptopt.exporting.tflite.describing import PREFILL_LENGTHS, check_settings
 from tfgptopt.file.bundle import bundle_builder
 from tfgptopt.file.container import append_seal
 from tfgptopt.file.metadata import CacheDtype
 
-# Near the end of the context LiteRT-LM reads with a signature that still fits: one of one token.
-_PREFILL_LENGTHS = (1, 32, 128)
+# Near the end of a cache LiteRT-LM reads with a signature that still fits: one of one token.
+_STATIC_LENGTHS = (1, *PREFILL_LENGTHS)
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class LiteRTLM:
             many positions from the beginning. Defaults to `None`: as for `TFLite`.
         cache_dtype: `"float32"` or `"int8"`. How keys and values are held, as for `TFLite`.
             Defaults to `"float32"`.
+        growing_cache: bool. Whether LiteRT-LM makes the cache larger as a text grows, on CPUs: it
+            is faster behind short texts then. Defaults to `False`: the whole context at once.
 
     Raises:
         ImportError: If `litert-lm-builder` is not installed.
@@ -57,12 +59,15 @@ class LiteRTLM:
 
     context_length: int | None = None
     cache_dtype: CacheDtype = "float32"
+    growing_cache: bool = False
 
     suffix: ClassVar[str] = ".litertlm"
     sparse: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_settings(self.context_length, self.cache_dtype)
+        if not isinstance(self.growing_cache, bool):
+            raise ValueError(f"`growing_cache` must be a bool. Received: {self.growing_cache!r}")
         bundle_builder("litertlm_builder")  # Raises.
 
     def write(self, model: keras.Model, target: Path) -> None:
@@ -82,8 +87,11 @@ class LiteRTLM:
                 f"A bundle for LiteRT-LM needs a reader for {type(model).__name__}: {reason} "
                 "Export a TFLite file instead: a name that ends with '.tflite'."
             )
-        file, about = described_model(model, self, _PREFILL_LENGTHS)
-        language, executor = llm_metadata(about), executor_metadata(about.decoder)
+        lengths = PREFILL_LENGTHS if self.growing_cache else _STATIC_LENGTHS
+        file, about = described_model(model, self, lengths, self.growing_cache)
+        language = llm_metadata(about)
+        # Where it is said which axis of a cache may grow, none does.
+        executor = None if self.growing_cache else executor_metadata(about.decoder)
         # The tokenizer is held once, where LiteRT-LM looks for it.
         for name, data in replace(about, tokenizer=None, sentencepiece=None).entries().items():
             file.metadata(name, data)

@@ -19,7 +19,7 @@ def write_bundle(
         model: The TFLite model.
         tokenizer: JSON, or a SentencePiece model.
         language: What is said of the language model, as a protobuf message.
-        executor: Which inputs are caches, as a protobuf message.
+        executor: Which inputs are caches, as a protobuf message, or `None`.
     """
     library: Any = bundle_builder("litertlm_builder")
     bundle = library.LitertLmFileBuilder()
@@ -32,7 +32,8 @@ def write_bundle(
             return str(path)
 
         bundle.add_llm_metadata(part("llm.pb", language.SerializeToString()))
-        bundle.add_executor_metadata(part("executor.pb", executor.SerializeToString()))
+        if executor is not None:
+            bundle.add_executor_metadata(part("executor.pb", executor.SerializeToString()))
         if isinstance(tokenizer, bytes):
             bundle.add_sentencepiece_tokenizer(part("tokenizer.model", tokenizer))
         else:

@@ -86,10 +86,13 @@ class Positions:
         graph: The graph of the signature.
         length: Tokens read in one call.
         keys: Keys of a layer, `(key-value heads, positions, head_dim)`.
+        any_length: Whether `length` stands for any number, found when the graph runs.
     """
 
-    def __init__(self, graph: Graph, length: int, keys: Tensor) -> None:
-        self.indices = graph.input(names.POSITIONS, (length,), np.int32)
+    def __init__(self, graph: Graph, length: int, keys: Tensor, any_length: bool) -> None:
+        self.any_length = any_length
+        free = (0,) if any_length else ()
+        self.indices = graph.input(names.POSITIONS, (length,), np.int32, free)
         # Rows follow each other from the first on, whatever the positions of padding are.
         first = op.slice_(graph, self.indices, (0,), (1,))
         self.start = op.pad_vector(graph, first, 1, 1)
@@ -98,20 +101,29 @@ class Positions:
         self._biases: dict[object, Tensor] = {}
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def free(self, axis: int) -> int | None:
+        """Returns an axis of `length`, if that is found when the graph runs, or `None`."""
+        return axis if self.any_length else None
+
     def bias(self, attention: Attention) -> Tensor:
         """Returns what is added to the scores: very negative where a token may not look.
 
-        The shape is `(1, length, positions)`, or `(heads, length, positions)` with ALiBi.
+        The shape is `(1, length, positions)`, or `(heads, length, positions)` with ALiBi. For any
+        length it is repeated along the second axis for each head that shares keys.
         """
         alibi = attention.alibi
-        key = (attention.window, None if alibi is None else alibi.tobytes())
+        copies = attention.num_heads // attention.num_key_value_heads if self.any_length else 1
+        key = (attention.window, None if alibi is None else alibi.tobytes(), copies)
         if key not in self._biases:
-            self._biases[key] = self._make_bias(attention)
+            parts = self._make_biases(attention, copies)
+            joined = parts[0] if copies == 1 else op.concatenate(self._graph, parts, 1)
+            self._biases[key] = joined
         return self._biases[key]
 
-    def _make_bias(self, attention: Attention) -> Tensor:
+    def _make_biases(self, attention: Attention, copies: int) -> list[Tensor]:
         graph, length = self._graph, self.indices.shape[0]
-        rows = op.reshape(graph, op.cast_to_float(graph, self.indices), (1, length, 1))
+        rows = op.cast_to_float(graph, self.indices)
+        rows = op.reshape(graph, rows, (1, length, 1), self.free(1))
         shape = (1, 1, self._keys.shape[1])
         columns = op.reshape(graph, op.indices(graph, self._keys, 1), shape, free=2)
         distance = op.binary(graph, "SUB", rows, columns)
@@ -121,9 +133,10 @@ class Positions:
             refused = op.binary(graph, "MINIMUM", refused, left)
         bias = op.binary(graph, "MUL", refused, op.scalar(graph, _MASKED))
         if attention.alibi is None:
-            return bias
-        slopes = graph.constant(-attention.alibi.reshape(-1, 1, 1))
-        return op.binary(graph, "ADD", op.binary(graph, "MUL", distance, slopes), bias)
+            return [bias] * copies
+        slopes = [-attention.alibi[i::copies].reshape(-1, 1, 1) for i in range(copies)]
+        steps = [op.binary(graph, "MUL", distance, graph.constant(one)) for one in slopes]
+        return [op.binary(graph, "ADD", step, bias) for step in steps]
 
     def turn(self, table: np.ndarray) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines, `(length, size)`, from a table of all positions."""
@@ -131,7 +144,9 @@ class Positions:
             graph, size = self._graph, table.shape[1]
             rows = op.embedding_lookup(graph, self.indices, graph.weight("rotary", table))
             part = (rows.shape[0], size // 2)
-            cosine, sine = (op.slice_(graph, rows, (0, at), part) for at in (0, size // 2))
+            cosine, sine = (
+                op.slice_(graph, rows, (0, at), part, self.free(0)) for at in (0, size // 2)
+            )
             minus = op.binary(graph, "MUL", sine, op.scalar(graph, -1))
             self._turns[id(table)] = (
                 op.concatenate(graph, [cosine, cosine], -1),
@@ -140,13 +155,13 @@ class Positions:
         return self._turns[id(table)]
 
 
-def _turned(graph: Graph, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+def _turned(graph: Graph, x: Tensor, table: np.ndarray, positions: Positions) -> Tensor:
     """Rotates the first features of every head, `(heads, length, head_dim)`."""
     heads, length, head_dim = x.shape
-    size = turn[0].shape[1]
+    turn, size, free = positions.turn(table), table.shape[1], positions.free(1)
     half = (heads, length, size // 2)
-    halves = [op.slice_(graph, x, (0, 0, at), half) for at in (size // 2, 0)]
-    ahead = op.slice_(graph, x, (0, 0, 0), (heads, length, size))
+    halves = [op.slice_(graph, x, (0, 0, at), half, free) for at in (size // 2, 0)]
+    ahead = op.slice_(graph, x, (0, 0, 0), (heads, length, size), free)
     turned = op.binary(
         graph,
         "ADD",
@@ -155,7 +170,7 @@ def _turned(graph: Graph, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     )
     if size == head_dim:
         return turned
-    rest = op.slice_(graph, x, (0, 0, size), (heads, length, head_dim - size))
+    rest = op.slice_(graph, x, (0, 0, size), (heads, length, head_dim - size), free)
     return op.concatenate(graph, [turned, rest], -1)
 
 
@@ -170,17 +185,19 @@ def project(
     if length == 1:
         by_head = op.reshape(graph, both, (queries + 2 * keys, 1, size))
     else:
-        by_head = op.reshape(graph, both, (length, queries + 2 * keys, size))
+        shape = (length, queries + 2 * keys, size)
+        by_head = op.reshape(graph, both, shape, positions.free(0))
         by_head = op.transpose(graph, by_head, (1, 0, 2))
-    value = op.slice_(graph, by_head, (queries + keys, 0, 0), (keys, length, size))
+    free = positions.free(1)
+    value = op.slice_(graph, by_head, (queries + keys, 0, 0), (keys, length, size), free)
     if projection.norm is not None or projection.table is not None:
-        by_head = op.slice_(graph, by_head, (0, 0, 0), (queries + keys, length, size))
+        by_head = op.slice_(graph, by_head, (0, 0, 0), (queries + keys, length, size), free)
     if projection.norm is not None:
         by_head = op.normalize(graph, by_head, projection.norm)
     if projection.table is not None:
-        by_head = _turned(graph, by_head, positions.turn(projection.table))
-    query = op.slice_(graph, by_head, (0, 0, 0), (queries, length, size))
-    key = op.slice_(graph, by_head, (queries, 0, 0), (keys, length, size))
+        by_head = _turned(graph, by_head, projection.table, positions)
+    query = op.slice_(graph, by_head, (0, 0, 0), (queries, length, size), free)
+    key = op.slice_(graph, by_head, (queries, 0, 0), (keys, length, size), free)
     return [query, key, value]
 
 
@@ -193,11 +210,16 @@ def attend(
     cap, scale = attention.logit_soft_cap, attention.scale
     query = op.binary(graph, "MUL", query, op.scalar(graph, scale / cap if cap else scale))
     alone = length == 1 and heads == attention.num_key_value_heads
-    scores = (_scores_of_one if alone else _scores_of_many)(graph, query, keys)
+    if alone:
+        scores = _scores_of_one(graph, query, keys)
+    else:
+        scores = _scores_of_many(graph, query, keys, positions)
     if cap:
         scores = op.binary(graph, "MUL", op.unary(graph, "TANH", scores), op.scalar(graph, cap))
     weights = op.softmax(graph, op.binary(graph, "ADD", scores, positions.bias(attention)))
-    return (_mix_of_one if alone else _mix_of_many)(graph, weights, values)
+    if alone:
+        return _mix_of_one(graph, weights, values)
+    return _mix_of_many(graph, weights, values, query.shape, positions)
 
 
 def _scores_of_one(graph: Graph, query: Tensor, keys: Rows) -> Tensor:
@@ -215,20 +237,30 @@ def _mix_of_one(graph: Graph, weights: Tensor, values: Rows) -> Tensor:
     return op.reshape(graph, mixed, (1, heads * size))
 
 
-def _scores_of_many(graph: Graph, query: Tensor, keys: Rows) -> Tensor:
-    """Scores, `(heads, length, positions)`: one product for the heads that share keys."""
+def _scores_of_many(graph: Graph, query: Tensor, keys: Rows, positions: Positions) -> Tensor:
+    """Scores, `(heads, length, positions)`: one product for the heads that share keys.
+
+    For any length `(key-value heads, heads that share keys * length, positions)`, since a reshape
+    finds the size of one axis only.
+    """
     heads, length, size = query.shape
-    groups, positions, _ = keys.values.shape
-    shared = op.reshape(graph, query, (groups, heads // groups * length, size))
+    groups, room, _ = keys.values.shape
+    shape = (groups, heads // groups * length, size)
+    shared = op.reshape(graph, query, shape, positions.free(1))
     scores = op.batch_matmul(graph, shared, keys.scaled(graph), transpose_y=True)
-    return op.reshape(graph, scores, (heads, length, positions), free=2)
+    if positions.any_length:
+        return scores
+    return op.reshape(graph, scores, (heads, length, room), free=2)
 
 
-def _mix_of_many(graph: Graph, weights: Tensor, values: Rows) -> Tensor:
-    heads, length, positions = weights.shape
-    groups, _, size = values.values.shape
-    shape = (groups, heads // groups * length, positions)
-    mixed = op.batch_matmul(graph, op.reshape(graph, weights, shape, free=2), values.scaled(graph))
+def _mix_of_many(
+    graph: Graph, weights: Tensor, values: Rows, shape: tuple[int, ...], positions: Positions
+) -> Tensor:
+    heads, length, size = shape
+    groups, room, _ = values.values.shape
+    by_group = op.reshape(graph, weights, (groups, heads // groups * length, room), free=2)
+    mixed = op.batch_matmul(graph, by_group, values.scaled(graph))
     if length > 1:
-        mixed = op.transpose(graph, op.reshape(graph, mixed, (heads, length, size)), (1, 0, 2))
-    return op.reshape(graph, mixed, (length, heads * size))
+        mixed = op.reshape(graph, mixed, (heads, length, size), positions.free(1))
+        mixed = op.transpose(graph, mixed, (1, 0, 2))
+    return op.reshape(graph, mixed, (length, heads * size), positions.free(0))

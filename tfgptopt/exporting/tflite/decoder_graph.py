@@ -28,11 +28,15 @@ class Step:
         name: Name of the signature.
         length: Tokens read in one call.
         logits: Whether logits are computed, for every token read.
+        growing: Whether the file says that caches may have any number of positions and, unless
+            one token is read, that any number may be read. LiteRT-LM makes caches grow then, of
+            files that have a mask as input.
     """
 
     name: str
     length: int
     logits: bool
+    growing: bool = False
 
 
 def add_signatures(
@@ -70,12 +74,21 @@ def _add_signature(
     step: Step,
     cache_dtype: CacheDtype,
 ) -> None:
-    tokens = graph.input(names.TOKENS, (step.length,), np.int32)
+    any_length = step.growing and step.length > 1
+    free = (0,) if any_length else ()
+    tokens = graph.input(names.TOKENS, (step.length,), np.int32, free)
     caches = [
-        [Held(graph, name, i, spec.cache_shape, cache_dtype) for name in (names.KEYS, names.VALUES)]
+        [
+            Held(graph, name, i, spec.cache_shape, cache_dtype, step.growing)
+            for name in (names.KEYS, names.VALUES)
+        ]
         for i in range(len(spec.blocks))
     ]
-    positions = Positions(graph, step.length, caches[0][0].tensor)
+    positions = Positions(graph, step.length, caches[0][0].tensor, any_length)
+    if step.growing:
+        # Nothing reads it: positions say as much.
+        shape = (1, 1, step.length, spec.cache_shape[1])
+        graph.input(names.MASK, shape, np.float32, (2, 3) if any_length else (3,))
     x = _embed(graph, spec, tokens, positions)
     layers = zip(spec.blocks, projections, caches, strict=True)
     for i, (block, projection, cache) in enumerate(layers):

@@ -19,6 +19,7 @@ from tfgptopt.exporting.tflite.describing import (
     context_of,
     describe,
     describe_weights,
+    growing_steps,
     plan_signatures,
     steps_of,
 )
@@ -43,7 +44,10 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
 
 
 def described_model(
-    model: keras.Model, settings: Settings, prefill: Sequence[int] = PREFILL_LENGTHS
+    model: keras.Model,
+    settings: Settings,
+    prefill: Sequence[int] = PREFILL_LENGTHS,
+    growing: bool = False,
 ) -> tuple[Model, Metadata]:
     """Returns the graphs of a model whose family has a reader, and what is to be said of them.
 
@@ -51,6 +55,8 @@ def described_model(
         model: A causal LM.
         settings: The format.
         prefill: Lengths of prefill. Defaults to those of a `.tflite` file.
+        growing: Whether there are signatures with which LiteRT-LM makes caches grow, too.
+            Defaults to `False`.
 
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
@@ -58,9 +64,10 @@ def described_model(
     spec = read_known(model)
     context = context_of(model, spec.context_length, settings.context_length)
     _check_settings(spec, settings)
-    spec, signatures = spec.with_context(context), plan_signatures(context, prefill)
+    spec, signatures = spec.with_context(context), plan_signatures(context, prefill, growing)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
-    add_signatures(file, spec, steps_of(signatures), settings.cache_dtype)
+    steps = steps_of(signatures) + (growing_steps() if growing else [])
+    add_signatures(file, spec, steps, settings.cache_dtype)
     heads, _, head_dim = spec.cache_shape
     decoder = DecoderShape(
         num_layers=len(spec.blocks),

@@ -64,18 +64,23 @@ def check_settings(context_length: object, cache_dtype: object) -> None:
         raise ValueError(f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {cache_dtype!r}")
 
 
-def plan_signatures(context_length: int, prefill: Sequence[int]) -> Signatures:
+def plan_signatures(
+    context_length: int, prefill: Sequence[int], growing: bool = False
+) -> Signatures:
     """Returns the signatures of a file. They are few: each takes time to load, and memory.
 
     Args:
         context_length: Positions of the cache.
         prefill: Lengths of prefill, the largest last. None is longer than the context.
+        growing: Whether the names have to differ from those of `growing_steps`. Defaults to
+            `False`.
     """
     chunk = min(context_length, prefill[-1])
     lengths = [*(length for length in prefill if length < chunk), chunk]
+    one, many = ("next", "read") if growing else ("decode", "prefill")
     return Signatures(
-        decode=Signature(1, "decode"),
-        prefill=tuple(Signature(length, f"prefill_{length}") for length in lengths),
+        decode=Signature(1, one),
+        prefill=tuple(Signature(length, f"{many}_{length}") for length in lengths),
         score=(Signature(chunk, f"score_{chunk}"),),
     )
 
@@ -85,6 +90,14 @@ def steps_of(signatures: Signatures) -> list[Step]:
     with_logits = (signatures.decode, *signatures.score)
     found = (signatures.decode, *signatures.prefill, *signatures.score)
     return [Step(s.name, s.length, s in with_logits) for s in found]
+
+
+def growing_steps() -> list[Step]:
+    """Returns the steps with which LiteRT-LM makes caches grow.
+
+    It reads a prompt at once: the length of prefill stands for any but one.
+    """
+    return [Step("decode", 1, True, growing=True), Step("prefill", 2, False, growing=True)]
 
 
 def context_of(model: keras.Model, largest: int | None, wanted: int | None) -> int:

@@ -66,13 +66,29 @@ def transpose(graph: Graph, x: Tensor, order: tuple[int, ...]) -> Tensor:
     )
 
 
-def slice_(graph: Graph, x: Tensor, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """Adds a slice, or nothing if it is the whole tensor."""
+def slice_(
+    graph: Graph,
+    x: Tensor,
+    begin: tuple[int, ...],
+    size: tuple[int, ...],
+    free: int | None = None,
+) -> Tensor:
+    """Adds a slice, or nothing if it is the whole tensor.
+
+    Of the axis `free`, if given, it takes all, whatever its size is when the graph runs.
+    """
     if x.shape == size:
         return x
     starts = graph.constant(np.asarray(begin, np.int32))
-    sizes = graph.constant(np.asarray(size, np.int32))
-    return graph.add_operator("SLICE", [x, starts, sizes], size, x.dtype, schema.SliceOptionsT())
+    if free is None:
+        sizes = graph.constant(np.asarray(size, np.int32))
+        options = schema.SliceOptionsT()
+        return graph.add_operator("SLICE", [x, starts, sizes], size, x.dtype, options)
+    # SLICE wants the same sizes at every run.
+    ends = graph.constant(np.add(begin, size).astype(np.int32))
+    steps = graph.constant(np.ones(len(size), np.int32))
+    options = schema.StridedSliceOptionsT(endMask=1 << free)
+    return graph.add_operator("STRIDED_SLICE", [x, starts, ends, steps], size, x.dtype, options)
 
 
 def embedding_lookup(graph: Graph, ids: Tensor, table: Tensor) -> Tensor:
