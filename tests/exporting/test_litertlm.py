@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import keras_hub
 import pytest
-from decoder.families import CONTEXT, FAMILIES, prompt
+from data.chatty import gemma_tokenizer
+from decoder.families import CONTEXT, FAMILIES, make, prompt, randomize
 from exporting.pairs import PAIRS, pairs, with_pairs
 
 import tfgptopt
@@ -132,6 +134,22 @@ def test_a_chat_of_two_turns(growing, tmp_path):
             theirs = theirs.replace(name, "")
         assert theirs == ours
     assert len(chat.messages) == 4 and all(message["content"] for message in chat.messages)
+
+
+def test_a_chat_with_a_sentencepiece_model(tmp_path):
+    tokenizer = gemma_tokenizer()
+    model = make("Gemma 3", vocabulary_size=tokenizer.vocabulary_size())
+    randomize(model, seed=4)
+    model.preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(
+        tokenizer, sequence_length=CONTEXT
+    )
+    path = tfgptopt.export(model, tmp_path / "gpt.litertlm")
+    lm, engine, answers = TFLiteCausalLM(path), engine_of(path), []
+    for question in ("What is 3 plus 3?", "Sure?"):
+        answers.append(lm.chat().generate(question, max_new_tokens=16))
+        with engine.create_conversation(max_output_tokens=16) as conversation:
+            assert str(conversation.send_message(question)) == answers[-1]
+    assert len(set(answers)) == 2 and len(set("".join(answers))) > 3
 
 
 def test_the_example_of_the_page(tmp_path, monkeypatch, capfd):
