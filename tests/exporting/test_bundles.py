@@ -14,6 +14,7 @@ from litert_lm_builder import litertlm_peek
 
 import tfgptopt
 from tfgptopt.data import set_template
+from tfgptopt.evaluation.size import tflite_size
 from tfgptopt.exporting import LiteRTLM, TFLite
 from tfgptopt.file.container import read_container
 from tfgptopt.generation import ChatTemplate, TFLiteCausalLM
@@ -50,6 +51,9 @@ def test_a_bundle_is_read_as_the_file_is(files, tmp_path):
     )
     assert bundle.metadata.weights == file.metadata.weights
     assert bundle.metadata.recipe["techniques"][0]["name"] == "quantize_aware"
+    sizes = [tflite_size(path) for path in files]
+    assert sizes[0].parameters == sizes[1].parameters
+    assert sizes[1].file_bytes == files[1].stat().st_size
 
 
 def test_a_sentencepiece_model_is_a_section(tmp_path):

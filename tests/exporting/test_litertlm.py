@@ -136,6 +136,21 @@ def test_a_chat_of_two_turns(growing, tmp_path):
     assert len(chat.messages) == 4 and all(message["content"] for message in chat.messages)
 
 
+def test_a_stop_token_that_is_written_out(tmp_path):
+    model, question = with_pairs("Qwen3", CONTEXT), pairs(prompt(7, 2))
+    source = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    set_template(model, ChatTemplate(source))
+    path = tfgptopt.export(model, tmp_path / "gpt.litertlm")
+    whole = TFLiteCausalLM(path).chat().generate(question, max_new_tokens=20)
+    stop = whole[6:10]  # Two tokens, or more.
+    set_template(model, ChatTemplate(source, (stop,)))
+    tfgptopt.export(model, path, overwrite=True)
+    ours = TFLiteCausalLM(path).chat().generate(question, max_new_tokens=20)
+    with engine_of(path) as engine, engine.create_conversation() as conversation:
+        assert str(conversation.send_message(question, max_output_tokens=20)) == ours
+    assert ours == whole.partition(stop)[0]
+
+
 def test_a_chat_with_a_sentencepiece_model(tmp_path):
     tokenizer = gemma_tokenizer()
     model = make("Gemma 3", vocabulary_size=tokenizer.vocabulary_size())

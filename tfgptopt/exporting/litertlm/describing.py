@@ -56,6 +56,9 @@ def llm_metadata(about: Metadata) -> Any:
     ends = [*about.generation.end_token_ids, *map(tokenizer.token_to_id, names)]
     for end in dict.fromkeys(token for token in ends if token is not None):
         message.stop_tokens.add().token_ids.ids.append(end)
+    for name in names:
+        if tokenizer.token_to_id(name) is None:  # The model writes it out.
+            message.stop_tokens.add().token_str = name
     if not message.stop_tokens:
         raise ValueError(
             "LiteRT-LM needs a token that ends an answer, and the model's tokenizer has none: "

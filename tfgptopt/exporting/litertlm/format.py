@@ -84,7 +84,7 @@ class LiteRTLM:
         reason = why_unreadable(model)
         if reason is not None:
             raise ValueError(
-                f"A bundle for LiteRT-LM needs a reader for {type(model).__name__}: {reason} "
+                f"A bundle for LiteRT-LM needs a reader for {type(model).__name__}: {reason}. "
                 "Export a TFLite file instead: a name that ends with '.tflite'."
             )
         lengths = PREFILL_LENGTHS if self.growing_cache else _STATIC_LENGTHS
