@@ -17,6 +17,7 @@ from tfgptopt.data import set_template
 from tfgptopt.evaluation.size import tflite_size
 from tfgptopt.exporting import LiteRTLM, TFLite
 from tfgptopt.file.container import read_container
+from tfgptopt.file.contents import parts_of
 from tfgptopt.generation import ChatTemplate, TFLiteCausalLM
 from tfgptopt.quantization import Int8
 
@@ -54,6 +55,8 @@ def test_a_bundle_is_read_as_the_file_is(files, tmp_path):
     sizes = [tflite_size(path) for path in files]
     assert sizes[0].parameters == sizes[1].parameters
     assert sizes[1].file_bytes == files[1].stat().st_size
+    begin = read_container(files[1]).model.begin
+    assert parts_of(files[1], begin) == parts_of(files[0])
 
 
 def test_a_sentencepiece_model_is_a_section(tmp_path):
