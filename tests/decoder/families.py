@@ -80,6 +80,24 @@ FAMILIES = {
             "global_rope_scaling_factor": 8.0,
         },
     ),
+    "Gemma 4": (
+        "Gemma4",
+        {
+            **_GROUPED,
+            "num_layers": 6,
+            "image_size": 16,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "sliding_window_size": 10,
+            "sliding_window_pattern": 3,
+            "global_rope_partial_rotary_factor": 0.5,
+            "num_kv_shared_layers": 3,
+            "hidden_size_per_layer_input": 8,
+            "use_double_wide_mlp": True,
+            "final_logit_soft_cap": 5.0,
+        },
+    ),
 }
 
 
@@ -91,7 +109,7 @@ def randomize(model, seed=0):
             continue
         name = weight.path.rsplit("/", 1)[-1]
         values = generator.normal(0, 1, weight.shape)
-        if name in ("gamma", "scale"):
+        if name in ("gamma", "scale", "layer_scalar"):
             values = weight.numpy() + 0.3 * values
         elif name in ("bias", "beta"):
             values = 0.3 * values
@@ -114,8 +132,11 @@ def make(name, **changes):
 
 def logits(model, tokens):
     """Returns what the model's own call gives for a text, `(tokens, vocabulary)`."""
-    mask = np.ones((1, len(tokens)), np.int32)
-    return np.asarray(model({"token_ids": np.asarray([tokens]), "padding_mask": mask}))[0]
+    mask, ids = np.ones((1, len(tokens)), np.int32), np.asarray([tokens])
+    places = np.arange(len(tokens))[None]  # Read by Gemma 4 only.
+    inputs = {"token_ids": ids, "padding_mask": mask, "position_ids": places}
+    wanted = {key.name for key in model.inputs}
+    return np.asarray(model({key: inputs[key] for key in wanted}))[0]
 
 
 def prompt(length, seed=1):

@@ -126,6 +126,12 @@ GEMMA3 = replace(
     gates_in_intermediate=False,
     shrinks=False,
 )
+GEMMA4 = replace(
+    GEMMA3,
+    value_norm=Part("attention.value_norm", kind="inner"),
+    head_dim=None,
+    norm_offset=0.0,
+)
 BLOOM = replace(
     GPT2,
     up=_up("_mlp_intermediate_dense"),
@@ -170,6 +176,7 @@ LAYOUTS: dict[type, Layout] = {
     keras_hub.models.GPT2Backbone: GPT2,
     keras_hub.models.GPTNeoXBackbone: GPT_NEO_X,
     keras_hub.models.Gemma3Backbone: GEMMA3,
+    keras_hub.models.Gemma4Backbone: GEMMA4,
     keras_hub.models.GemmaBackbone: GEMMA,
     keras_hub.models.Llama3Backbone: LLAMA,
     keras_hub.models.LlamaBackbone: LLAMA,

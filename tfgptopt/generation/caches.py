@@ -20,15 +20,15 @@ Buffers = dict[str, TensorBuffer]
 _STEP = 128
 
 # The signature that appends positions to the cache of a layer, and which parts of a cache its
-# inputs are shaped as: layers are alike.
+# inputs are shaped as.
 _GROW = "grow"
 _SHAPED_AS = {
-    "key": "key_0",
-    "value": "value_0",
-    "room": "key_0",
-    "key_scale": "key_scale_0",
-    "value_scale": "value_scale_0",
-    "room_scale": "key_scale_0",
+    "key": "key",
+    "value": "value",
+    "room": "key",
+    "key_scale": "key_scale",
+    "value_scale": "value_scale",
+    "room_scale": "key_scale",
 }
 
 
@@ -68,7 +68,6 @@ class Caches:
         self._model = model
         self._name = name
         self._context_length = decoder.context_length
-        self._layers = decoder.num_layers
         self._resizable = decoder.resizable
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
@@ -80,6 +79,10 @@ class Caches:
             if key not in ("tokens", "position"):
                 heads, _, size = (int(n) for n in tensor["shape"])
                 self._parts[key] = (heads, size, np.dtype(tensor["dtype"]))
+        # Caches of one shape grow together.
+        self._alike: dict[tuple[int, int], list[int]] = {}
+        for layer in range(sum(key.rpartition("_")[0] == "key" for key in self._parts)):
+            self._alike.setdefault(self._parts[f"key_{layer}"][:2], []).append(layer)
 
     def room_for(self, tokens: int) -> int:
         """Returns how many positions a cache of so many tokens should have."""
@@ -126,23 +129,28 @@ class Caches:
 
     def _grow(self, cache: Cache, positions: int) -> None:
         """Gives a cache more positions, layer by layer, so that little is held twice."""
-        extra = positions - cache.positions
-        index = self._model.get_signature_index(_GROW)
-        rooms = {}
-        for i, name in enumerate(self._inputs[_GROW]):
-            heads, size, dtype = self._parts[_SHAPED_AS[name]]
-            count = extra if name.startswith("room") else cache.positions
-            self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
-            if name.startswith("room"):
-                rooms[name] = self._model.create_input_buffer_by_name(_GROW, name)
-                rooms[name].write(np.zeros((heads, extra, size), dtype))
         try:
-            for layer in range(self._layers):
-                self._grow_layer(cache, layer, rooms)
+            for layers in self._alike.values():
+                rooms = self._rooms_for(layers[0], cache.positions, positions - cache.positions)
+                for layer in layers:
+                    self._grow_layer(cache, layer, rooms)
             cache.positions = positions
         except BaseException:  # Layers of two sizes are of no use.
             cache.buffers, cache.positions, cache.tokens = {}, 0, []
             raise
+
+    def _rooms_for(self, layer: int, positions: int, extra: int) -> Buffers:
+        """Fits the signature that grows to a layer; returns the zeros that it appends."""
+        index = self._model.get_signature_index(_GROW)
+        rooms = {}
+        for i, name in enumerate(self._inputs[_GROW]):
+            heads, size, dtype = self._parts[f"{_SHAPED_AS[name]}_{layer}"]
+            count = extra if name.startswith("room") else positions
+            self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
+            if name.startswith("room"):
+                rooms[name] = self._model.create_input_buffer_by_name(_GROW, name)
+                rooms[name].write(np.zeros((heads, extra, size), dtype))
+        return rooms
 
     def _grow_layer(self, cache: Cache, layer: int, rooms: Buffers) -> None:
         names = [name for name in self._inputs[_GROW] if name not in rooms]

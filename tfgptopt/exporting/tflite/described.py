@@ -39,7 +39,7 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
     spec, signatures = spec.with_context(context), plan_signatures(context)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
     add_signatures(file, spec, steps_of(signatures), settings.cache_dtype)
-    heads, _, head_dim = spec.cache_shape
+    heads, _, head_dim = spec.caches[0]
     decoder = DecoderShape(
         num_layers=len(spec.blocks),
         num_heads=spec.blocks[0].attention.num_heads,
@@ -68,11 +68,11 @@ def _check_settings(spec: DecoderSpec, settings: Settings) -> None:
             f"least {LOWEST_SPARSITY:.0%} of them. Prune with `Block(4, 1)`, and do not quantize "
             "these weights: LiteRT has no kernel for sparse integers."
         )
-    heads = spec.blocks[0].attention.num_heads
-    if settings.cache_dtype == "int8" and heads > spec.cache_shape[0]:
+    heads, groups = spec.blocks[0].attention.num_heads, spec.caches[0][0]
+    if settings.cache_dtype == "int8" and heads > groups:
         raise ValueError(
             "`cache_dtype='int8'` is for models whose query heads each have their own keys: with "
-            f"{heads} heads on {spec.cache_shape[0]} it is no faster than 'float32', and takes "
+            f"{heads} heads on {groups} it is no faster than 'float32', and takes "
             "more memory."
         )
 
@@ -83,7 +83,10 @@ def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
     if spec.position_embedding is not None:
         arrays.append(spec.position_embedding)
     for norm in spec.norms():
-        arrays += [norm.gamma] if norm.beta is None else [norm.gamma, norm.beta]
+        arrays += [array for array in (norm.gamma, norm.beta) if array is not None]
+    for block in spec.blocks:
+        if block.altup is not None and block.altup.output_scale is not None:
+            arrays.append(block.altup.output_scale)
     for matrix in spec.matrices():
         arrays += [matrix.values] if matrix.bias is None else [matrix.values, matrix.bias]
         scales += [] if matrix.scale is None else [matrix.scale]
