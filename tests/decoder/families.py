@@ -98,6 +98,32 @@ FAMILIES = {
             "final_logit_soft_cap": 5.0,
         },
     ),
+    "Gemma 3n": (
+        "Gemma3n",
+        {
+            "text_vocab_size": VOCABULARY,
+            "text_hidden_size": 32,
+            "num_hidden_layers": 5,
+            "pad_token_id": 0,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": [48] * 5,
+            "hidden_activation": "gelu_approximate",
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+            "sliding_window": 10,
+            "rope_theta": 1e6,
+            "max_position_embeddings": CONTEXT,
+            "vocab_size_per_layer_input": 200,
+            "hidden_size_per_layer_input": 8,
+            "activation_sparsity_pattern": [0.9, 0.0, 0.9, 0.0, 0.0],
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "laurel_rank": 4,
+            "num_kv_shared_layers": 2,
+            "final_logit_soft_cap": 5.0,
+        },
+    ),
 }
 
 
@@ -109,7 +135,7 @@ def randomize(model, seed=0):
             continue
         name = weight.path.rsplit("/", 1)[-1]
         values = generator.normal(0, 1, weight.shape)
-        if name in ("gamma", "scale", "layer_scalar"):
+        if name in ("gamma", "scale", "layer_scalar", "correct_output_scale"):
             values = weight.numpy() + 0.3 * values
         elif name in ("bias", "beta"):
             values = 0.3 * values
@@ -132,11 +158,8 @@ def make(name, **changes):
 
 def logits(model, tokens):
     """Returns what the model's own call gives for a text, `(tokens, vocabulary)`."""
-    mask, ids = np.ones((1, len(tokens)), np.int32), np.asarray([tokens])
-    places = np.arange(len(tokens))[None]  # Read by Gemma 4 only.
-    inputs = {"token_ids": ids, "padding_mask": mask, "position_ids": places}
-    wanted = {key.name for key in model.inputs}
-    return np.asarray(model({key: inputs[key] for key in wanted}))[0]
+    mask = np.ones((1, len(tokens)), np.int32)
+    return np.asarray(model({"token_ids": np.asarray([tokens]), "padding_mask": mask}))[0]
 
 
 def prompt(length, seed=1):

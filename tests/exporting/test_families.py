@@ -27,9 +27,10 @@ def keras_generate(model, tokens):
     """Greedy generation by KerasHub, up to the whole context."""
     ids, mask = np.zeros((1, CONTEXT), np.int32), np.zeros((1, CONTEXT), np.int32)
     ids[0, : len(tokens)], mask[0, : len(tokens)] = tokens, 1
-    # What `generate` calls; `generate` itself fails for a Gemma 3 without preprocessor.
+    # What `generate` calls; `generate` itself fails for a Gemma without preprocessor.
     inputs = {"token_ids": tf.constant(ids), "padding_mask": tf.constant(mask, tf.bool)}
-    return model.make_generate_function()(inputs)["token_ids"][0].numpy().tolist()
+    found = model.make_generate_function()(inputs, stop_token_ids=None)
+    return found["token_ids"][0].numpy().tolist()
 
 
 def slow_generate(model, tokens):

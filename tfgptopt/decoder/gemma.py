@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import NormalDist
 from typing import Any
 
 import keras
@@ -10,9 +12,15 @@ import keras_hub
 import numpy as np
 
 from tfgptopt.decoder.reader import Arithmetic
-from tfgptopt.decoder.reading import as_floats, read_matrix, read_norm, read_rotary
+from tfgptopt.decoder.reading import (
+    as_floats,
+    read_activation,
+    read_matrix,
+    read_norm,
+    read_rotary,
+)
 from tfgptopt.decoder.spec import Attention, Block, DecoderSpec, Rotary
-from tfgptopt.decoder.streams import LayerInput, LayerInputs
+from tfgptopt.decoder.streams import AltUp, Laurel, LayerInput, LayerInputs, Streams
 
 
 def _refuse(family: str, refused: dict[str, bool]) -> None:
@@ -110,10 +118,92 @@ def _gemma4_decoder(backbone: keras.Model, found: DecoderSpec) -> DecoderSpec:
     return replace(found, layer_inputs=layer_inputs)
 
 
+def _gemma3n(block: keras.Layer, attention: Attention) -> Attention:
+    return replace(attention, scale=1.0, window=block.attention.sliding_window)
+
+
+def _gemma3n_block(block: keras.Layer, found: Block) -> Block:
+    altup, laurel, sparsity = block.altup, block.laurel, block.mlp.activation_sparsity
+    feedforward = found.feedforward
+    if sparsity > 0:
+        feedforward = replace(feedforward, cutoff=NormalDist().inv_cdf(sparsity))
+    norm = read_norm(altup.router_norm)
+    assert norm.gamma is not None
+    scale = altup.correct_output_scale
+    return replace(
+        found,
+        feedforward=feedforward,
+        layer_input=LayerInput(
+            gate=read_matrix(block.per_layer_input_gate),
+            up=read_matrix(block.per_layer_projection),
+            norm=read_norm(block.post_per_layer_input_norm),
+            activation=read_activation(block.act_fn),
+        ),
+        altup=AltUp(
+            router=read_matrix(altup.modality_router),
+            router_norm=replace(norm, gamma=norm.gamma * np.float32(altup.router_input_scale)),
+            prediction=read_matrix(altup.prediction_coefs),
+            correction=read_matrix(altup.correction_coefs),
+            active=altup.altup_active_idx,
+            output_scale=None if scale is None else as_floats(scale),
+        ),
+        laurel=Laurel(
+            left=read_matrix(laurel.linear_left),
+            right=read_matrix(laurel.linear_right),
+            norm=read_norm(laurel.post_laurel_norm),
+        ),
+    )
+
+
+def _sharing(blocks: Sequence[Block], model: Any) -> tuple[Block, ...]:
+    """Returns blocks of which the last attend to the keys of others of their type."""
+    found, last = list(blocks), {}
+    for i, kind in enumerate(model.layer_types):
+        if not i >= model.first_kv_shared_layer_idx > 0:
+            last[kind] = i
+            continue
+        if kind not in last:
+            raise ValueError(f"Layer {i} of the model shares keys of {kind}, and none has any.")
+        alone = {"key": None, "value": None, "key_norm": None, "value_norm": None}
+        attention = replace(blocks[i].attention, shared_with=last[kind], **alone)
+        found[i] = replace(blocks[i], attention=attention)
+    return tuple(found)
+
+
+def _gemma3n_decoder(backbone: keras.Model, found: DecoderSpec) -> DecoderSpec:
+    model = backbone.language_model
+    table = read_matrix(model.embed_tokens_per_layer.embedding)
+    # Tokens behind the end of this table have the inputs of the first.
+    tokens = np.arange(found.vocabulary_size)
+    if len(table.values) < len(tokens):
+        table = table.rows(table.name, np.where(tokens < len(table.values), tokens, 0))
+    return replace(
+        found,
+        blocks=_sharing(found.blocks, model),
+        embedding_scale=float(model.embed_tokens.embed_scale),
+        logit_soft_cap=model.final_logit_soft_cap,
+        layer_inputs=LayerInputs(
+            table=table,
+            table_scale=float(model.embed_tokens_per_layer.embed_scale),
+            projection=read_matrix(model.per_layer_model_projection),
+            projection_scale=float(model.per_layer_projection_scale),
+            norm=read_norm(model.per_layer_projection_norm),
+        ),
+        streams=Streams(
+            projections=tuple(read_matrix(layer) for layer in model.altup_projections),
+            unembeddings=tuple(read_matrix(layer) for layer in model.altup_unembed_projections),
+            epsilon=1e-5,
+        ),
+    )
+
+
 _GEMMA = Arithmetic(activation="gelu_tanh", attention=_gemma)
 
 GEMMA_ARITHMETIC: dict[type, Arithmetic] = {
     keras_hub.models.Gemma3Backbone: replace(_GEMMA, check_backbone=_check_gemma3),
+    keras_hub.models.Gemma3nBackbone: Arithmetic(
+        attention=_gemma3n, block=_gemma3n_block, decoder=_gemma3n_decoder
+    ),
     keras_hub.models.Gemma4Backbone: Arithmetic(
         activation="gelu_tanh",
         rotary=_gemma4_rotary,

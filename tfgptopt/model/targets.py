@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import keras
 
 from tfgptopt.backend import require_tensorflow
+from tfgptopt.model.repairing import never_called
 
 require_tensorflow()
 
@@ -169,7 +170,12 @@ def _head_of(chosen: list[Target]) -> Target | None:
 
 def candidates(model: keras.Layer) -> Iterator[Target | Skipped]:
     """Yields every target of a model, frozen or not, and every candidate that is none."""
-    described = [_describe(layer) for layer in _layers_in_order(model, set())]
+    layers = list(_layers_in_order(model, set()))
+    idle = {id(inner) for layer in layers for inner in never_called(layer)}
+    described = [
+        Skipped(layer.path, "never called") if id(layer) in idle else _describe(layer)
+        for layer in layers
+    ]
     found = [item for item in described if item is not None]
     head = _head_of([item for item in found if isinstance(item, Target)])
     for item in found:

@@ -52,10 +52,10 @@ def add_signatures(
 
     Inputs of each: `tokens` int32 `(length,)`; `position` int32 `(1,)`, the position of the first
     token; `key_i` and `value_i` `(key-value heads, context, head_dim)`, where `i` counts the layers
-    that have keys of their own, of the dtype of the cache, and for int8 `key_scale_i` and `value_scale_i` float32 `(key-value heads,
-    context, 1)`. Outputs: the caches under the same names, and `logits` float32 `(length,
-    vocabulary)`. All caches together may be resized to fewer positions. One more signature, `grow`,
-    appends positions to the cache of a layer.
+    that have keys of their own, of the dtype of the cache, and for int8 `key_scale_i` and
+    `value_scale_i` float32 `(key-value heads, context, 1)`. Outputs: the caches under the same
+    names, and `logits` float32 `(length, vocabulary)`. All caches together may be resized to fewer
+    positions. One more signature, `grow`, appends positions to the cache of a layer of any shape.
 
     Args:
         model: The file.
