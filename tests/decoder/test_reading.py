@@ -25,14 +25,14 @@ EXPECTED = {
     "Gemma 3": ["norm of queries and keys", "layers 0-4, 6: ", "gated gelu_tanh of 48"],
     "Gemma 4": [
         "inputs of each layer",
-        "4 heads of 16 over 1, scale 1, rotary over 8 features",
+        "4 heads of 16 over 1 of keys and values, scale 1, rotary over 8 features",
         "keys are values too, norm of queries and keys and values",
         "keys and values of layer 1, norm of queries",
         "gated gelu_tanh of 96; own input of 8; times",
     ],
     "Gemma 3n": [
         "inputs of each layer, 3 streams",
-        "keys and values of layer 3",
+        "keys and values of layer 1",
         "gated gelu_tanh above 1.28 deviations of 48; stream 1 of 3; LAuReL of rank 4; own input",
     ],
 }

@@ -50,7 +50,6 @@ def _gemma(block: keras.Layer, attention: Attention) -> Attention:
 
 def _check_gemma3(backbone: keras.Model) -> None:
     refused = {
-        "a vision encoder (give `vision_encoder=None`)": backbone.vision_encoder is not None,
         "`use_bidirectional_attention=True`": backbone.use_bidirectional_attention,
         "`is_embedding_model=True`": backbone.is_embedding_model,
     }
@@ -164,8 +163,14 @@ def _sharing(blocks: Sequence[Block], model: Any) -> tuple[Block, ...]:
             continue
         if kind not in last:
             raise ValueError(f"Layer {i} of the model shares keys of {kind}, and none has any.")
-        alone = {"key": None, "value": None, "key_norm": None, "value_norm": None}
-        attention = replace(blocks[i].attention, shared_with=last[kind], **alone)
+        attention = replace(
+            blocks[i].attention,
+            key=None,
+            value=None,
+            key_norm=None,
+            value_norm=None,
+            shared_with=last[kind],
+        )
         found[i] = replace(blocks[i], attention=attention)
     return tuple(found)
 

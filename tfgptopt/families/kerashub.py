@@ -125,12 +125,14 @@ GEMMA3 = replace(
     key_norm=Part("attention.key_norm", kind="inner"),
     gates_in_intermediate=False,
     shrinks=False,
+    towers=("vision_encoder",),
 )
 GEMMA4 = replace(
     GEMMA3,
     value_norm=Part("attention.value_norm", kind="inner"),
     head_dim=None,
     norm_offset=0.0,
+    towers=("vision_encoder", "audio_encoder"),
 )
 GEMMA3N = Layout(
     attention="attention",
@@ -154,6 +156,7 @@ GEMMA3N = Layout(
     blocks="language_model.transformer_layers",
     token_embedding="language_model.embed_tokens.embedding",
     final_norm="language_model.final_normalization",
+    towers=("vision_encoder", "audio_encoder"),
 )
 BLOOM = replace(
     GPT2,

@@ -75,6 +75,8 @@ class Layout:
         scales_tokens: Whether looked-up tokens are multiplied with `sqrt(hidden_dim)`.
         gates_in_intermediate: Whether `intermediate_dim` counts gates and neurons together.
         shrinks: Whether surgery knows all of it: every part then has `axes`.
+        towers: Settings that may hold encoders of images or sound; what reads text alone leaves
+            them out.
         own_layers: Classes of layers from outside Keras and KerasHub that this layout describes.
 
     Raises:
@@ -112,6 +114,7 @@ class Layout:
     scales_tokens: bool = False
     gates_in_intermediate: bool = False
     shrinks: bool = False
+    towers: tuple[str, ...] = ()
     own_layers: tuple[type, ...] = ()
 
     def __post_init__(self) -> None:

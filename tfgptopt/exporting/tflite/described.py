@@ -4,6 +4,8 @@ operator.
 
 from __future__ import annotations
 
+import warnings
+
 import keras
 import numpy as np
 
@@ -20,6 +22,7 @@ from tfgptopt.exporting.tflite.describing import (
     steps_of,
 )
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
+from tfgptopt.families import layout_of
 from tfgptopt.file.metadata import METADATA_NAME, DecoderShape
 
 
@@ -33,6 +36,7 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
     """
+    _warn_of_towers(model)
     spec = read_known(model)
     context = context_of(model, spec.context_length, settings.context_length)
     _check_settings(spec, settings)
@@ -53,6 +57,18 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
     about = describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
     file.metadata(METADATA_NAME, about.to_json())
     return file.pack()
+
+
+def _warn_of_towers(model: keras.Model) -> None:
+    """Says which encoders of a model are not in its file."""
+    backbone, layout = getattr(model, "backbone", model), layout_of(model)
+    towers = [name for name in layout.towers if getattr(backbone, name, None)] if layout else []
+    if towers:
+        warnings.warn(
+            f"The file holds the text part of {type(model).__name__}, without its "
+            f"{' and '.join(towers)}: it reads text only.",
+            stacklevel=5,
+        )
 
 
 def _check_settings(spec: DecoderSpec, settings: Settings) -> None:
