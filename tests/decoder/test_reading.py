@@ -27,7 +27,7 @@ EXPECTED = {
         "inputs of each layer",
         "4 heads of 16 over 1 of keys and values, scale 1, rotary over 8 features",
         "keys are values too, norm of queries and keys and values",
-        "keys and values of layer 1, norm of queries",
+        "keys and values of layer 0, norm of queries",
         "gated gelu_tanh of 96; own input of 8; times",
     ],
     "Gemma 3n": [
@@ -60,6 +60,13 @@ def test_every_family_is_read_from_model_or_backbone():
 def test_configurations_that_the_graph_does_not_compute_are_refused():
     with pytest.raises(ValueError, match="use_bidirectional_attention=True"):
         read_decoder(make("Gemma 3", use_bidirectional_attention=True))
+    for settings in (
+        {"use_bidirectional_attention": True},
+        {"vocab_size_per_layer_input": 100},
+        {"num_kv_shared_layers": 4},
+    ):
+        with pytest.raises(ValueError, match=f"A Gemma 4 with `{next(iter(settings))}"):
+            read_decoder(make("Gemma 4", **settings))
     model = make("Qwen2")
     model.backbone.transformer_layers[0].activation = keras.activations.tanh
     with pytest.raises(ValueError, match="is none of gelu, gelu_tanh, relu, silu"):
