@@ -21,6 +21,8 @@ PROSE = {
     "Llama3": "Llama",
     "Qwen": "Qwen 2",
     "Qwen3": "Qwen 2 and 3",
+    "QwenMoe": "Qwen MoE",
+    "Qwen3Moe": "Qwen 3 MoE",
 }
 
 

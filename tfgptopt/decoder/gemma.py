@@ -19,7 +19,7 @@ from tfgptopt.decoder.reading import (
     read_norm,
     read_rotary,
 )
-from tfgptopt.decoder.spec import Attention, Block, DecoderSpec, Rotary
+from tfgptopt.decoder.spec import Attention, Block, DecoderSpec, FeedForward, Rotary
 from tfgptopt.decoder.streams import AltUp, Laurel, LayerInput, LayerInputs, Streams
 
 
@@ -124,7 +124,7 @@ def _gemma3n(block: keras.Layer, attention: Attention) -> Attention:
 def _gemma3n_block(block: keras.Layer, found: Block) -> Block:
     altup, laurel, sparsity = block.altup, block.laurel, block.mlp.activation_sparsity
     feedforward = found.feedforward
-    if sparsity > 0:
+    if sparsity > 0 and isinstance(feedforward, FeedForward):
         feedforward = replace(feedforward, cutoff=NormalDist().inv_cdf(sparsity))
     norm = read_norm(altup.router_norm)
     assert norm.gamma is not None

@@ -9,6 +9,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from tfgptopt.decoder.experts import MIXTURE_ARITHMETIC
 from tfgptopt.decoder.gemma import GEMMA_ARITHMETIC
 from tfgptopt.decoder.reader import Arithmetic
 from tfgptopt.decoder.reading import alibi_slopes, as_floats, read_rotary
@@ -92,4 +93,5 @@ ARITHMETIC: dict[type, Arithmetic] = {
     keras_hub.models.QwenBackbone: Arithmetic(attention=_qwen),
     keras_hub.models.SmolLM3Backbone: Arithmetic(activation="silu", rotary=_smollm3_rotary),
     **GEMMA_ARITHMETIC,
+    **MIXTURE_ARITHMETIC,
 }

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfgptopt.decoder.mixtures import Mixture
 from tfgptopt.decoder.reading import (
     as_floats,
     read_activation,
@@ -42,6 +43,10 @@ def _with_nothing(block: keras.Layer, found: Block) -> Block:
     return found
 
 
+def _as_laid_out(block: keras.Layer) -> None:
+    """Leaves it to the layout where the neurons are."""
+
+
 def _as_read(backbone: keras.Model, found: DecoderSpec) -> DecoderSpec:
     return found
 
@@ -60,6 +65,8 @@ class Arithmetic:
             the `Rotary`, or `None` if this block turns nothing.
         attention: Called with a block and its `Attention` of a plain scale, `head_dim ** -0.5`;
             returns what differs from it.
+        network: Called with a block; returns its feed-forward network, or `None` if that is where
+            the layout says.
         block: Called with a block and its `Block`; returns what else is in it.
         decoder: Called with the backbone and its `DecoderSpec`; returns what else is in that.
         check_block, check_backbone: Raise a `ValueError` for settings that no graph computes.
@@ -68,6 +75,7 @@ class Arithmetic:
     activation: Activation | None = None
     rotary: Callable[[Any, Any, int], Rotary | None] = _rotary_of
     attention: Callable[[Any, Attention], Attention] = _as_it_is
+    network: Callable[[Any], FeedForward | Mixture | None] = _as_laid_out
     block: Callable[[Any, Block], Block] = _with_nothing
     decoder: Callable[[Any, DecoderSpec], DecoderSpec] = _as_read
     check_block: Callable[[Any], None] = _accept
@@ -121,7 +129,7 @@ class _Reader:
             attention=self.arithmetic.attention(block, self._attention(block)),
             post_attention_norm=self._norm_at(layout.post_attention_norm, block),
             feedforward_norm=self._norm(layout.feedforward_norm.of(block)),
-            feedforward=self._feedforward(block),
+            feedforward=self.arithmetic.network(block) or self._feedforward(block),
             post_feedforward_norm=self._norm_at(layout.post_feedforward_norm, block),
             parallel=layout.parallel,
         )

@@ -16,6 +16,7 @@ import numpy as np
 from tfgptopt.model.types import Config
 
 if TYPE_CHECKING:
+    from tfgptopt.decoder.mixtures import Mixture
     from tfgptopt.decoder.streams import AltUp, Laurel, LayerInput, LayerInputs, Streams
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
@@ -207,6 +208,10 @@ class FeedForward:
     gate: Matrix | None = None
     cutoff: float | None = None
 
+    def matrices(self) -> list[Matrix]:
+        """Returns the weights of products."""
+        return [*([] if self.gate is None else [self.gate]), self.up, self.down]
+
     def __str__(self) -> str:
         gated = "gated " if self.gate else ""
         biases = ", biases" if self.up.bias is not None else ""
@@ -235,7 +240,7 @@ class Block:
     attention_norm: Norm
     attention: Attention
     feedforward_norm: Norm
-    feedforward: FeedForward
+    feedforward: FeedForward | Mixture
     post_attention_norm: Norm | None = None
     post_feedforward_norm: Norm | None = None
     parallel: bool = False
@@ -252,8 +257,8 @@ class Block:
 
     def matrices(self) -> list[Matrix]:
         """Returns the weights of products."""
-        a, f = self.attention, self.feedforward
-        found = [a.query, a.key, a.value, a.output, f.gate, f.up, f.down]
+        a = self.attention
+        found = [a.query, a.key, a.value, a.output, *self.feedforward.matrices()]
         found += [matrix for extra in self.extras for matrix in extra.matrices()]
         return [matrix for matrix in found if matrix is not None]
 

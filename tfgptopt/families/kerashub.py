@@ -70,6 +70,18 @@ QWEN3 = replace(
     query_norm=Part("_self_attention_layer._query_dense_layer_norm", kind="inner"),
     key_norm=Part("_self_attention_layer._key_dense_layer_norm", kind="inner"),
 )
+# Of mixtures, `tfgptopt.decoder.experts` says where the neurons are.
+MIXTRAL = replace(
+    LLAMA,
+    query=_query("_self_attention_layer.query_dense"),
+    key=_key("_self_attention_layer.key_dense"),
+    value=_key("_self_attention_layer.value_dense"),
+    output=_output("_self_attention_layer.output_dense"),
+    activation=None,
+    shrinks=False,
+)
+QWEN_MOE = replace(MIXTRAL, output=LLAMA.output)
+QWEN3_MOE = replace(QWEN3, activation=None, shrinks=False)
 PHI3 = Layout(
     attention="attention",
     query=_query("attention.query_dense"),
@@ -208,9 +220,12 @@ LAYOUTS: dict[type, Layout] = {
     keras_hub.models.Llama3Backbone: LLAMA,
     keras_hub.models.LlamaBackbone: LLAMA,
     keras_hub.models.MistralBackbone: replace(LLAMA, head_dim="head_dim"),
+    keras_hub.models.MixtralBackbone: MIXTRAL,
     keras_hub.models.OPTBackbone: replace(GPT2, positions="embeddings.position_embedding"),
     keras_hub.models.Phi3Backbone: PHI3,
     keras_hub.models.Qwen3Backbone: QWEN3,
+    keras_hub.models.Qwen3MoeBackbone: QWEN3_MOE,
     keras_hub.models.QwenBackbone: LLAMA,
+    keras_hub.models.QwenMoeBackbone: QWEN_MOE,
     keras_hub.models.SmolLM3Backbone: SMOLLM3,
 }

@@ -95,15 +95,18 @@ def quantize(
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
-    if data is None and (balances or final == "gptq"):
+    if data is None and (bool(balances) or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     with changing(model):
         try:
-            _check_data(model, chosen, data)
+            told = _told_by_data(chosen, bool(balances) or final == "gptq")
+            _check_data(model, told, data)
             for kind in balances:
-                balance(model, chosen, data, kind)  # type: ignore[arg-type]
-            _round(model, chosen, final, data)
+                balance(model, told, data, kind)  # type: ignore[arg-type]
+            if final == "gptq":
+                _round_blocks(model, [(t, s) for t, s in told if t.role != "embedding"], data)
+            _round(chosen, final)
         except BaseException:
             for target, _ in chosen:
                 if layers.is_dressed(target.layer):
@@ -165,11 +168,20 @@ def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Dat
     )
 
 
-def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, data: Data) -> None:
+def _told_by_data(chosen: list[tuple[Target, Spec]], read: bool) -> list[tuple[Target, Spec]]:
+    """Returns the weights that data tells something of, and warns of the others if it is read."""
+    told = [(target, spec) for target, spec in chosen if target.expert_axis is None]
+    if read and len(told) < len(chosen):
+        warnings.warn(
+            f"{len(chosen) - len(told)} weights of experts are rounded without data: which tokens "
+            "each expert reads is not calibrated.",
+            stacklevel=4,
+        )
+    return told
+
+
+def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
     """Dresses the chosen layers, with the scales that a method finds."""
-    if final == "gptq":
-        kernels = [(target, spec) for target, spec in chosen if target.role != "embedding"]
-        _round_blocks(model, kernels, data)
     for target, spec in chosen:
         if layers.is_dressed(target.layer):
             continue

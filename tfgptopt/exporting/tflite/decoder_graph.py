@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfgptopt.decoder.spec import Block, DecoderSpec, FeedForward, Norm
+from tfgptopt.decoder.spec import Block, DecoderSpec, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
+from tfgptopt.exporting.tflite.feedforward import feedforward
 from tfgptopt.exporting.tflite.kv_cache import Held, add_growth
 from tfgptopt.exporting.tflite.streams import (
-    above_cutoff,
     add_laurel,
     correct,
     inputs_of_layers,
@@ -127,7 +127,7 @@ def _branches(graph: Graph, block: Block, x: Tensor, normed: Tensor, attended: T
     if block.laurel is not None:
         x = add_laurel(graph, block.laurel, x, normed)
     normed = op.normalize(graph, x, block.feedforward_norm)
-    added = _feedforward(graph, block.feedforward, normed)
+    added = feedforward(graph, block.feedforward, normed)
     added = _maybe_normalize(graph, added, block.post_feedforward_norm)
     if block.parallel:
         added = op.binary(graph, "ADD", added, attended)
@@ -147,17 +147,3 @@ def _embed(graph: Graph, spec: DecoderSpec, tokens: Tensor, positions: Positions
 
 def _maybe_normalize(graph: Graph, x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else op.normalize(graph, x, norm)
-
-
-def _feedforward(graph: Graph, feedforward: FeedForward, x: Tensor) -> Tensor:
-    relu = feedforward.activation == "relu" and feedforward.gate is None
-    hidden = op.fully_connected(graph, x, feedforward.up, relu=relu)
-    if feedforward.gate is not None:
-        # As one product with `up` it was no faster: the halves must be copied out of it.
-        gate = op.fully_connected(graph, x, feedforward.gate)
-        if feedforward.cutoff is not None:
-            gate = above_cutoff(graph, gate, feedforward.cutoff)
-        hidden = op.binary(graph, "MUL", op.activate(graph, gate, feedforward.activation), hidden)
-    elif not relu:
-        hidden = op.activate(graph, hidden, feedforward.activation)
-    return op.fully_connected(graph, hidden, feedforward.down)

@@ -41,19 +41,6 @@ def own_input(graph: Graph, layer: LayerInput, x: Tensor, given: Tensor) -> Tens
     return op.normalize(graph, made, layer.norm)
 
 
-def above_cutoff(graph: Graph, gate: Tensor, deviations: float) -> Tensor:
-    """Returns how far gates exceed their mean by so many standard deviations, at least zero.
-
-    Without a sort it keeps about as many as a normal distribution has there.
-    """
-    mean = op.reduce(graph, "MEAN", gate, -1, keep=True)
-    squares = op.binary(graph, "SQUARED_DIFFERENCE", gate, mean)
-    deviation = op.unary(graph, "SQRT", op.reduce(graph, "MEAN", squares, -1, keep=True))
-    least = op.binary(graph, "MUL", deviation, op.scalar(graph, deviations))
-    least = op.binary(graph, "ADD", mean, least)
-    return op.unary(graph, "RELU", op.binary(graph, "SUB", gate, least))
-
-
 def add_laurel(graph: Graph, laurel: Laurel, x: Tensor, normed: Tensor) -> Tensor:
     """Adds the branch of low rank to the stream, and divides by the root of two."""
     low = op.fully_connected(graph, normed, laurel.left)
