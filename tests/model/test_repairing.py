@@ -6,7 +6,8 @@ import re
 import keras
 import numpy as np
 import pytest
-from decoder.families import CONTEXT, logits, make, prompt
+from ai_edge_litert import schema_py_generated as schema
+from decoder.families import CONTEXT, VOCABULARY, logits, make, prompt
 from keras_hub.src.models.gemma4.gemma4_decoder_block import Gemma4TextDecoderBlock
 from rich.console import Console
 from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
@@ -53,6 +54,20 @@ def test_gemma3n_gives_logits_with_the_table_as_it_is():
     np.testing.assert_allclose(logits(model, prompt(12)), expected, atol=1e-5, rtol=0)
 
 
+def bytes_looked_up(path):
+    """Returns the sizes of the int8 tables in which a file looks tokens up."""
+    file = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    lookup = schema.BuiltinOperator.EMBEDDING_LOOKUP
+    tables = [
+        graph.tensors[operator.inputs[1]]
+        for graph in file.subgraphs
+        for operator in graph.operators
+        if file.operatorCodes[operator.opcodeIndex].builtinCode == lookup
+    ]
+    integers = [table for table in tables if table.type == schema.TensorType.INT8]
+    return {len(file.buffers[table.buffer].data) for table in integers}
+
+
 @pytest.mark.parametrize("name", ["Gemma 4", "Gemma 3n"])
 def test_a_step_of_training_prunes_and_rounds_all_of_a_gemma(name, tmp_path):
     model = make(name)
@@ -64,6 +79,8 @@ def test_a_step_of_training_prunes_and_rounds_all_of_a_gemma(name, tmp_path):
     callbacks = [pruning, QuantizationAwareTraining(Int8())]
     model.fit(inputs, tokens[:, 1:], batch_size=4, verbose=0, callbacks=callbacks)
     path = tfgptopt.export(model, tmp_path / "gpt.tflite", TFLite(context_length=CONTEXT))
+    # The table of inputs of each layer is looked up in integers, as they are in the file.
+    assert VOCABULARY * 4 * 8 in bytes_looked_up(path)
     lm = tfgptopt.TFLiteCausalLM(path)
     found = lm._engine.score(lm._engine.new_cache(), prompt(30))
     difference = np.abs(found - logits(model, prompt(30)))
