@@ -161,3 +161,39 @@ def test_statistics_that_are_not_finite_change_nothing():
         with pytest.raises(ValueError, match="is NaN or infinite on the calibration data"):
             tfgptopt.prune(model, 0.5, score=score)
         np.testing.assert_array_equal(model.get_weights()[0], before)
+
+
+class Counting(keras.layers.Layer):
+    """Counts the rows that reach it, as a head would."""
+
+    rows = 0
+
+    def call(self, inputs):
+        Counting.rows += int(inputs.shape[0]) if inputs.shape[0] is not None else 0
+        return inputs
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_what_lies_behind_the_last_kernel_is_not_computed(chain):
+    inputs = keras.Input((8,))
+    first, second = keras.layers.Dense(8), keras.layers.Dense(8)
+    x = first(inputs)
+    x = second(x if chain else keras.layers.Concatenate()([inputs, x]))
+    model = keras.Model(inputs, Counting()(x))
+    data = np.random.default_rng(0).normal(0, 1, (64, 8)).astype(np.float32)
+    chosen, seen = select(model), []
+    Counting.rows = 0
+    observe_all(model, chosen, data, lambda target, rows: seen.append(len(rows)))
+    for _, run in block_by_block(model, chosen, data):
+        run(lambda target, rows: seen.append(len(rows)))
+    assert sum(seen) == 2 * 2 * len(data)
+    assert Counting.rows <= 10  # One row now and then, to see how the model calls its layers.
+
+
+def test_a_model_that_reads_one_shape_only_is_calibrated_with_whole_batches():
+    layers = [keras.layers.Embedding(50, 8), keras.layers.Reshape((96,)), keras.layers.Dense(4)]
+    model = keras.Sequential([keras.Input((12,), dtype="int32"), *layers])
+    tokens = np.random.default_rng(0).integers(0, 50, (40, 12)).astype(np.int32)
+    seen = []
+    observe_all(model, select(model), tokens, lambda target, rows: seen.append(len(rows)))
+    assert sum(seen) == 40

@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -7,14 +9,31 @@ from pathlib import Path
 import pytest
 
 import tfgptopt
+from tfgptopt.cli.main import run_command
 from tfgptopt.exporting import TFLite
 from tfgptopt.generation import MinP, Random, RepetitionPenalty, TopK, TopP
 
-MAIN = [sys.executable, "-m", "tfgptopt.cli.main"]
+
+@dataclasses.dataclass
+class Ended:
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def run(*arguments) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*MAIN, *map(str, arguments)], capture_output=True, text=True)
+def run(*arguments) -> Ended:
+    """Runs a command in this process, which has loaded TensorFlow already."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = run_command([str(argument) for argument in arguments])
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def run_process(*arguments) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tfgptopt.cli.main", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def assert_refused(result, message: str) -> None:
@@ -37,10 +56,21 @@ def file(trained, tmp_path_factory) -> Path:
 
 
 def test_help_names_every_command():
-    result = run("--help")
+    result = run_process("--help")
     assert result.returncode == 0
-    for command in ("demo", "optimize", "export", "generate", "chat", "bench"):
+    for command in ("demo", "optimize", "quantize", "shrink", "export", "evaluate", "inspect",
+                    "generate", "chat", "bench"):  # fmt: skip
         assert command in result.stdout
+
+
+def test_a_process_says_no_more_than_a_sentence(tmp_path):
+    result = run_process("evaluate", tmp_path / "none", "--text", "x")
+    assert_refused(result, "There is no preset folder")
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stdout.strip() == ""
+
+
+def test_a_wrong_option_is_exit_code_2():
+    assert run("export", "--no-such-option").returncode == 2
 
 
 @pytest.mark.slow

@@ -8,12 +8,22 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
+import tensorflow as tf
 from cli.test_cli import assert_refused, run
+from conftest import make_gpt
+from decoder.families import logits
 
 import tfgptopt
+from tfgptopt.data import load_corpus, load_preset, tokens_as_input
+from tfgptopt.distillation.technique import Distill
+from tfgptopt.evaluation.loss import tflite_loss
+from tfgptopt.job.optimizing import optimize
+from tfgptopt.model.current import has_adapters
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.quantization.post_training import _automatic
 from tfgptopt.quantization.specs import parse_spec
+from tfgptopt.recipe import Recipe
+from tfgptopt.training.planning import Training, compile_model
 
 
 @pytest.fixture(scope="module")
@@ -28,16 +38,30 @@ def preset(corpus, tmp_path_factory):
     return folder
 
 
+def held_out(preset, text, sequence_length):
+    """All of a text, as windows."""
+    tokenizer = load_preset(preset).preprocessor.tokenizer
+    return load_corpus(
+        text,
+        tokenizer=tokenizer,
+        sequence_length=sequence_length,
+        batch_size=2,
+        validation_share=1.0,
+    ).validation
+
+
 def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     path, text = tmp_path / "small.tflite", text_files / "scanner.py"
     result = run("quantize", preset, path, "--spec", "int4:32", "--calibration", text,
                  "--text", text, "--sequence-length", 32)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "perplexity" in result.stdout and "before" in result.stdout
+    words = result.stdout.split("perplexity")[-1].split()
+    after = tflite_loss(tfgptopt.TFLiteCausalLM(path), held_out(preset, text, 32))
+    assert float(words[2]) == pytest.approx(np.exp(after), abs=1e-4)  # That of the file.
     metadata = tfgptopt.TFLiteCausalLM(path).metadata
     assert metadata.recipe["techniques"][0]["spec"]["block_size"] == 32
     shown = run("inspect", path)
-    for word in ("GPT2CausalLM", "decode", "byte pairs", "quantize_aware", "float32"):
+    for word in ("GPT2CausalLM", "decode", "byte pairs", "quantize_aware", "float32", "4.50"):
         assert word in shown.stdout, shown.stdout
     compared = run("evaluate", path, preset, "--text", text, "--sequence-length", 16)
     assert compared.returncode == 0, compared.stderr
@@ -51,7 +75,7 @@ def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(preset, tmp_path
         (("--spec", "int4:no"), "int4:32"),
         (("--spec", "int4:33"), "multiple of 32"),
         (("--method", "gptq"), "needs calibration data"),
-        (("--method", "magic"), "must be one of"),
+        (("--method", "magic"), "'auto', one of"),
         (("--calibration", "nowhere.txt"), "no text file"),
     ):
         assert_refused(run("quantize", preset, path, *options), message)
@@ -89,3 +113,76 @@ def test_specs_and_the_best_methods_by_name():
     assert _automatic(Int8(), None) == ("rtn",) and _automatic(Int4(), None) == ("mse",)
     assert _automatic(Int8(), [1]) == ("smoothquant", "awq", "gptq")
     assert _automatic(Int4(), [1]) == ("gptq",)
+
+
+def test_shrink_writes_a_smaller_preset_and_says_what_is_left(preset, text_files, tmp_path):
+    folder, text = tmp_path / "small", text_files / "scanner.py"
+    result = run("shrink", preset, folder, "--depth", 1, "--feedforward", "0.5",
+                 "--calibration", text, "--text", text, "--sequence-length", 32)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    small = load_preset(folder)
+    assert small.backbone.num_layers == 1 and small.backbone.intermediate_dim == 32
+    words = result.stdout.split()
+    assert "50%" in words and f"{small.backbone.count_params():,}" in words
+    assert "perplexity" in words and max(map(len, result.stdout.splitlines()[:12])) <= 80
+    file = tmp_path / "small.tflite"
+    result = run("shrink", preset, file, "--parameters", "0.7", "--calibration", text,
+                 "--sequence-length", 32)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert tfgptopt.TFLiteCausalLM(file).metadata.recipe["techniques"][0]["name"] == "shrink"
+
+
+def test_bad_shrinking_and_bad_recipes_are_one_sentence(preset, text_files, tmp_path):
+    text, out = text_files / "scanner.py", tmp_path / "small"
+    for options, message in (
+        ((), "Give what to shrink"),
+        (("--depth", "9"), "depth=2"),
+        (("--depth", "1", "--latency", "0.5"), "budget"),
+        (("--vocabulary", "0.5", "--text", text), "do not compare"),
+    ):
+        command = ["shrink", preset, out, "--calibration", text, "--sequence-length", 32]
+        assert_refused(run(*command, *options), message)
+    assert run("shrink", preset, out, "--calibration", text, "--depth", "few").returncode == 2
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("techniques: [{name: shrink, depth: 1}]")
+    command = ["optimize", text, "--preset", preset, "--out", out, "--sequence-length", 32]
+    for options, message in (
+        (("--recipe", recipe, "--spec", "int4"), "leave out --spec"),
+        (("--recipe", recipe, "--lora", 2), "cannot train LoRA adapters alone"),
+        (("--spec", "int4", "--bits", 4), "say the same"),
+        (("--bits", 3), "--bits must be 4 or 8"),
+        (("--context-length", 16), "`context_length` must be at least 32"),
+        (("--context-length", 999), "at most 64"),
+    ):
+        assert_refused(run(*command, *options), message)
+    assert not out.exists()
+
+
+def test_a_preset_without_tokenizer_can_be_exported_and_not_read_text(text_files, tmp_path):
+    folder, text = tmp_path / "bare", text_files / "scanner.py"
+    make_gpt().save_to_preset(str(folder))
+    for command in (
+        ("optimize", text, "--preset", folder, "--out", tmp_path / "out"),
+        ("quantize", folder, tmp_path / "a.tflite", "--text", text),
+        ("shrink", folder, tmp_path / "small", "--depth", 1, "--calibration", text),
+        ("evaluate", folder, "--text", text),
+    ):
+        assert_refused(run(*command), "has no tokenizer")
+    assert list(tmp_path.iterdir()) == [folder]
+    assert run("quantize", folder, tmp_path / "a.tflite").returncode == 0
+
+
+def test_adapters_of_a_job_without_rounding_are_merged(preset, corpus, tmp_path):
+    recipe = Recipe((Distill(2),))
+    model = load_preset(preset)
+    training = Training(0, 2, 1e-3, dense_run=False, lora=2)
+    compile_model(model, training)
+    optimize(model, corpus, recipe, training, tmp_path / "out")
+    again = load_preset(tmp_path / "out" / "model")
+    assert not any(has_adapters(layer) for layer in again._flatten_layers())
+    lm = tfgptopt.TFLiteCausalLM(tmp_path / "out" / "model.tflite")
+    tokens = [5, 17, 200, 31, 8]
+    with tokens_as_input(again):
+        logs = tf.nn.log_softmax(logits(again, tokens[:-1]))
+    expected = [logs[i, token] for i, token in enumerate(tokens[1:])]
+    np.testing.assert_allclose(lm.score(tokens), expected, atol=1e-4)

@@ -67,3 +67,15 @@ def test_bad_input(tmp_path, corpus):
         train_tokenizer(find_files(tmp_path), 100)
     with pytest.raises(ValueError, match="`batch_size` must be an int >= 1"):
         load_corpus(tmp_path, batch_size=0)
+
+
+def test_all_of_the_text_can_be_held_out(text_files, corpus):
+    file = text_files / "scanner.py"
+    whole = load_corpus(
+        file, tokenizer=corpus.tokenizer, sequence_length=8, batch_size=1, validation_share=1.0
+    )
+    tokens = np.asarray(corpus.tokenizer(file.read_text("utf-8"))).tolist()
+    got = [int(t) for inputs, _, _ in whole.validation for t in inputs["token_ids"][0]]
+    assert got[: len(tokens) - 1] == tokens[:-1] and whole.training_tokens == 0
+    with pytest.raises(ValueError, match="give `tokenizer`"):
+        load_corpus(file, validation_share=1.0)

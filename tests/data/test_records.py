@@ -4,9 +4,11 @@ import json
 import sys
 
 import numpy as np
+import pyarrow
 import pytest
 import tensorflow as tf
 from data.chatty import CHATS, gemma_tokenizer
+from pyarrow import parquet
 
 from tfgptopt.data import ChatTemplate, load_corpus
 from tfgptopt.data.chats import written_turns
@@ -168,12 +170,10 @@ def test_bad_sources(tmp_path, gemma, corpus):
 def test_parquet(tmp_path, gemma, monkeypatch):
     path = tmp_path / "pairs.parquet"
     path.write_bytes(b"PAR1")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(ImportError, match=r"pip install 'tfgptopt\[parquet\]'"):
         load(path, gemma)
     monkeypatch.undo()
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path)
     assert rows(load(path, gemma, 24).train) == rows(load(PAIRS, gemma, 24).train)
 
@@ -194,3 +194,14 @@ def test_a_template_that_rewrites_earlier_turns_gives_a_row_for_each_answer():
     ]
     with pytest.raises(ValueError, match="in another way once the answer is there"):
         written_turns(ChatTemplate("{{ messages | length }}{{ messages[0].content }}"), CHATS[1])
+
+
+def test_all_of_the_records_can_be_held_out(gemma):
+    one = load(PAIRS[:1], gemma, 24, validation_share=1.0)
+    assert (one.training_records, one.validation_records) == (0, 1)
+    everything = load(PAIRS, gemma, 24, validation_share=1.0)
+    both = load(PAIRS, gemma, 24, validation_share=0.5)
+    # Training batches drop what does not fill one: ten records, in batches of two.
+    assert len(rows(everything.validation)) == len(PAIRS)
+    assert all(row in rows(everything.validation) for row in rows(both.validation))
+    assert everything.describe().startswith("Text: 10 records")

@@ -9,7 +9,7 @@ from conftest import make_gpt
 import tfgptopt
 from tfgptopt.data import tokens_as_input
 from tfgptopt.evaluation.bigram import bigram_loss
-from tfgptopt.evaluation.loss import keras_loss
+from tfgptopt.evaluation.loss import keras_loss, tflite_loss
 from tfgptopt.evaluation.size import gzip_size, keras_size, tflite_size
 
 
@@ -35,18 +35,21 @@ def test_bigram_loss_is_the_formula_by_hand():
     assert bigram_loss(data, data, 3) == pytest.approx(min(losses))
 
 
-def test_keras_loss_counts_only_tokens_with_weight(gpt):
-    generator = np.random.default_rng(0)
-    ids = generator.integers(0, 300, (3, 8), np.int32)
-    labels = generator.integers(0, 300, (3, 8), np.int32)
+def test_losses_count_only_tokens_with_weight(gpt, tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 300, (3, 9), np.int32)
+    ids, labels = tokens[:, :-1], tokens[:, 1:]
+    # Padding, and prompts before and between answers.
     weights = np.ones((3, 8), np.float32)
-    weights[2, 4:] = 0
+    weights[2, 4:] = weights[1, :3] = weights[2, 1:3] = 0
     logits = np.asarray(gpt({"token_ids": ids, "padding_mask": np.ones_like(ids)}), np.float64)
     logits -= logits.max(-1, keepdims=True)
     logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = -np.take_along_axis(logs, labels[..., None], -1)[..., 0]
     expected = (picked * weights).sum() / weights.sum()
-    assert keras_loss(gpt, dataset(ids, labels, weights)) == pytest.approx(expected, rel=1e-5)
+    data = dataset(ids, labels, weights)
+    assert keras_loss(gpt, data) == pytest.approx(expected, rel=1e-5)
+    lm = tfgptopt.TFLiteCausalLM(tfgptopt.export(gpt, tmp_path / "gpt.tflite"))
+    assert tflite_loss(lm, data) == pytest.approx(expected, rel=1e-5)
 
 
 def test_models_and_files_are_measured_as_themselves(trained, corpus, tmp_path):

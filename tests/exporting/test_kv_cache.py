@@ -37,8 +37,9 @@ def test_int8_rows_are_the_floats_rounded_to_their_largest(model, tmp_path):
         names = [name for name in cache.buffers if name.endswith("_0")]
         found.append({name: held(engine, cache, name) for name in names})
     floats, integers = found
-    assert set(integers) == {"key_0", "value_0", "key_scale_0", "value_scale_0"}
-    for name in ("key", "value"):
+    names = {f"kv_cache_{name}{part}_0" for name in "kv" for part in ("", "_scale")}
+    assert set(integers) == names
+    for name in ("kv_cache_k", "kv_cache_v"):
         rows = floats[f"{name}_0"][:, :150]
         scale = integers[f"{name}_scale_0"][:, :150]
         assert integers[f"{name}_0"].dtype == np.int8

@@ -25,12 +25,12 @@ def test_a_sparse_product_is_the_dense_one(outputs, blocks, rows, with_bias, see
     file = Model("test", sparse=True)
     graph = file.graph("serve")
     x = graph.input("x", (rows, 4 * blocks), np.float32)
-    graph.input("position", (1,), np.int32)
+    graph.input("input_pos", (1,), np.int32)
     graph.output("y", op.fully_connected(graph, x, matrix))
     runner = Interpreter(model_content=bytes(file.pack())).get_signature_runner("serve")
     inputs = generator.normal(0, 1, (rows, 4 * blocks)).astype(np.float32)
     expected = inputs @ matrix.values.T + (0 if bias is None else bias)
-    found = runner(x=inputs, position=np.int32([7]))["y"]
+    found = runner(x=inputs, input_pos=np.int32([7]))["y"]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

@@ -142,17 +142,20 @@ def test_any_runtime_loads_it(gpt, tmp_path):
     for interpreter in (Interpreter(str(path)), tf.lite.Interpreter(str(path))):
         run = interpreter.get_signature_runner("score_32")
         shapes = run.get_input_details()
-        inputs = {n: np.zeros(d["shape"], np.float32) for n, d in shapes.items() if "_" in n}
-        result = run(tokens=np.asarray(tokens, np.int32), position=np.zeros(1, np.int32), **inputs)
-        np.testing.assert_allclose(result["logits"], expected, atol=1e-4)
+        inputs = {n: np.zeros(d["shape"], np.float32) for n, d in shapes.items() if "kv_" in n}
+        positions = np.arange(CONTEXT, dtype=np.int32)
+        result = run(tokens=np.asarray(tokens, np.int32), input_pos=positions, **inputs)
+        np.testing.assert_allclose(result["logits"][0], expected, atol=1e-4)
         run = interpreter.get_signature_runner("decode")
         for positions in (20, 32, 24):  # Caches of any size, which the runner resizes.
             cache = {n: result[n][:, :positions] for n in inputs}
             position = np.asarray([positions - 1], np.int32)
             one = run(
-                tokens=np.asarray(tokens[positions - 1 :][:1], np.int32), position=position, **cache
+                tokens=np.asarray(tokens[positions - 1 :][:1], np.int32),
+                input_pos=position,
+                **cache,
             )
-            np.testing.assert_allclose(one["logits"][0], expected[positions - 1], atol=1e-4)
+            np.testing.assert_allclose(one["logits"][0, 0], expected[positions - 1], atol=1e-4)
 
 
 def test_builtin_operators_only_and_the_table_once(trained, tmp_path):

@@ -82,8 +82,8 @@ def test_a_newer_format_and_missing_fields(path, tmp_path):
 
 def test_an_older_format_and_a_missing_checksum(path, tmp_path):
     whole = path.read_bytes()
-    older = rewritten(whole, lambda metadata: metadata.update(format_version=3))
-    refused(tmp_path / "a.tflite", older, "has format 3; .* Export the model again")
+    older = rewritten(whole, lambda metadata: metadata.update(format_version=4))
+    refused(tmp_path / "a.tflite", older, "has format 4; .* Export the model again")
     refused(tmp_path / "a.tflite", whole[:-16], "damaged or was cut off: the checksum")
 
 

@@ -84,7 +84,7 @@ def test_bad_input_changes_nothing():
     model = make_gpt()
     weights = model.get_weights()
     bad = [
-        ({"method": "round"}, "must be one of"),
+        ({"method": "round"}, "must be 'auto', one of"),
         ({"method": ("gptq", "rtn")}, "at most"),
         ({"method": "gptq"}, "needs calibration data"),
         ({"method": "gptq", "data": calibration(0)}, "empty"),

@@ -102,6 +102,7 @@ def test_balancing_helps_where_one_feature_is_large(kind):
     weights = model.get_weights()
     plain = error()
     model.set_weights(weights)
-    balance(model, [(t, Int8()) for t in select(model)], data, kind)
+    pairs = find_pairs(model, select(model), data)
+    balance(model, [(t, Int8()) for t in select(model)], pairs, data, kind)
     np.testing.assert_allclose(model(data), exact, atol=1e-4)
     assert error() < 0.4 * plain

@@ -10,6 +10,8 @@ import tensorflow as tf
 
 from tfgptopt.model.types import Data
 
+_SHORT = 24
+
 
 def batches_of(data: Data) -> list[Any]:
     """Returns the inputs of each batch of a dataset, without labels and weights.
@@ -38,6 +40,22 @@ def batches_of(data: Data) -> list[Any]:
     if not inputs or any(0 in tf.shape(leaf) for x in inputs for leaf in tf.nest.flatten(x)):
         raise ValueError(f"The calibration data is empty. Received: {data!r}")
     return inputs
+
+
+def first_row(batch: Data) -> Any:
+    """Returns one row of a batch, and of rows of tokens the first few."""
+    leaves = tf.nest.flatten(batch)
+    alike = {tuple(np.shape(leaf)) for leaf in leaves}
+    ints = isinstance(batch, dict) or leaves[0].dtype in ("int32", "int64")
+    if len(alike) == 1 and len(next(iter(alike))) == 2 and ints:
+        return tf.nest.map_structure(lambda leaf: leaf[:1, :_SHORT], batch)
+    return tf.nest.map_structure(lambda leaf: leaf[:1], batch)
+
+
+def rows_of(batch: Data) -> int:
+    """Returns how many tokens a batch has, or rows where it has no tokens."""
+    shape = np.shape(tf.nest.flatten(batch)[0])
+    return int(np.prod(shape[:2]))
 
 
 def _cut(arrays: Any) -> list[Any]:

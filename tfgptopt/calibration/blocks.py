@@ -15,6 +15,8 @@ from tfgptopt.calibration.watching import (
     Observer,
     call_on,
     check_kernels,
+    count_calls,
+    short,
     watching,
     without_padding,
 )
@@ -139,7 +141,7 @@ def block_by_block(
     check_kernels(chosen)
     batches = batches_of(data)
     blocks = _holders(model, {id(target.layer) for target in chosen})
-    first = _Recorder(blocks, stop=False).run(model, batches[0])
+    first = _Recorder(blocks, stop=False).run(model, short(model, batches[0]))
     called = list({id(call[0]): call[0] for call in first.calls}.values())
     members = {id(b): [t for t in chosen if t.layer in (b, *b._flatten_layers())] for b in called}
     missing = [t.path for t in chosen if not any(t in group for group in members.values())]
@@ -162,8 +164,9 @@ def block_by_block(
 
 def _run_model(model: keras.Layer, chosen: list[Target], batches: list[Any]) -> Run:
     def run(observe: Observer) -> None:
+        calls = count_calls(model, chosen, batches[0])
         for batch in batches:
-            with watching(chosen, without_padding(observe, batch)):
+            with watching(chosen, without_padding(observe, batch), calls):
                 call_on(model, batch)
 
     return run

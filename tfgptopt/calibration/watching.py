@@ -7,24 +7,29 @@ layers' own `call` is watched while the model runs eagerly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.batches import batches_of, first_row
 from tfgptopt.model.overriding import overriding
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Data
+from tfgptopt.terminal.progress import Stage
 
 # Receives a target and the rows that its matrix multiplies, float32 `(rows, inputs)`.
 Observer = Callable[[Target, tf.Tensor], None]
 
 
 class Enough(Exception):
-    """Ends a forward pass at the first block, whose inputs are all that is wanted."""
+    """Ends a forward pass where all that is wanted has been seen.
+
+    What comes behind, the head above all, is not computed: with a large vocabulary it is most of
+    the work.
+    """
 
 
 def check_kernels(chosen: list[Target]) -> None:
@@ -67,7 +72,7 @@ def _rows(target: Target, inputs: tf.Tensor) -> tf.Tensor:
 
 
 @contextmanager
-def watching(chosen: list[Target], observe: Observer) -> Iterator[None]:
+def watching(chosen: list[Target], observe: Observer, calls: int | None = None) -> Iterator[None]:
     """Calls `observe` with what each target's layer reads, while the model runs eagerly.
 
     Layers that read the same tensor one after the other (query, key and value do) are given the
@@ -76,8 +81,11 @@ def watching(chosen: list[Target], observe: Observer) -> Iterator[None]:
     Args:
         chosen: Kernels; tables have no rows of inputs.
         observe: Called with a target and its rows, at every call of its layer.
+        calls: How many calls of these layers there are to be seen: at the last one the forward pass
+            ends. Defaults to `None`: it runs to its end.
     """
     by_layer = {id(target.layer): target for target in chosen}
+    seen = [0]
     last: list[Any] = [None, None, None]
 
     def wrap(layer: keras.Layer) -> Any:
@@ -87,12 +95,48 @@ def watching(chosen: list[Target], observe: Observer) -> Iterator[None]:
             if inputs is not last[0] or target.row_axes != last[1]:
                 last[:] = inputs, target.row_axes, _rows(target, inputs)
             observe(target, last[2])
+            seen[0] += 1
+            if seen[0] == calls:
+                raise Enough
             return call(inputs, *args, **kwargs)
 
         return watched
 
-    with overriding((t.layer, "call", wrap(t.layer)) for t in chosen):
+    with overriding((t.layer, "call", wrap(t.layer)) for t in chosen), suppress(Enough):
         yield
+
+
+def count_calls(model: keras.Layer, chosen: list[Target], batch: Data) -> int:
+    """Returns how often a model calls the layers of targets in a forward pass.
+
+    Raises:
+        ValueError: If the model cannot read the batch.
+    """
+    calls = [0]
+
+    def count(target: Target, rows: tf.Tensor) -> None:
+        calls[0] += 1
+
+    part = short(model, batch)
+    with watching(chosen, count):
+        call_on(model, part)
+    return calls[0]
+
+
+def advancing(observe: Observer, shown: Stage, work: Callable[[Target], float]) -> Observer:
+    """Returns an observer that also says how far a stage is.
+
+    Args:
+        observe: The observer.
+        shown: The stage.
+        work: Returns how much of the stage's work one row of a target is.
+    """
+
+    def observed(target: Target, rows: tf.Tensor) -> None:
+        observe(target, rows)
+        shown.advance(work(target) * int(rows.shape[0]))
+
+    return observed
 
 
 def observe_all(model: keras.Layer, chosen: list[Target], data: Data, observe: Observer) -> None:
@@ -108,8 +152,10 @@ def observe_all(model: keras.Layer, chosen: list[Target], data: Data, observe: O
         ValueError: If there is no data, or the model cannot read it.
     """
     check_kernels(chosen)
-    for batch in batches_of(data):
-        with watching(chosen, without_padding(observe, batch)):
+    batches = batches_of(data)
+    calls = count_calls(model, chosen, batches[0])
+    for batch in batches:
+        with watching(chosen, without_padding(observe, batch), calls):
             call_on(model, batch)
 
 
@@ -129,6 +175,23 @@ def call_on(model: keras.Layer, batch: Data) -> Any:
             f"The model '{model.name}' cannot read the calibration data, with batches of shape "
             f"{shapes}: {error}"
         ) from error
+
+
+def short(model: keras.Layer, batch: Data) -> Any:
+    """Returns a part of a batch that is enough to see how a model calls its layers.
+
+    It spares the head most of its work. Where a model reads one shape only, it is all of the batch.
+
+    Raises:
+        ValueError: If the model cannot read the batch.
+    """
+    part = first_row(batch)
+    try:
+        call_on(model, part)
+    except ValueError:
+        call_on(model, batch)
+        return batch
+    return part
 
 
 def without_padding(observe: Observer, batch: Data) -> Observer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from tfgptopt.cli.shared import console, load_libraries, load_preset
+from tfgptopt.cli.shared import console, load, load_libraries
 
 if TYPE_CHECKING:
     import keras_hub
@@ -48,7 +48,7 @@ def bench(
     new_tokens = min(new_tokens, shortest - len(prompt))
     if preset:
         with console.status(f"Loading {escape(preset)}"):
-            models = {preset: load_preset(preset), **models}
+            models = {preset: load(preset), **models}
     from tfgptopt.evaluation.speed import compare_speed
 
     with console.status(f"Generating {new_tokens} tokens {runs} times with each, in turns"):

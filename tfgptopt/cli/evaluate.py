@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from tfgptopt.cli.shared import console, load_libraries, load_preset, print_corpus
+from tfgptopt.cli.shared import console, load, load_libraries, print_corpus, read_text
 
 
 def evaluate(
     models: Annotated[
         list[str], typer.Argument(help=".tflite files and presets, of one tokenizer.")
     ],
-    text: Annotated[list[str], typer.Option(help="Text or records to measure on.")],
+    text: Annotated[list[str], typer.Option(help="Text or records to measure on, all of it.")],
     tokenizer: Annotated[
         str | None, typer.Option(help="Preset to tokenize with. Default: the first preset given.")
     ] = None,
@@ -25,30 +24,21 @@ def evaluate(
     """Measure size, perplexity and speed of files and presets, side by side."""
     load_libraries()
     import tfgptopt
-    from tfgptopt.data import load_corpus, template_of
     from tfgptopt.job.reporting import results_table
 
     loaded: dict[str, Any] = {}
+    presets: dict[str, Any] = {}
     for name in models:
         short = Path(name).name if Path(name).name not in loaded else name
         if name.endswith(".tflite"):
             loaded[short] = Path(name)
-            continue
-        with console.status(f"Loading {escape(name)}"):
-            loaded[short] = load_preset(name)
-    keras_models = [one for one in loaded.values() if not isinstance(one, Path)]
-    reader = load_preset(tokenizer) if tokenizer else next(iter(keras_models), None)
-    if reader is None or reader.preprocessor is None:
+        else:
+            loaded[short] = presets[name] = load(name)
+    reader = tokenizer or next(iter(presets), None)
+    if reader is None:
         raise ValueError("Give a preset with a tokenizer among the models, or with --tokenizer.")
-    corpus = load_corpus(
-        text,
-        tokenizer=reader.preprocessor.tokenizer,
-        chat_template=template_of(reader),
-        sequence_length=sequence_length,
-        batch_size=4,
-        validation_share=0.5,
-    )
+    reading = presets[reader] if reader in presets else load(reader)
+    corpus = read_text(text, reading, reader, sequence_length, 4, validation_share=1.0)
     print_corpus(corpus)
-    with console.status("Measuring, in turns"):
-        results = tfgptopt.evaluate(loaded, corpus.validation, new_tokens=new_tokens)
+    results = tfgptopt.evaluate(loaded, corpus.validation, new_tokens=new_tokens)
     console.print(results_table(results))

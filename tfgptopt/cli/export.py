@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from tfgptopt.cli.shared import Force, console, load_libraries, load_preset, print_size
+from tfgptopt.cli.shared import Force, load, load_libraries, print_size
 
 
 def export(
@@ -45,10 +44,8 @@ def export(
     }
     format = format_of(path, {name: x for name, x in options.items() if x is not None})
     loaded = Recipe.load(recipe) if recipe else None
-    with console.status(f"Loading {escape(preset)}"):
-        model = load_preset(preset)
+    model = load(preset)
     if loaded:
         loaded.replay(model)
-    with console.status(f"Writing {path}"):
-        tfgptopt.export(model, path, format, force)
+    tfgptopt.export(model, path, format, force)
     print_size(path)

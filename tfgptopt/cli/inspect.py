@@ -46,3 +46,30 @@ def inspect(
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
+    console.print(_parts_table(file))
+
+
+def _parts_table(file: Path) -> Table:
+    """Returns what takes the bytes of a file."""
+    from tfgptopt.file.contents import parts_of
+
+    parts, size = parts_of(file), file.stat().st_size
+    table = Table(padding=(0, 1))
+    table.add_column("part", overflow="fold")
+    table.add_column("type")
+    for heading in ("count", "numbers", "bits", "MB", "share"):
+        table.add_column(heading, justify="right")
+    for part in parts:
+        table.add_row(
+            part.name,
+            part.number,
+            str(part.count),
+            f"{part.elements:,}",
+            f"{part.bits:.2f}",
+            f"{part.size / 1e6:.2f}",
+            f"{part.size / size:.0%}",
+        )
+    rest = size - sum(part.size for part in parts)
+    table.add_row("graph, tokenizer, metadata", "", "", "", "", f"{rest / 1e6:.2f}",
+                  f"{rest / size:.0%}")  # fmt: skip
+    return table

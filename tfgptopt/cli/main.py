@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 import typer
 from rich.console import Console
@@ -19,6 +20,7 @@ from tfgptopt.cli.generate import generate
 from tfgptopt.cli.inspect import inspect
 from tfgptopt.cli.optimize import optimize
 from tfgptopt.cli.quantize import quantize
+from tfgptopt.cli.shrink import shrink
 
 app = typer.Typer(
     help="Make GPTs written in Keras small and fast while they train, and ship what was trained.",
@@ -31,6 +33,7 @@ for command in (
     demo,
     optimize,
     quantize,
+    shrink,
     export,
     evaluate,
     inspect,
@@ -42,30 +45,46 @@ for command in (
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake is one sentence and exit code 1."""
+    """The command line as a process."""
     # TensorFlow and LiteRT talk a lot; what a user must know is printed by us.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     warnings.filterwarnings("ignore", module="keras")
     warnings.showwarning = _show_warning
     try:
-        app()
-    except (ValueError, OSError, ImportError) as error:
-        _fail(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        _fail(f"Unexpected {type(error).__name__}: {error}")
+        sys.exit(run_command(sys.argv[1:]))
     finally:
         # LiteRT logs while the process unloads it, when no code of ours runs any more.
         sys.stderr.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def _fail(message: str) -> None:
-    """Prints an error and ends with exit code 1."""
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs a command; a user's mistake is one sentence and exit code 1.
+
+    Args:
+        arguments: The words behind `tfgptopt`.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        app(list(arguments), prog_name="tfgptopt")
+    except SystemExit as end:  # What typer ends with, after help and wrong options too.
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _fail(f"Unexpected {type(error).__name__}: {error}")
+    return 0
+
+
+def _fail(message: str) -> int:
+    """Prints an error, and returns the exit code for it."""
     errors = Console(stderr=True, highlight=False)
     errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
-    sys.exit(1)
+    return 1
 
 
 def _show_warning(

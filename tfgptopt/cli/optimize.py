@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from tfgptopt.cli.outcome import print_outcome
 from tfgptopt.cli.shared import (
@@ -16,9 +15,10 @@ from tfgptopt.cli.shared import (
     choose_strategy,
     console,
     default_recipe,
+    load,
     load_libraries,
-    load_preset,
     print_corpus,
+    read_text,
 )
 
 if TYPE_CHECKING:
@@ -36,11 +36,12 @@ def optimize(
         ),
     ] = None,
     spec: Annotated[
-        str, typer.Option(help="int8, int4, or int4:32 in blocks of 32 inputs.")
-    ] = "int8",
+        str | None, typer.Option(help="int8, int4, or int4:32 in blocks of 32 inputs. [int8]")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="8 or 4: short for --spec.")] = None,
     sparsity: Annotated[
-        float, typer.Option(help="Share of weights to prune, in [0, 1): a smaller download.")
-    ] = 0.0,
+        float | None, typer.Option(help="Share of weights to prune, in [0, 1): a smaller download.")
+    ] = None,
     lora: Annotated[
         int | None, typer.Option(help="Rank of LoRA adapters that train alone, merged at the end.")
     ] = None,
@@ -51,6 +52,9 @@ def optimize(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    context_length: Annotated[
+        int | None, typer.Option(help="Positions of the KV cache. Default: all of the model.")
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="Peak of warmup and cosine decay.")] = 3e-4,
     dense_run: Annotated[
         bool, typer.Option(help="Also fine-tune the dense model, for a fair comparison.")
@@ -60,7 +64,7 @@ def optimize(
 ) -> None:
     """Optimize your own model on your own text or chats: fine-tune, quantize, export, measure."""
     load_libraries()
-    from tfgptopt.data import load_corpus, template_of
+    from tfgptopt.data.presets import tokenizer_of
     from tfgptopt.file.replacing import check_target
     from tfgptopt.job.optimizing import check_causal_lm
     from tfgptopt.job.optimizing import optimize as run
@@ -69,35 +73,36 @@ def optimize(
 
     check_target(out, force)
     training = Training(0, steps, learning_rate, dense_run, lora)
-    loaded = Recipe.load(recipe) if recipe else _recipe(steps, sparsity, spec)
+    given = [name for name, value in (("--spec", spec), ("--bits", bits), ("--sparsity", sparsity))
+             if value is not None]  # fmt: skip
+    if recipe and given:
+        raise ValueError(f"The recipe says what is done: leave out {' and '.join(given)}.")
+    loaded = Recipe.load(recipe) if recipe else _recipe(steps, sparsity or 0.0, spec, bits)
     chosen, words = choose_strategy(strategy)
-    with chosen.scope(), console.status(f"Loading {escape(preset)}"):
-        model = load_preset(preset, dtype)
+    with chosen.scope():
+        model = load(preset, dtype)
         check_causal_lm(model)
-        if model.preprocessor is None:
-            raise ValueError(f"The preset '{preset}' has no tokenizer.")
+        tokenizer_of(model, preset)
         compile_model(model, training)
-    with console.status("Reading text"):
-        corpus = load_corpus(
-            text,
-            tokenizer=model.preprocessor.tokenizer,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            chat_template=template_of(model),
-        )
+    corpus = read_text(text, model, preset, sequence_length, batch_size)
     print_corpus(corpus)
-    outcome = run(model, corpus, loaded, training, out, words, force, console)
+    outcome = run(model, corpus, loaded, training, out, words, force, console, context_length)
     print_outcome(outcome, out)
 
 
-def _recipe(steps: int, sparsity: float, spec: str) -> Recipe:
+def _recipe(steps: int, sparsity: float, spec: str | None, bits: int | None) -> Recipe:
     """Returns the recipe that options ask for.
 
     Raises:
-        ValueError: If one is out of range.
+        ValueError: If one is out of range, or two say the same.
     """
     from tfgptopt.quantization.specs import parse_spec
 
+    if spec is not None and bits is not None:
+        raise ValueError("--spec and --bits say the same: give one of them.")
+    if bits not in (None, 4, 8):
+        raise ValueError(f"--bits must be 4 or 8. Received: {bits}")
+    spec = spec or f"int{bits or 8}"
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(f"--sparsity must be in [0, 1). Received: {sparsity}")
     return default_recipe(0, steps, sparsity, parse_spec(spec))

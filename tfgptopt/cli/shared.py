@@ -5,12 +5,12 @@ TensorFlow and KerasHub take seconds to import, so that only functions that need
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tfgptopt.backend import require_tensorflow
 from tfgptopt.terminal.quiet import quiet_native_logs
@@ -49,42 +49,54 @@ def choose_strategy(name: str) -> tuple[tf.distribute.Strategy, str]:
     return chosen, words
 
 
-def load_preset(preset: str, dtype: str | None = None) -> keras.Model:
-    """Loads a causal LM, with a clear error for a broken folder.
+def load(preset: str, dtype: str | None = None) -> keras.Model:
+    """Loads a causal LM, and says so meanwhile."""
+    from tfgptopt.data import load_preset
 
-    Args:
-        preset: Folder or name of a KerasHub preset, an `hf://` handle, or a local Hugging Face
-            folder with safetensors.
-        dtype: Policy of its layers. Defaults to `None`: as stored.
+    with console.status(f"Loading {escape(preset)}"):
+        return load_preset(preset, dtype)
+
+
+def read_text(
+    sources: list[str],
+    model: keras.Model,
+    preset: str,
+    sequence_length: int,
+    batch_size: int,
+    validation_share: float = 0.05,
+) -> Corpus:
+    """Reads text or records with the tokenizer and the chat template of a model.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
-        ValueError: If the folder lacks a file, or KerasHub cannot load it.
+        ValueError: If the model has no tokenizer, or the text cannot be used.
     """
-    import keras_hub
+    from tfgptopt.data import load_corpus, template_of
+    from tfgptopt.data.presets import tokenizer_of
 
-    from tfgptopt.data import load_template, set_template
+    tokenizer = tokenizer_of(model, preset)
+    with console.status("Reading text"):
+        return load_corpus(
+            sources,
+            tokenizer=tokenizer,
+            chat_template=template_of(model),
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            validation_share=validation_share,
+        )
 
-    folder = Path(preset)
-    if folder.is_dir():
-        kinds = ("*.weights.h5", "*.weights.json", "*.safetensors")
-        weights = [path for kind in kinds for path in folder.glob(kind)]
-        missing = "config.json" if not (folder / "config.json").is_file() else ""
-        missing = missing or ("" if weights else "weights (*.weights.h5, *.safetensors)")
-        if missing:
-            raise ValueError(f"The preset folder '{preset}' has no {missing}.")
-    elif os.sep in preset and ":" not in preset:
-        raise FileNotFoundError(f"There is no preset folder '{preset}'.")
-    try:
-        options = {"dtype": dtype} if dtype else {}
-        model = keras_hub.models.CausalLM.from_preset(preset, **options)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"KerasHub cannot load the preset '{preset}': {first}") from None
-    template = load_template(folder) if folder.is_dir() else None
-    if template is not None:
-        set_template(model, template)
-    return model
+
+def perplexity_of(model: keras.Model | Path, held_out: tf.data.Dataset) -> float:
+    """Returns the perplexity of a model, or of an exported file, on held-out windows."""
+    from tfgptopt.data import tokens_as_input
+    from tfgptopt.evaluation.loss import keras_loss, perplexity, tflite_loss
+    from tfgptopt.generation import TFLiteCausalLM
+    from tfgptopt.terminal.progress import showing
+
+    with showing("auto", console):
+        if isinstance(model, Path):
+            return perplexity(tflite_loss(TFLiteCausalLM(model), held_out))
+        with tokens_as_input(model):
+            return perplexity(keras_loss(model, held_out))
 
 
 def default_recipe(first: int, steps: int, sparsity: float, spec: Spec) -> Recipe:

@@ -102,13 +102,14 @@ class Corpus:
     def validation_words(self) -> str:
         """What there is to validate with, in words."""
         count = f"{len(self.validation_files)} files"
-        if self.training_records:
+        if self.validation_records:
             count = f"{self.validation_records:,} records"
         return f"{count}, {self.validation_tokens:,} tokens"
 
     def describe(self) -> str:
         """Returns what there is, and what was cut off, in a line for each."""
-        lines = [f"Text: {self.training_words}; held out: {self.validation_words}"]
+        words = f"{self.training_words}; held out: {self.validation_words}"
+        lines = [f"Text: {words if self.training_tokens else self.validation_words}"]
         if self.cut_records:
             lines.append(
                 f"{self.cut_records:,} records were longer than {self.sequence_length + 1} tokens "
@@ -154,7 +155,8 @@ def load_corpus(
         vocabulary_size: int. Size of the tokenizer to train. Defaults to `4096`.
         sequence_length: int. Tokens per window. Defaults to `128`.
         batch_size: int. Windows per batch. Defaults to `16`.
-        validation_share: float in `(0, 1)`. Share of bytes for validation. Defaults to `0.05`.
+        validation_share: float in `(0, 1]`. Share of bytes or records for validation; with 1 there
+            is nothing to train on, only to measure with. Defaults to `0.05`.
         seed: int. Seed of the shuffling. Defaults to `0`.
 
     Returns:
@@ -187,9 +189,13 @@ def load_corpus(
         return _from_records(read_files(paths), str(paths[0]), tokenizer, template, *shape)
     files = standard_library() if sources is None else find_files(sources)
     training, validation = split_files(files, validation_share)
+    if tokenizer is None and not training:
+        raise ValueError("There is no text to train a tokenizer on: give `tokenizer`.")
     tokenizer = tokenizer or train_tokenizer(training, vocabulary_size)
     folder, (first, second) = _new_folder()
-    tokens, bad = write_windows(training, tokenizer, sequence_length, first)
+    tokens = bad = 0
+    if training:
+        tokens, bad = write_windows(training, tokenizer, sequence_length, first)
     held_out, more_bad = write_windows(validation, tokenizer, sequence_length, second)
     return Corpus(
         tokenizer=tokenizer,
@@ -236,7 +242,8 @@ def _from_records(
             for path in paths
         )
         counts = write_records(records, tokenizer, template, training, validation, validation_share)
-    check_records(counts, (training, validation), sequence_length, origin)
+    writers = (training, validation) if validation_share < 1.0 else (validation,)
+    check_records(counts, writers, sequence_length, origin)
     return Corpus(
         tokenizer=tokenizer,
         training_files=[],

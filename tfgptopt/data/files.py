@@ -123,9 +123,9 @@ def standard_library() -> list[TextFile]:
 
 
 def check_share(validation_share: float) -> None:
-    """Raises a `ValueError` unless a share for validation leaves something to both parts."""
-    if not 0.0 < validation_share < 1.0:
-        raise ValueError(f"`validation_share` must be in (0, 1). Received: {validation_share!r}")
+    """Raises a `ValueError` unless a share for validation is one."""
+    if not 0.0 < validation_share <= 1.0:
+        raise ValueError(f"`validation_share` must be in (0, 1]. Received: {validation_share!r}")
 
 
 def split_files(
@@ -137,15 +137,17 @@ def split_files(
 
     Args:
         files: The files.
-        validation_share: float in `(0, 1)`, the share of bytes for validation.
+        validation_share: float in `(0, 1]`, the share of bytes for validation.
 
     Returns:
-        `(training, validation)`, both non-empty.
+        `(training, validation)`, both non-empty unless the share is 1.
 
     Raises:
         ValueError: If `validation_share` is out of range.
     """
     check_share(validation_share)
+    if validation_share == 1.0:
+        return [], list(files)
     if len(files) == 1:
         return _cut(files[0], validation_share)
 

@@ -34,7 +34,7 @@ def write_records(
         template: Writes messages out; `None` for that of the tokenizer's family.
         training, validation: Where to write. The first record goes to the first, the second to the
             other, and a hash of its number decides about every other.
-        validation_share: float in `(0, 1)`. Share of records for validation.
+        validation_share: float in `(0, 1]`. Share of records for validation; with 1 all are.
 
     Returns:
         How many records went to each.
@@ -57,7 +57,7 @@ def write_records(
 
 def _part(i: int, validation_share: float) -> int:
     """Returns 1 if a record is for validation, which the second is in any case, and else 0."""
-    if i < 2:
+    if i < 2 and validation_share < 1.0:
         return i
     digest = hashlib.sha256(str(i).encode()).digest()
     return int(int.from_bytes(digest[:8], "big") < validation_share * 2**64)
@@ -98,7 +98,7 @@ def _encoded(
 
 def check_records(
     counts: tuple[int, int],
-    writers: tuple[WindowWriter, WindowWriter],
+    writers: tuple[WindowWriter, ...],
     sequence_length: int,
     origin: str,
 ) -> None:
@@ -113,10 +113,11 @@ def check_records(
             f"None of the {dropped} conversations has an answer within {sequence_length + 1} "
             f"tokens. Choose a longer window ({origin})."
         )
-    if min(counts) < 1:
+    if sum(counts) < len(writers):
+        wanted = "at least two are needed, one of them for validation"
         raise ValueError(
-            f"There are {sum(counts)} records with something to learn, and at least two are "
-            f"needed, one of them for validation ({origin})."
+            f"There are {sum(counts)} records with something to learn, and "
+            f"{wanted if len(writers) > 1 else 'one is needed'} ({origin})."
         )
     for writer in writers:
         if not writer.rows:

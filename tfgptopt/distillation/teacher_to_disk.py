@@ -29,6 +29,7 @@ from tfgptopt.distillation.recording import (
 )
 from tfgptopt.distillation.teachers import check_built, tokenizer_hash, tokenizer_of
 from tfgptopt.model.types import Data
+from tfgptopt.terminal.progress import Verbose, check_verbose, showing, track
 
 
 def weights_hash(model: keras.Model) -> str:
@@ -62,6 +63,7 @@ def record(
     path: str | Path,
     top_k: int = 64,
     temperature: float = 1.0,
+    verbose: Verbose = "auto",
 ) -> Recording:
     """Writes a teacher's likeliest next tokens for each position of a corpus to disk.
 
@@ -81,6 +83,8 @@ def record(
         top_k: int. Tokens to keep for each position. Defaults to `64`.
         temperature: float above 0. Divides the logits; losses have to use the same. Defaults to
             `1.0`.
+        verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
+            terminals and notebooks.
 
     Returns:
         `Recording`.
@@ -97,6 +101,7 @@ def record(
     ```
     """
     check_built(teacher, "teacher")
+    check_verbose(verbose)
     check_temperature(temperature)
     if is_text(data):
         data = as_tokens(data, getattr(teacher, "preprocessor", None), None)
@@ -126,7 +131,8 @@ def record(
     if not (folder / PARTIAL).is_file():
         (folder / ROWS).unlink(missing_ok=True)
         _write_json(folder / PARTIAL, header)
-    rows = _write_rows(folder, header, teacher, data)
+    with showing(verbose):
+        rows = _write_rows(folder, header, teacher, data)
     _write_json(folder / WHOLE, {**header, "rows": rows})
     (folder / PARTIAL).unlink()
     return Recording(folder)
@@ -189,7 +195,9 @@ def _write_rows(folder: Path, header: dict[str, Any], teacher: keras.Model, data
     with tokens_as_input(teacher), path.open("r+b" if done else "wb") as stream:
         stream.truncate(done * layout.itemsize)  # A row that was cut off is written again.
         known = np.memmap(path, layout, "r") if done else np.empty(0, layout)
-        for inputs in _batches(data):
+        count = int(data.cardinality())
+        batches = track(_batches(data), "Recording the teacher", count if count > 0 else None)
+        for inputs in batches:
             keys = window_keys(inputs)
             if inputs["token_ids"].shape[1] != header["tokens"]:
                 raise ValueError(

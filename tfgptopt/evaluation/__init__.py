@@ -15,6 +15,7 @@ from tfgptopt.evaluation.size import Size, keras_size, tflite_size
 from tfgptopt.evaluation.speed import Speed, compare_speed
 from tfgptopt.generation import TFLiteCausalLM
 from tfgptopt.model.types import Data
+from tfgptopt.terminal.progress import Verbose, showing, stage
 
 __all__ = ["Result", "Size", "Speed", "evaluate", "perplexity"]
 
@@ -47,6 +48,7 @@ def evaluate(
     prompt: Sequence[int] | None = None,
     new_tokens: int = 96,
     runs: int = 5,
+    verbose: Verbose = "auto",
 ) -> list[Result]:
     """Measures Keras models and exported files side by side, each as itself.
 
@@ -59,6 +61,8 @@ def evaluate(
         prompt: Token ids to generate from. Defaults to `None`: the first 16 of `data`.
         new_tokens: int. Tokens to generate for the speed. Defaults to `96`.
         runs: int. Generations whose median counts. Defaults to `5`.
+        verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
+            terminals and notebooks.
 
     Returns:
         List of `Result`, in the order of `models`.
@@ -87,7 +91,18 @@ def evaluate(
     loaded: dict[str, keras_hub.models.CausalLM | TFLiteCausalLM] = {
         name: TFLiteCausalLM(m) if isinstance(m, str | Path) else m for name, m in models.items()
     }
-    speeds = compare_speed(loaded, list(prompt), new_tokens, runs)
+    with showing(verbose):
+        with stage("Measuring speed, in turns"):
+            speeds = compare_speed(loaded, list(prompt), new_tokens, runs)
+        return _measure(loaded, data, speeds)
+
+
+def _measure(
+    loaded: Mapping[str, keras_hub.models.CausalLM | TFLiteCausalLM],
+    data: Data,
+    speeds: Mapping[str, Speed],
+) -> list[Result]:
+    """Returns sizes and losses beside the speeds."""
     results = []
     for name, model in loaded.items():
         if isinstance(model, TFLiteCausalLM):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tfgptopt.generation import TFLiteCausalLM
+from tfgptopt.terminal.progress import track
 
 
 def perplexity(loss: float) -> float:
@@ -35,7 +38,7 @@ def keras_loss(model: keras.Model, dataset: tf.data.Dataset) -> float:
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
         return tf.reduce_sum(losses * weights), tf.reduce_sum(weights)
 
-    sums = [[float(x) for x in batch_loss(*batch)] for batch in dataset]
+    sums = [[float(x) for x in batch_loss(*batch)] for batch in _shown(dataset)]
     loss, weight = np.sum(sums, axis=0)
     return float(loss / weight)
 
@@ -51,11 +54,20 @@ def tflite_loss(lm: TFLiteCausalLM, dataset: tf.data.Dataset) -> float:
         Negative log-likelihood per token, in nats.
     """
     total = count = 0.0
-    for inputs, labels, weights in dataset.as_numpy_iterator():
-        for tokens, targets, weight in zip(inputs["token_ids"], labels, weights, strict=True):
-            real = int((weight > 0).sum())
-            if real:
-                row = [*tokens[:real].tolist(), int(targets[real - 1])]
-                total -= float(lm.score(row).astype(np.float64).sum())
-                count += real
+    for inputs, labels, weights in _shown(dataset):
+        for tokens, targets, weight in zip(
+            np.asarray(inputs["token_ids"]), np.asarray(labels), np.asarray(weights), strict=True
+        ):
+            if weight.any():
+                length = int(np.nonzero(weight)[0][-1]) + 1
+                row = [*tokens[:length].tolist(), int(targets[length - 1])]
+                logs = lm.score(row).astype(np.float64)
+                total -= float((logs * weight[:length]).sum())
+                count += float(weight.sum())
     return total / count
+
+
+def _shown(dataset: tf.data.Dataset) -> Iterator[Any]:
+    """Yields batches, and shows how many are done."""
+    count = int(dataset.cardinality())
+    return track(dataset, "Measuring the loss", count if count > 0 else None)

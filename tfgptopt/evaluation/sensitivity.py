@@ -8,11 +8,11 @@ from typing import Any
 
 import keras
 import numpy as np
-from rich.progress import track
 
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Data
+from tfgptopt.terminal.progress import track
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,7 @@ def rise_of_loss(
     exact = loss()
     rises = []
     with strategy_scope(model):
-        for change in track(changes, description, transient=True):
+        for change in track(changes, description):
             values = change.values()
             rises.append(0.0 if values is None else _with(change.target, values, loss) - exact)
     return exact, rises

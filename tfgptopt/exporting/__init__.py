@@ -11,6 +11,7 @@ from tfgptopt.exporting.saved_model import SavedModel
 from tfgptopt.exporting.tflite.format import TFLite
 from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.model.finite import check_finite_weights
+from tfgptopt.terminal.progress import Verbose, showing, stage
 
 __all__ = ["Format", "SavedModel", "TFLite", "export", "register_format"]
 
@@ -23,6 +24,7 @@ def export(
     path: str | Path,
     format: Format | None = None,
     overwrite: bool = False,
+    verbose: Verbose = "auto",
 ) -> Path:
     """Exports a model as TFLite (a name that ends with `.tflite`) or SavedModel (a folder).
 
@@ -35,6 +37,8 @@ def export(
         format: `TFLite(...)`, `SavedModel()`, or another that was written for this. Defaults to
             `None`: what the name of `path` stands for, with its default settings.
         overwrite: bool. Replace an existing file or folder. Defaults to `False`.
+        verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
+            terminals and notebooks.
 
     Returns:
         `path`, as a `pathlib.Path`.
@@ -60,6 +64,6 @@ def export(
     if not getattr(model, "built", False):
         raise ValueError(f"The model {model!r} is not built, so there are no weights to export.")
     check_finite_weights(model)
-    with replacing(target) as temporary:
+    with showing(verbose), stage(f"Writing {target.name}"), replacing(target) as temporary:
         chosen.write(model, temporary)
     return target

@@ -1,7 +1,8 @@
 """Reads what a tfgptopt file says of itself, and makes sure that the file is whole.
 
-The checksum covers the whole file and stands behind it, in 16 bytes that the flatbuffer does not
-know of. It guards LiteRT against damage, which can crash it; it is no signature.
+A file is a TFLite model, or a LiteRT-LM bundle with one inside. The checksum covers the whole file
+and stands behind it, in 16 bytes that neither format knows of. It guards LiteRT against damage,
+which can crash it; it is no signature.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import mmap
 import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.file import notes
+from tfgptopt.file.bundle import MAGIC, Place, read_bundle
 from tfgptopt.file.metadata import METADATA_NAME, Metadata
 
 _SEAL = b"TFGPTOPT"
@@ -36,11 +38,13 @@ class Container:
         metadata: What the file says of itself.
         content_hash: Differs between files of different content.
         stat: Of the file when it was read.
+        model: Where the TFLite model is in a bundle, or `None`: the file is the model.
     """
 
     metadata: Metadata
     content_hash: str
     stat: os.stat_result
+    model: Place | None = None
 
     def check_unchanged(self, path: Path) -> None:
         """Raises a `ValueError` if another file is in the place of the one that was read."""
@@ -54,6 +58,13 @@ def seal(data: bytes | memoryview) -> bytes:
     blocks = (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
     crcs = b"".join(zlib.crc32(block).to_bytes(4, "little") for block in blocks)
     return _SEAL + zlib.crc32(crcs).to_bytes(8, "little")
+
+
+def append_seal(path: Path) -> None:
+    """Writes the seal of a file behind it."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.write(_SEAL + checksum(file, size).to_bytes(8, "little"))
 
 
 def checksum(file: BinaryIO, size: int) -> int:
@@ -81,7 +92,7 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
     """Reads the metadata of a file, and checks that the file is whole.
 
     Args:
-        path: A `.tflite` file written by `tfgptopt.export`.
+        path: A `.tflite` or `.litertlm` file written by `tfgptopt.export`.
         folder: Where it is noted which files are whole, or `None` to read the file in any case.
 
     Returns:
@@ -89,35 +100,54 @@ def read_container(path: str | Path, folder: Path | None = None) -> Container:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no TFLite file, is damaged or was cut off, was not written by
-            tfgptopt, or has another version of the format.
+        ImportError: If it is a bundle, and the library that reads those is not installed.
+        ValueError: If the file is no TFLite file or bundle, is damaged or was cut off, was not
+            written by tfgptopt, or has another version of the format.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
     with path.open("rb") as file:
-        if file.read(8)[4:] != b"TFL3":
-            raise ValueError(f"'{path}' is not a TFLite file: it does not begin with TFL3.")
+        begin = file.read(8)
+        if begin != MAGIC and begin[4:] != b"TFL3":
+            raise ValueError(
+                f"'{path}' is not a TFLite file: it begins with neither TFL3 nor {MAGIC.decode()}."
+            )
         stat = os.fstat(file.fileno())
         crc = _verify(path, file, stat, folder)
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                blob = _find(data)
+                bundle = read_bundle(data) if begin == MAGIC else None
+                model = Place(0, len(data)) if bundle is None else bundle.model
+                entries = {} if model is None else _find(data, model.begin)
+            except ImportError:
+                raise
             except Exception as error:
                 raise ValueError(f"'{path}' is damaged or was cut off ({error!r}).") from None
-    if blob is None:
-        raise ValueError(
-            f"'{path}' is a TFLite file, but was not written by tfgptopt: it has no metadata named "
-            f"'{METADATA_NAME}'. Write it with `tfgptopt.export(model, path)`."
-        )
-    metadata = Metadata.from_json(blob, f"'{path}'")
+    if METADATA_NAME not in entries:
+        raise ValueError(_of_others(path, bundle is not None))
+    metadata = Metadata.from_entries(entries, f"'{path}'")
     if crc is None:
         raise ValueError(
             f"'{path}' is damaged or was cut off: the checksum at its end is missing. "
             "Copy or export it again."
         )
-    name = f"{hashlib.sha256(blob).hexdigest()[:16]}{crc:08x}"
-    return Container(metadata, name, stat)
+    name = f"{hashlib.sha256(entries[METADATA_NAME]).hexdigest()[:16]}{crc:08x}"
+    if bundle is None:
+        return Container(metadata, name, stat)
+    metadata = replace(metadata, tokenizer=bundle.tokenizer, sentencepiece=bundle.sentencepiece)
+    return Container(metadata, name, stat, bundle.model)
+
+
+def _of_others(path: Path, bundled: bool) -> str:
+    """Returns what is said of a file that was not written by tfgptopt."""
+    kind, advice = "TFLite file", "Write it"
+    if bundled:
+        kind, advice = "LiteRT-LM bundle", "LiteRT-LM runs it; write one that runs here, too,"
+    return (
+        f"'{path}' is a {kind}, but was not written by tfgptopt: it has no metadata named "
+        f"'{METADATA_NAME}'. {advice} with `tfgptopt.export(model, path)`."
+    )
 
 
 def read_metadata(path: str | Path) -> Metadata:
@@ -152,15 +182,17 @@ def _verify(path: Path, file: BinaryIO, stat: os.stat_result, folder: Path | Non
     return crc
 
 
-def _find(data: mmap.mmap) -> bytes | None:
-    """Returns our metadata, after touching the ends of every buffer of the file."""
-    model = schema.Model.GetRootAs(data, 0)
+def _find(data: mmap.mmap, begin: int) -> dict[str, bytes]:
+    """Returns our metadata by name, after touching the ends of every buffer of the model."""
+    model = schema.Model.GetRootAs(data, begin)
     for i in range(model.BuffersLength()):
         buffer = model.Buffers(i)
         if buffer.DataLength():
             buffer.Data(buffer.DataLength() - 1)
+    found = {}
     for i in range(model.MetadataLength()):
         entry = model.Metadata(i)
-        if entry.Name() == METADATA_NAME.encode():
-            return bytes(model.Buffers(entry.Buffer()).DataAsNumpy())
-    return None
+        name = entry.Name().decode()
+        if name.startswith(METADATA_NAME):
+            found[name] = bytes(model.Buffers(entry.Buffer()).DataAsNumpy())
+    return found

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,7 +13,9 @@ from typing import Literal, NamedTuple, get_args
 from tfgptopt.file.fields import Fields, Plain
 
 METADATA_NAME = "tfgptopt"
-FORMAT_VERSION = 4
+# Beside it: as part of the JSON it would be held three times while a file is read.
+SENTENCEPIECE_NAME = "tfgptopt_sentencepiece"
+FORMAT_VERSION = 5
 
 CacheDtype = Literal["float32", "int8"]
 CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
@@ -47,7 +48,7 @@ class DecoderShape:
     """What a runtime must know of a decoder.
 
     Attributes:
-        num_layers: Number of layers.
+        num_layers: Number of layers that have keys and values in the cache.
         num_heads: Number of query heads.
         num_key_value_heads: Number of heads of keys and values, of the first layer.
         head_dim: Numbers of a key, of the first layer.
@@ -161,8 +162,14 @@ class Metadata:
     special_tokens: tuple[str, ...] = ()
     chat: Chat | None = None
 
-    def to_json(self) -> bytes:
-        """Returns the metadata as a file holds them."""
+    def entries(self) -> dict[str, bytes]:
+        """Returns the metadata as a file holds them, by name."""
+        found = {METADATA_NAME: self._to_json()}
+        if self.sentencepiece is not None:
+            found[SENTENCEPIECE_NAME] = self.sentencepiece
+        return found
+
+    def _to_json(self) -> bytes:
         kinds = {
             "decode": (self.signatures.decode,),
             "prefill": self.signatures.prefill,
@@ -187,8 +194,6 @@ class Metadata:
             "weights": asdict(self.weights),
             "tokenizer": self.tokenizer,
         }
-        if self.sentencepiece is not None:
-            about["sentencepiece"] = base64.b64encode(self.sentencepiece).decode()
         if self.special_tokens:
             about["special_tokens"] = self.special_tokens
         if self.chat is not None:
@@ -196,11 +201,11 @@ class Metadata:
         return json.dumps(about, ensure_ascii=False).encode()
 
     @classmethod
-    def from_json(cls, data: bytes, origin: str = "The file") -> Metadata:
+    def from_entries(cls, entries: Mapping[str, bytes], origin: str = "The file") -> Metadata:
         """Returns the metadata of a file; fields that are not known are passed over.
 
         Args:
-            data: What `to_json` gave.
+            entries: What `entries` gave.
             origin: What an error message calls the file. Defaults to `"The file"`.
 
         Raises:
@@ -208,7 +213,7 @@ class Metadata:
                 field or have one that cannot be.
         """
         try:
-            read = json.loads(data)
+            read = json.loads(entries[METADATA_NAME])
         except ValueError as error:
             raise ValueError(f"{origin} is damaged or was cut off ({error!r}).") from None
         about = Fields(read, "", origin)
@@ -226,7 +231,7 @@ class Metadata:
             weights=_read_weights(about.section("weights")),
             tokenizer=about.maybe("tokenizer", lambda name: about.one(name, str)),
             format_version=version,
-            sentencepiece=_read_sentencepiece(about),
+            sentencepiece=entries.get(SENTENCEPIECE_NAME),
             special_tokens=about.texts("special_tokens"),
             chat=_read_chat(about.section("chat")) if about.get("chat") is not None else None,
         )
@@ -312,20 +317,6 @@ def _read_weights(fields: Fields) -> Weights:
         nonzero=fields.integer("nonzero"),
         sha256=fields.one("sha256", str),
     )
-
-
-def _read_sentencepiece(fields: Fields) -> bytes | None:
-    """Returns the SentencePiece model, if there is one.
-
-    Raises:
-        ValueError: If it is no base64.
-    """
-    if fields.get("sentencepiece") is None:
-        return None
-    try:
-        return base64.b64decode(fields.one("sentencepiece", str), validate=True)
-    except ValueError:
-        raise fields.wrong("sentencepiece", "base64") from None
 
 
 def _read_chat(fields: Fields) -> Chat:

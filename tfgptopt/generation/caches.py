@@ -13,23 +13,12 @@ from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tfgptopt.file.metadata import DecoderShape
+from tfgptopt.file.names import GROW, KEYS, POSITIONS, ROOM, TOKENS, in_layer
 
 Buffers = dict[str, TensorBuffer]
 
 # Positions of a new cache, and the least that it grows by; from 2,048 on, an eighth.
 _STEP = 128
-
-# The signature that appends positions to the cache of a layer, and which parts of a cache its
-# inputs are shaped as.
-_GROW = "grow"
-_SHAPED_AS = {
-    "key": "key",
-    "value": "value",
-    "room": "key",
-    "key_scale": "key_scale",
-    "value_scale": "value_scale",
-    "room_scale": "key_scale",
-}
 
 
 class Cache:
@@ -76,13 +65,13 @@ class Caches:
         # Heads, numbers for each position, and dtype of each part of a cache.
         self._parts: dict[str, tuple[int, int, np.dtype[np.generic]]] = {}
         for key, tensor in model.get_input_tensor_details(name).items():
-            if key not in ("tokens", "position"):
+            if key not in (TOKENS, POSITIONS):
                 heads, _, size = (int(n) for n in tensor["shape"])
                 self._parts[key] = (heads, size, np.dtype(tensor["dtype"]))
         # Caches of one shape grow together.
         self._alike: dict[tuple[int, int], list[int]] = {}
-        for layer in range(sum(key.rpartition("_")[0] == "key" for key in self._parts)):
-            self._alike.setdefault(self._parts[f"key_{layer}"][:2], []).append(layer)
+        for layer in range(decoder.num_layers):
+            self._alike.setdefault(self._parts[in_layer(KEYS, layer)][:2], []).append(layer)
 
     def room_for(self, tokens: int) -> int:
         """Returns how many positions a cache of so many tokens should have."""
@@ -141,24 +130,25 @@ class Caches:
 
     def _rooms_for(self, layer: int, positions: int, extra: int) -> Buffers:
         """Fits the signature that grows to a layer; returns the zeros that it appends."""
-        index = self._model.get_signature_index(_GROW)
+        index = self._model.get_signature_index(GROW)
         rooms = {}
-        for i, name in enumerate(self._inputs[_GROW]):
-            heads, size, dtype = self._parts[f"{_SHAPED_AS[name]}_{layer}"]
-            count = extra if name.startswith("room") else positions
+        for i, name in enumerate(self._inputs[GROW]):
+            # Room is shaped as keys.
+            heads, size, dtype = self._parts[in_layer(name.replace(ROOM, KEYS), layer)]
+            count = extra if name.startswith(ROOM) else positions
             self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
-            if name.startswith("room"):
-                rooms[name] = self._model.create_input_buffer_by_name(_GROW, name)
+            if name.startswith(ROOM):
+                rooms[name] = self._model.create_input_buffer_by_name(GROW, name)
                 rooms[name].write(np.zeros((heads, extra, size), dtype))
         return rooms
 
     def _grow_layer(self, cache: Cache, layer: int, rooms: Buffers) -> None:
-        names = [name for name in self._inputs[_GROW] if name not in rooms]
-        inputs = {name: cache.buffers[f"{name}_{layer}"] for name in names}
-        outputs = {name: self._model.create_output_buffer_by_name(_GROW, name) for name in names}
-        self._model.run_by_name(_GROW, {**inputs, **rooms}, outputs)
+        names = [name for name in self._inputs[GROW] if name not in rooms]
+        inputs = {name: cache.buffers[in_layer(name, layer)] for name in names}
+        outputs = {name: self._model.create_output_buffer_by_name(GROW, name) for name in names}
+        self._model.run_by_name(GROW, {**inputs, **rooms}, outputs)
         for name, buffer in outputs.items():
-            cache.buffers[f"{name}_{layer}"] = buffer
+            cache.buffers[in_layer(name, layer)] = buffer
 
     def _resize(self, name: str, positions: int) -> None:
         """Makes a signature take caches of so many positions."""

@@ -16,6 +16,7 @@ from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from tfgptopt.file.container import Container
 from tfgptopt.file.metadata import Signature
+from tfgptopt.file.names import LOGITS, POSITIONS, TOKENS
 from tfgptopt.generation import weight_cache
 from tfgptopt.generation.caches import Buffers, Cache, Caches
 from tfgptopt.terminal.quiet import quiet_native_logs
@@ -28,7 +29,7 @@ class Engine:
     """Reads tokens into caches and gives logits. Threads may share it: they take turns.
 
     Args:
-        path: The `.tflite` file.
+        path: The `.tflite` or `.litertlm` file.
         container: What it says of itself.
         num_threads: Threads for the kernels.
         folder: Where packed weights are kept, or `None`.
@@ -47,14 +48,15 @@ class Engine:
         self._prefill, self._score = sorted(signatures.prefill), sorted(signatures.score)
         self._lock = threading.Lock()
 
-        def compiled(weights: str) -> CompiledModel:
-            cpu = CpuOptions(num_threads=num_threads, xnnpack_weight_cache_path=weights)
-            options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
-            model = CompiledModel.from_file(str(path), options=options, environment=_environment())
-            container.check_unchanged(path)
-            return model
+        with weight_cache.model_file(path, container, folder) as file, quiet_native_logs():
 
-        with quiet_native_logs():
+            def compiled(weights: str) -> CompiledModel:
+                cpu = CpuOptions(num_threads=num_threads, xnnpack_weight_cache_path=weights)
+                options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
+                model = CompiledModel.from_file(str(file), None, _environment(), options)
+                container.check_unchanged(path)
+                return model
+
             self._model = weight_cache.load(compiled, container.content_hash, folder)
             self._inputs, self._outputs = self._new_buffers()
         self._caches = Caches(self._model, self._decode.name, decoder)
@@ -134,28 +136,28 @@ class Engine:
         with self._lock:
             self._caches.fit(signature.name, cache, position + signature.length, expected)
             inputs = {**self._inputs[signature.name], **cache.buffers}
-            inputs["tokens"].write(np.asarray(tokens, np.int32))
-            inputs["position"].write(np.asarray([position], np.int32))
+            inputs[TOKENS].write(np.asarray(tokens, np.int32))
+            inputs[POSITIONS].write(np.arange(position, position + len(tokens), dtype=np.int32))
             outputs = {**self._outputs[signature.name], **cache.buffers}
             self._model.run_by_name(signature.name, inputs, outputs)
-            if "logits" not in outputs:
+            if LOGITS not in outputs:
                 return np.empty(0, np.float32)
             size = signature.length * self.vocabulary_size
-            logits: np.ndarray = outputs["logits"].read(size, np.float32)
+            logits: np.ndarray = outputs[LOGITS].read(size, np.float32)
             return logits
 
     def _new_buffers(self) -> tuple[dict[str, Buffers], dict[str, Buffers]]:
-        """Returns the buffers of each signature for tokens and position, and for logits."""
+        """Returns the buffers of each signature for tokens and positions, and for logits."""
         inputs, outputs = {}, {}
         for signature in (self._decode, *self._prefill, *self._score):
             name = signature.name
             create = self._model.create_input_buffer_by_name
-            inputs[name] = {key: create(name, key) for key in ("tokens", "position")}
+            inputs[name] = {key: create(name, key) for key in (TOKENS, POSITIONS)}
             create = self._model.create_output_buffer_by_name
-            keys = () if signature in self._prefill else ("logits",)
+            keys = () if signature in self._prefill else (LOGITS,)
             outputs[name] = {key: create(name, key) for key in keys}
             # The first write makes LiteRT log once more.
-            inputs[name]["position"].write(np.zeros(1, np.int32))
+            inputs[name][POSITIONS].write(np.zeros(signature.length, np.int32))
         return inputs, outputs
 
 

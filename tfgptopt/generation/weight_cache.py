@@ -4,6 +4,8 @@ An entry is one file, whose name says what it was made from and what its checksu
 where no one sees it and renamed, so that processes that start together do no harm. It is used only
 if it was found whole and has not changed since: LiteRT neither notices a changed model nor survives
 a damaged entry.
+
+The models of bundles are entries, too: LiteRT maps a model from the beginning of a file only.
 """
 
 from __future__ import annotations
@@ -18,23 +20,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from tfgptopt.file import notes
-from tfgptopt.file.container import checksum
+from tfgptopt.file.bundle import Place
+from tfgptopt.file.container import Container, checksum
 
 Model = TypeVar("Model")
 
 ENVIRONMENT = "TFGPTOPT_WEIGHT_CACHE"
 MEMORY = ":memory"
 
-_SUFFIX = ".xnnpack"
+_WEIGHTS, _MODEL = ".xnnpack", ".tfgptopt"
 _MOST_BYTES = 4 << 30
 _BUILDING = "building-"
 _ABANDONED_SECONDS = 3600.0
 _UNUSED_NOTE_SECONDS = 90 * 86400.0
+_PIECE = 1 << 20
 
 
 def cache_folder(choice: bool | str | Path) -> Path | None:
@@ -70,15 +75,60 @@ def load(compiled: Callable[[str], Model], content_hash: str, folder: Path | Non
     if folder is None:
         return compiled(MEMORY)
     name = f"{content_hash}-{_machine()}"
-    entry = _valid_entry(folder, name)
+    entry = _valid_entry(folder, name, _WEIGHTS)
     if entry is not None:
         return compiled(str(entry))
     with _scratch() as path:
         model = compiled(MEMORY if path is None else path)
         if path is not None:
-            with contextlib.suppress(OSError):
-                _store(Path(path), folder, name)
+            with contextlib.suppress(OSError), Path(path).open("rb") as packed:
+                _store(partial(shutil.copyfileobj, packed, length=_PIECE), folder, name, _WEIGHTS)
     return model
+
+
+@contextlib.contextmanager
+def model_file(path: Path, container: Container, folder: Path | None) -> Iterator[Path]:
+    """Yields a path that LiteRT can load: of a bundle, its model in a file of its own.
+
+    Args:
+        path: The file.
+        container: What it says of itself.
+        folder: Where the entries are, or `None`: the model is then in a file for this once.
+
+    Raises:
+        OSError: If there is no room for the model.
+    """
+    place = container.model
+    if place is None:
+        yield path
+        return
+
+    def write(target: BinaryIO) -> None:
+        _copy_part(path, place, target)
+        container.check_unchanged(path)
+
+    entry = None
+    if folder is not None:
+        entry = _valid_entry(folder, container.content_hash, _MODEL)
+        with contextlib.suppress(OSError):
+            entry = entry or _store(write, folder, container.content_hash, _MODEL)
+    if entry is not None:
+        yield entry
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "model.tflite"
+        with file.open("wb") as target:
+            write(target)
+        yield file
+
+
+def _copy_part(path: Path, place: Place, target: BinaryIO) -> None:
+    with path.open("rb") as source:
+        source.seek(place.begin)
+        left = place.end - place.begin
+        while left and (piece := source.read(min(left, _PIECE))):
+            target.write(piece)
+            left -= len(piece)
 
 
 def _machine() -> str:
@@ -91,11 +141,11 @@ def _machine() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
 
 
-def _valid_entry(folder: Path, name: str) -> Path | None:
+def _valid_entry(folder: Path, name: str, suffix: str) -> Path | None:
     """Returns the entry of a name if it is whole; a damaged one is removed."""
     paths: list[Path] = []
     with contextlib.suppress(OSError):
-        paths = sorted(folder.glob(f"{name}-*{_SUFFIX}"))
+        paths = sorted(folder.glob(f"{name}-*{suffix}"))
     for path in paths:
         with contextlib.suppress(OSError):
             with path.open("rb") as file:
@@ -137,22 +187,23 @@ def _scratch() -> Iterator[str | None]:
         yield f"{folder}/weights" if roomy else None
 
 
-def _store(packed: Path, folder: Path, name: str) -> None:
-    """Copies packed weights into the folder under their final name."""
+def _store(write: Callable[[BinaryIO], None], folder: Path, name: str, suffix: str) -> Path:
+    """Writes an entry into the folder under its final name, which it returns."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor, temporary_name = tempfile.mkstemp(dir=folder, prefix=_BUILDING)
     temporary = Path(temporary_name)
     try:
-        with packed.open("rb") as source, os.fdopen(descriptor, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        with packed.open("rb") as source:
-            crc = checksum(source, packed.stat().st_size)
-        temporary.replace(folder / f"{name}-{crc:08x}{_SUFFIX}")
+        with os.fdopen(descriptor, "w+b") as target:
+            write(target)
+            target.flush()
+            crc = checksum(target, target.tell())
+        entry = temporary.replace(folder / f"{name}-{crc:08x}{suffix}")
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
     _remove_old(folder)
+    return entry
 
 
 def _remove_old(folder: Path) -> None:
@@ -161,7 +212,7 @@ def _remove_old(folder: Path) -> None:
     entries = []
     for path in filter(Path.is_file, folder.iterdir()):
         stat = path.stat()
-        if path.suffix == _SUFFIX:
+        if path.suffix in (_WEIGHTS, _MODEL):
             entries.append((notes.last_use(stat, _crc(path), folder), stat.st_size, path))
         elif now - stat.st_mtime > _left_behind_after(path.name):
             path.unlink()

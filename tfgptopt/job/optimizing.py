@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,13 @@ from rich.console import Console
 
 from tfgptopt.callbacks import TrainingProgress, from_recipe
 from tfgptopt.data.corpus import Corpus, tokens_as_input
+from tfgptopt.data.presets import save_preset
 from tfgptopt.decoder import check_readable
 from tfgptopt.distillation import Distiller
 from tfgptopt.distillation.technique import Distill
 from tfgptopt.evaluation import evaluate
 from tfgptopt.evaluation.bigram import bigram_loss
-from tfgptopt.exporting import export
+from tfgptopt.exporting import TFLite, export
 from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.job.outcome import Curve, Outcome, write_results
 from tfgptopt.job.reporting import write_report
@@ -33,6 +35,7 @@ from tfgptopt.recipe import Recipe
 from tfgptopt.recipe.finalizing import finalize
 from tfgptopt.shrinking.shrinker import fill, prepare, shrink
 from tfgptopt.shrinking.technique import Shrink
+from tfgptopt.terminal.progress import showing
 from tfgptopt.training.planning import Training, compile_model, optimizer_for
 
 # Of training windows, for scores that read data.
@@ -62,6 +65,34 @@ def add_adapters(model: keras.Model, training: Training) -> None:
                 f"{type(model).__name__} has no layer that takes LoRA adapters: leave out `lora`."
             )
         compile_model(model, training)
+
+
+def _check_adapters(recipe: Recipe, training: Training) -> None:
+    """Raises where a recipe and LoRA adapters do not go together.
+
+    Raises:
+        ValueError: If the recipe shrinks.
+    """
+    if training.lora is not None and any(isinstance(one, Shrink) for one in recipe.techniques):
+        raise ValueError(
+            "A recipe with `shrink` cannot train LoRA adapters alone: all weights of the smaller "
+            "model have to recover. Leave out `lora`, or shrink in a job of its own."
+        )
+
+
+def _files_for(model: keras.Model, corpus: Corpus, context_length: int | None) -> TFLite:
+    """Returns the format of the files that a job writes.
+
+    Raises:
+        ValueError: If the model has fewer positions, or the windows do not fit into them.
+    """
+    most = getattr(model.backbone, "max_sequence_length", None) or math.inf
+    if context_length is not None and not corpus.sequence_length <= context_length <= most:
+        raise ValueError(
+            f"`context_length` must be at least {corpus.sequence_length}, the windows that measure "
+            f"the files, and at most {most}, the model's positions. Received: {context_length}"
+        )
+    return TFLite(context_length)
 
 
 def check_fit(model: keras.Model, corpus: Corpus) -> None:
@@ -159,10 +190,9 @@ def _train(
     return progress.history
 
 
-def _clone_with(model: keras.Model, weights: Sequence[Any]) -> Any:
-    """Returns a plain copy of a causal LM with other weights."""
+def _copy(model: keras.Model) -> Any:
+    """Returns a plain copy of a causal LM."""
     copy = clone(model)
-    copy.set_weights(weights)
     record(copy, *history_of(model))
     copy.compile(sampler="greedy")
     return copy
@@ -197,19 +227,18 @@ class _Job:
 
     def keep(self, name: str) -> None:
         """Keeps a copy of the model, to be measured as a stage."""
-        self.stages[name] = _clone_with(self.model, self.model.get_weights())
+        self.stages[name] = _copy(self.model)
 
     def shrink(self, stage: Shrink) -> None:
         """Puts a smaller model in the place of the model."""
-        with self.console.status("Shrinking"):
-            calibration = self.corpus.train.take(_CALIBRATION_BATCHES)
-            if self.prepared is None:
-                self.model = shrink(self.model, calibration=calibration, **stage.settings())
-            else:
-                fill(self.model, self.prepared, stage, calibration)
-                self.model = self.prepared
-            check_fit(self.model, self.corpus)
-            self.keep("shrunk")
+        calibration = self.corpus.train.take(_CALIBRATION_BATCHES)
+        if self.prepared is None:
+            self.model = shrink(self.model, calibration=calibration, **stage.settings())
+        else:
+            fill(self.model, self.prepared, stage, calibration)
+            self.model = self.prepared
+        check_fit(self.model, self.corpus)
+        self.keep("shrunk")
 
     def distiller(self, teacher: keras.Model, stage: Distill, steps: int) -> Distiller:
         """Returns a distiller of the model, compiled for so many steps."""
@@ -246,6 +275,7 @@ def optimize(
     strategy: str = "default strategy",
     overwrite: bool = False,
     console: Console | None = None,
+    context_length: int | None = None,
 ) -> Outcome:
     """Optimizes a causal LM in `fit`, exports it, measures it and writes a report.
 
@@ -267,6 +297,8 @@ def optimize(
         strategy: The strategy in use, in words.
         overwrite: bool. Replace an existing folder. Defaults to `False`.
         console: Where to show progress. Defaults to `None`: standard output.
+        context_length: int. Positions of the KV cache of the files. Defaults to `None`: all that
+            the model has.
 
     Returns:
         `Outcome`.
@@ -277,47 +309,52 @@ def optimize(
     """
     console = console or Console()
     target = check_target(out, overwrite)
+    _check_adapters(recipe, training)
     in_fit, calibration = recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)
     student = check_recipe(model, corpus, recipe)
+    files = _files_for(student, corpus, context_length)
     job = _Job(model, corpus, training, console, None if student is model else student)
     if training.shared_steps:
         job.train("dense, shared part", model, training.shared_steps)
     shared = _snapshot(model)
     if training.dense_run:
         job.train("dense", model, training.steps)
-    dense = _clone_with(model, model.get_weights())
+    dense = _copy(model)
     _restore(model, shared)
     if training.lora is not None:
         add_adapters(model, training)
-    trained = job.run_stages(recipe, dense)
-    if in_fit.techniques:
-        callbacks = from_recipe(in_fit, calibration)
-        job.train("optimized", trained, training.steps, callbacks)
-    measuring = console.status("Measuring every stage, Keras and TFLite, side by side")
-    with measuring, replacing(target) as folder:
-        folder.mkdir()
-        return _measure_and_write(job, dense, recipe, strategy, folder)
+    with showing("auto", console):
+        trained = job.run_stages(recipe, dense)
+        if in_fit.techniques:
+            callbacks = from_recipe(in_fit, calibration)
+            job.train("optimized", trained, training.steps, callbacks)
+        with replacing(target) as folder:
+            folder.mkdir()
+            return _measure_and_write(job, dense, recipe, strategy, folder, files)
 
 
 def _measure_and_write(
-    job: _Job, dense: Any, recipe: Recipe, strategy: str, folder: Path
+    job: _Job, dense: Any, recipe: Recipe, strategy: str, folder: Path, files: TFLite
 ) -> Outcome:
     model, corpus = job.model, job.corpus
     found = [item for item in candidates(model) if isinstance(item, Target)]
     kernels = {t.path: zero_share(t) for t in found if t.role == "kernel"}
-    small, large = export(model, folder / "model.tflite"), export(dense, folder / "dense.tflite")
-    if recipe.in_fit.techniques:
+    small = export(model, folder / "model.tflite", files)
+    large = export(dense, folder / "dense.tflite", files)
+    if recipe.in_fit.techniques or job.training.lora is not None:
         finalize(model)
     rows: dict[str, Any] = {"dense Keras": dense, "dense TFLite": large}
     # The last stage is the optimized model where nothing is pruned or rounded behind it.
     before = list(job.stages)[: None if recipe.in_fit.techniques else -1]
     for name in before:
-        rows[f"{name} TFLite"] = export(job.stages[name], folder / f"{name}.tflite")
+        rows[f"{name} TFLite"] = export(job.stages[name], folder / f"{name}.tflite", files)
     rows |= {"optimized Keras": model, "optimized TFLite": small}
-    positions = getattr(model.backbone, "max_sequence_length", 1024)
+    positions = files.context_length
+    if positions is None:
+        positions = getattr(model.backbone, "max_sequence_length", 1024)
     results = evaluate(rows, corpus.validation, new_tokens=min(96, positions - 16))
     export(model, folder / "saved_model")
-    model.save_to_preset(str(folder / "model"))
+    save_preset(model, folder / "model")
     recipe.save(folder / "recipe.yaml")
     outcome = Outcome(
         results=results,

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import keras_hub
 
+from tfgptopt.model.current import merged_weights
 from tfgptopt.model.types import Config
 
 
@@ -30,7 +31,7 @@ def with_backbone(
 
 
 def clone(model: keras.Model) -> keras.Model:
-    """Returns a plain copy of a built Keras 3 model, with the same weights.
+    """Returns a plain copy of a built Keras 3 model, with the same weights, adapters merged.
 
     Args:
         model: A causal LM of KerasHub, a backbone, or a model that `keras.models.clone_model`
@@ -42,5 +43,5 @@ def clone(model: keras.Model) -> keras.Model:
         copy = with_backbone(model, inner, getattr(model, "preprocessor", None))
     else:
         copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
+    copy.set_weights(merged_weights(model))
     return copy

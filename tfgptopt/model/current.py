@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfgptopt.model import masks
@@ -66,6 +67,30 @@ def without_adapters(layer: keras.Layer) -> Iterator[None]:
     finally:
         if enabled:
             object.__setattr__(layer, "lora_enabled", True)
+
+
+def merge_adapters(layer: keras.Layer) -> None:
+    """Adds the LoRA adapters of a layer to its weight, and takes them off."""
+    variable = getattr(layer, f"_{_kind(layer)}")
+    variable.assign(tf.cast(current(layer, variable), variable._dtype))
+    drop_adapters(layer)
+
+
+def merged_weights(model: keras.Layer) -> list[np.ndarray]:
+    """Returns weights in the order of `set_weights` of a copy that has no LoRA adapters."""
+    merged: dict[int, np.ndarray] = {}
+    adapters: set[int] = set()
+    for layer in model._flatten_layers():
+        if has_adapters(layer):
+            kind = _kind(layer)
+            variable = getattr(layer, f"_{kind}")
+            merged[id(variable)] = current(layer, variable).numpy()
+            adapters |= {id(getattr(layer, f"lora_{kind}_{part}")) for part in ("a", "b")}
+    return [
+        merged[id(v)] if id(v) in merged else keras.ops.convert_to_numpy(v)
+        for v in model.weights
+        if id(v) not in adapters
+    ]
 
 
 def drop_adapters(layer: keras.Layer) -> None:

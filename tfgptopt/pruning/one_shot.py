@@ -18,6 +18,7 @@ from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.sparsity_allocation import Allocation
 from tfgptopt.pruning.technique import Prune
+from tfgptopt.terminal.progress import Verbose, check_verbose, showing
 
 
 def prune(
@@ -27,6 +28,7 @@ def prune(
     score: Score | SparseGPT = Magnitude(),
     targets: Selector | None = None,
     allocation: Allocation | None = None,
+    verbose: Verbose = "auto",
 ) -> keras.Layer:
     """Prunes a model at once, and holds the zeros in later training.
 
@@ -40,6 +42,8 @@ def prune(
         targets: Selector of the weights. Defaults to `None`: all kernels but the head.
         allocation: How the sparsity is spread over weights, such as `owl(...)`. Defaults to
             `None`: evenly.
+        verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
+            terminals and notebooks.
 
     Returns:
         The same model.
@@ -66,6 +70,7 @@ def prune(
     technique = Prune(
         ConstantSparsity(float(sparsity), 0, frequency=1), pattern, score, targets, allocation
     )
+    check_verbose(verbose)
     chosen = technique.check(model)
     for target in chosen:
         if masks.masked(target.variable):
@@ -74,11 +79,13 @@ def prune(
                 "it again."
             )
     if isinstance(score, SparseGPT):
-        _prune_by_sparsegpt(model, technique, score, chosen, float(sparsity))
+        with showing(verbose):
+            _prune_by_sparsegpt(model, technique, score, chosen, float(sparsity))
         return model
     pruner = Pruner(model, technique)
     try:
-        pruner.advance(0)
+        with showing(verbose):
+            pruner.advance(0)
     except BaseException:
         with changing(model):
             masks.remove(pruner.targets)

@@ -17,6 +17,7 @@ from tfgptopt.calibration.statistics import SquaredSums
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Data
+from tfgptopt.terminal.progress import stage
 
 
 class Meter(Protocol):
@@ -120,7 +121,14 @@ class _WandaMeter(Meter):
 
     def prepare(self) -> None:
         squares = SquaredSums(self._targets)
-        observe_all(self._model, self._targets, self._data, squares)
+        calls = len(self._data) * len(self._targets)
+        with stage("Reading the calibration data", calls) as shown:
+
+            def observe(target: Target, rows: tf.Tensor) -> None:
+                squares(target, rows)
+                shown.advance()
+
+            observe_all(self._model, self._targets, self._data, observe)
         for target, norm in zip(self._targets, self._norms, strict=True):
             norm.assign(squares.norms(target))
 

@@ -22,6 +22,7 @@ from tfgptopt.pruning.schedules import ConstantSparsity
 from tfgptopt.pruning.scores import Magnitude, Meter, Movement, Score
 from tfgptopt.pruning.sparsity_allocation import Allocation
 from tfgptopt.pruning.technique import Prune
+from tfgptopt.terminal.progress import Verbose, showing
 from tfgptopt.terminal.tables import as_text
 
 
@@ -140,6 +141,7 @@ def sensitivity(
     pattern: Pattern = Unstructured(),
     score: Score = Magnitude(),
     targets: Selector | None = None,
+    verbose: Verbose = "auto",
 ) -> Sensitivity:
     """Measures how much the loss rises when one weight after the other is pruned.
 
@@ -150,6 +152,8 @@ def sensitivity(
         pattern: Which weights go together. Defaults to `Unstructured()`.
         score: How important a weight is. Defaults to `Magnitude()`.
         targets: Selector of the weights. Defaults to `None`: all kernels but the head.
+        verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
+            terminals and notebooks.
 
     Returns:
         `Sensitivity`, with `plot()` and `allocate(sparsity)`.
@@ -183,7 +187,8 @@ def sensitivity(
         for i, target in enumerate(chosen)
         for share in shares
     ]
-    dense, rises = rise_of_loss(model, data, changes, "Sensitivity")
+    with showing(verbose):
+        dense, rises = rise_of_loss(model, data, changes, "Measuring each weight")
     losses = dense + np.reshape(rises, (len(chosen), len(shares)))
     sizes = tuple(target.size for target in chosen)
     return Sensitivity(tuple(t.path for t in chosen), sizes, tuple(shares), losses, dense)

@@ -8,22 +8,25 @@ from typing import Any, Literal
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.progress import track
 
-from tfgptopt.calibration.batches import batches_of
-from tfgptopt.calibration.watching import observe_all
+from tfgptopt.calibration.batches import batches_of, rows_of
+from tfgptopt.calibration.watching import advancing, observe_all
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Config, Data
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.quantizers import grids_of
 from tfgptopt.quantization.rounding import Grid
-from tfgptopt.quantization.smoothing import Pair, find_pairs
+from tfgptopt.quantization.smoothing import Pair
 from tfgptopt.quantization.specs import Spec
+from tfgptopt.terminal.progress import stage
 
 Balance = Literal["awq", "smoothquant"]
 
 _ROWS = 512
 _EXPONENTS = tuple(i / 12 for i in range(13))
+_NAMES = {"awq": "AWQ", "smoothquant": "SmoothQuant"}
+# What trying all exponents costs, in products of a row with the weights that a pair scales.
+_TRIES = len(_EXPONENTS) * (_ROWS + 60)
 
 
 class _Inputs:
@@ -70,7 +73,11 @@ class _Inputs:
 
 
 def balance(
-    model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data, kind: Balance
+    model: keras.Layer,
+    chosen: list[tuple[Target, Spec]],
+    pairs: list[Pair],
+    data: Data,
+    kind: Balance,
 ) -> list[Pair]:
     """Moves the scale of features between inputs and weights, so that rounding costs least.
 
@@ -81,6 +88,7 @@ def balance(
     Args:
         model: A built Keras 3 model, which is changed.
         chosen: Kernels and how they will be rounded.
+        pairs: Where the scale can be moved, see `find_pairs`.
         data: Calibration data.
         kind: `"awq"`: a factor grows with the mean magnitude of its feature. `"smoothquant"`: it
             also shrinks with the largest weight that reads the feature.
@@ -99,15 +107,20 @@ def balance(
     kernels = [target for target, _ in chosen if target.role != "embedding"]
     specs = {id(target.variable): spec for target, spec in chosen}
     batches = batches_of(data)
-    pairs = find_pairs(model, kernels, batches[0])
     inputs = _Inputs(max(1, _ROWS // len(batches)))
-    observe_all(model, kernels, batches, inputs)
+    rows = sum(rows_of(batch) for batch in batches)
+    tries = {id(pair): _TRIES * sum(t.size for t in pair.consumers) for pair in pairs}
+    work = rows * sum(target.size for target in kernels) + sum(tries.values())
     moved = []
-    for pair in track(pairs, kind, transient=True):
-        factors = _best_factors(pair, inputs.of(pair.consumers[0]), specs, kind)
-        if factors is not None:
-            pair.fold(factors)
-            moved.append(pair)
+    with stage(f"{_NAMES[kind]}, reading", work) as shown:
+        observe_all(model, kernels, batches, advancing(inputs, shown, lambda t: t.size))
+        for i, pair in enumerate(pairs, 1):
+            shown.say(f"{_NAMES[kind]}, place {i} of {len(pairs)}")
+            factors = _best_factors(pair, inputs.of(pair.consumers[0]), specs, kind)
+            if factors is not None:
+                pair.fold(factors)
+                moved.append(pair)
+            shown.advance(tries[id(pair)])
     return moved
 
 

@@ -19,6 +19,7 @@ from tfgptopt.model.types import Data
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.quantizers import check_fits, grids_of
 from tfgptopt.quantization.specs import Int4, Int8, Spec, check_spec
+from tfgptopt.terminal.progress import Verbose, showing
 from tfgptopt.terminal.tables import as_text
 
 _FLOAT_BITS = 32.0
@@ -150,6 +151,7 @@ def allocate(
     bits: float,
     choices: Sequence[Spec | None] = (Int4(), Int8(), None),
     targets: Selector | None = None,
+    verbose: Verbose = "auto",
 ) -> BitAllocation:
     """Assigns a number of bits to each weight, so that the loss rises least within a budget.
 
@@ -162,6 +164,8 @@ def allocate(
         bits: float, the mean over all weights, scales included.
         choices: Specs to choose from, `None` for floats. Defaults to `(Int4(), Int8(), None)`.
         targets: Selector of the weights. Defaults to `None`: kernels and tables.
+        verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
+            terminals and notebooks.
 
     Returns:
         `BitAllocation`, to be given to `quantize`, `quantize_aware` or the callback; print it to
@@ -194,7 +198,8 @@ def allocate(
             f"`bits` must be at least {fewest:.2f}, which all weights take with the fewest bits of "
             f"`choices`, scales included. Received: {bits!r}"
         )
-    measured = _measure(model, data, chosen, choices)
+    with showing(verbose):
+        measured = _measure(model, data, chosen, choices)
     specs = _spend(chosen, measured, bits)
     return BitAllocation(specs, {t.path: t.size for t in chosen}, measured)
 
@@ -219,7 +224,7 @@ def _measure(
     changes = [
         Change(target, partial(_rounded, target, spec)) for target in chosen for spec in choices
     ]
-    _, rises = rise_of_loss(model, data, changes)
+    _, rises = rise_of_loss(model, data, changes, "Measuring each weight")
     found: dict[str, list[Measured]] = {target.path: [] for target in chosen}
     specs = [spec for _ in chosen for spec in choices]
     for change, spec, rise in zip(changes, specs, rises, strict=True):

@@ -9,12 +9,11 @@ from typing import Any, Literal
 import keras
 import numpy as np
 import tensorflow as tf
-from rich.progress import track
 
-from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.batches import batches_of, rows_of
 from tfgptopt.calibration.blocks import block_by_block, targets_by_block
-from tfgptopt.calibration.statistics import Grams
-from tfgptopt.calibration.watching import observe_all
+from tfgptopt.calibration.statistics import Grams, correction_work
+from tfgptopt.calibration.watching import advancing, observe_all
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
 from tfgptopt.model.current import current
@@ -23,15 +22,17 @@ from tfgptopt.model.targets import Selector, Target
 from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, quantizers, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
-from tfgptopt.quantization.balancing import balance
+from tfgptopt.quantization.balancing import Balance, balance
 from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.gptq import gptq
+from tfgptopt.quantization.smoothing import find_pairs
 from tfgptopt.quantization.specs import Spec
+from tfgptopt.terminal.progress import Verbose, check_verbose, showing, stage, track
 
 Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "auto"]
 
 _ROUNDINGS = ("rtn", "mse", "gptq")
-_BALANCES = ("awq", "smoothquant")
+_BALANCES: tuple[Balance, ...] = ("awq", "smoothquant")
 # What `docs/quantization.md` found best, for eight bits and for fewer.
 _BEST_OF_8 = ("smoothquant", "awq", "gptq")
 _BEST_OF_4 = ("gptq",)
@@ -44,6 +45,7 @@ def quantize(
     method: Method | Sequence[Method] = "rtn",
     data: Data = None,
     targets: Selector | None = None,
+    verbose: Verbose = "auto",
 ) -> keras.Layer:
     """Quantizes a model without training, in place.
 
@@ -72,6 +74,8 @@ def quantize(
             `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more.
         targets: Selector of the weights. Defaults to `None`: kernels of Dense and EinsumDense and
             tables of Embedding and ReversibleEmbedding, wherever they are nested.
+        verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 shows progress bars with the time left, 2
+            prints lines. Defaults to `"auto"`: bars in terminals and notebooks.
 
     Returns:
         The same model.
@@ -91,19 +95,19 @@ def quantize(
     Reference: see `tfgptopt.quantization.gptq` and `tfgptopt.quantization.balancing`.
     """
     check_setting(spec)
+    check_verbose(verbose)
     balances, final = _methods(_automatic(spec, data) if method == "auto" else method)
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
-    if data is None and (bool(balances) or final == "gptq"):
+    if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
-    with changing(model):
+    with changing(model), showing(verbose):
         try:
             told = _told_by_data(chosen, bool(balances) or final == "gptq")
             _check_data(model, told, data)
-            for kind in balances:
-                balance(model, told, data, kind)  # type: ignore[arg-type]
+            _balance(model, told, balances, data)
             if final == "gptq":
                 _round_blocks(model, [(t, s) for t, s in told if t.role != "embedding"], data)
             _round(chosen, final)
@@ -127,15 +131,15 @@ def _automatic(spec: Spec | BitAllocation, data: Data) -> tuple[str, ...]:
     return _BEST_OF_8 if wide else _BEST_OF_4
 
 
-def _methods(method: Any) -> tuple[list[str], str]:
+def _methods(method: Any) -> tuple[list[Balance], str]:
     """Returns what to do before rounding, and how to round."""
     names = [method] if isinstance(method, str) else list(method)
     unknown = [name for name in names if name not in (*_ROUNDINGS, *_BALANCES)]
     final = [name for name in names if name in _ROUNDINGS]
     if not names or unknown or len(final) > 1 or len(set(names)) < len(names):
         raise ValueError(
-            f"`method` must be one of {(*_ROUNDINGS, *_BALANCES)}, or several of them with at most "
-            f"one of {_ROUNDINGS}. Received: {method!r}"
+            f"`method` must be 'auto', one of {(*_ROUNDINGS, *_BALANCES)}, or several of them with "
+            f"at most one of {_ROUNDINGS}. Received: {method!r}"
         )
     return [name for name in names if name in _BALANCES], (final or ["rtn"])[0]
 
@@ -180,9 +184,22 @@ def _told_by_data(chosen: list[tuple[Target, Spec]], read: bool) -> list[tuple[T
     return told
 
 
+def _balance(
+    model: keras.Layer, chosen: list[tuple[Target, Spec]], kinds: list[Balance], data: Data
+) -> None:
+    """Moves scales between inputs and weights, by one method after the other."""
+    if not kinds:
+        return
+    kernels = [target for target, _ in chosen if target.role != "embedding"]
+    with stage("Looking where scales can be moved"):
+        pairs = find_pairs(model, kernels, batches_of(data)[0])
+    for kind in kinds:
+        balance(model, chosen, pairs, data, kind)
+
+
 def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
     """Dresses the chosen layers, with the scales that a method finds."""
-    for target, spec in chosen:
+    for target, spec in track(chosen, "Rounding"):
         if layers.is_dressed(target.layer):
             continue
         layers.dress(target, spec)
@@ -200,13 +217,22 @@ def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: D
         return
     specs = {id(target.variable): spec for target, spec in chosen}
     targets = [target for target, _ in chosen]
-    steps = block_by_block(model, targets, data)
+    batches = batches_of(data)
+    rows = sum(rows_of(batch) for batch in batches)
     count = len(targets_by_block(model, targets))
-    for members, run in track(steps, "GPTQ", total=count, transient=True):
-        grams = Grams()
-        run(grams)
-        for target in members:
-            _round_kernel(target, specs[id(target.variable)], grams.of(target))
+
+    def reading(target: Target) -> float:
+        return target.size + target.matrix_shape[0] ** 2
+
+    work = sum(rows * reading(t) + correction_work(t.matrix_shape) for t in targets)
+    with stage("GPTQ", work) as shown:
+        for i, (members, run) in enumerate(block_by_block(model, targets, batches), 1):
+            shown.say(f"GPTQ, block {i} of {count}")
+            grams = Grams()
+            run(advancing(grams, shown, reading))
+            for target in members:
+                _round_kernel(target, specs[id(target.variable)], grams.of(target))
+                shown.advance(correction_work(target.matrix_shape))
 
 
 def _round_kernel(target: Target, spec: Spec, gram: np.ndarray) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 import tensorflow as tf
+from rich.console import Group
 from rich.table import Table
 
 from tfgptopt.calibration.watching import observe_all
@@ -16,7 +17,7 @@ from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, rounding
 from tfgptopt.quantization.quantizers import Quantizer, quantizers_of
 from tfgptopt.quantization.specs import Spec
-from tfgptopt.terminal.tables import as_text
+from tfgptopt.terminal.tables import across_layers, as_text
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Row:
 class QuantizationReport:
     """The rounded weights of a model; print it to see a table.
 
+    The table has one row for the weights that stand in the same place of each layer and are rounded
+    alike, with the worst that one of them has.
+
     Attributes:
         rows: One for each rounded weight.
         skipped: Path and reason for each weight that stays as it is.
@@ -57,24 +61,39 @@ class QuantizationReport:
     rows: tuple[Row, ...]
     skipped: tuple[tuple[str, str], ...]
 
-    def __rich__(self) -> Table:
-        title = f"{len(self.rows)} rounded weights; signal to noise in dB"
+    def __rich__(self) -> Group:
+        title = f"{len(self.rows)} rounded weights; signal to noise in dB, the worst of each row"
         table = Table(padding=(0, 1), title=title)
         table.add_column("weight", overflow="fold")
-        table.add_column("bits", justify="right", no_wrap=True)
-        for name in ("scales", "clipped", "weights", "outputs"):
+        for name in ("count", "bits", "scales", "clipped", "weights", "outputs"):
             table.add_column(name, justify="right", no_wrap=True)
+        groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            scales = f"{row.smallest_scale:.0e}-{row.largest_scale:.0e}"
-            weights = "exact" if np.isinf(row.weight_sqnr) else f"{row.weight_sqnr:.1f}"
-            outputs = "" if row.output_sqnr is None else f"{row.output_sqnr:.1f}"
-            table.add_row(row.path, str(row.bits), scales, f"{row.clipped:.1%}", weights, outputs)
-        for path, reason in self.skipped:
-            table.add_row(f"{path}: {reason}")
-        return table
+            groups.setdefault((across_layers(row.path), str(row.spec)), []).append(row)
+        for (name, _), rows in groups.items():
+            table.add_row(name, *_cells(rows))
+        skipped = Table("left as it is", "why", padding=(0, 1))
+        for cells in dict.fromkeys((across_layers(p), reason) for p, reason in self.skipped):
+            skipped.add_row(*cells)
+        return Group(table, skipped) if skipped.row_count else Group(table)
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _cells(rows: list[Row]) -> list[str]:
+    """Returns what a table says of weights that are rounded alike."""
+    low, high = min(r.smallest_scale for r in rows), max(r.largest_scale for r in rows)
+    weights = min(row.weight_sqnr for row in rows)
+    measured = [row.output_sqnr for row in rows if row.output_sqnr is not None]
+    return [
+        str(len(rows)),
+        str(rows[0].bits),
+        f"{low:.0e}-{high:.0e}",
+        f"{max(row.clipped for row in rows):.1%}",
+        "exact" if np.isinf(weights) else f"{weights:.1f}",
+        f"{min(measured):.1f}" if measured else "",
+    ]
 
 
 def report(model: keras.Layer, data: Data = None) -> QuantizationReport:

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration.blocks import recorded_calls, targets_by_block
+from tfgptopt.calibration.watching import short
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.model.types import Data
 
@@ -100,24 +101,11 @@ def _offset(norm: keras.Layer) -> float:
     return 1.0 if left > 1e-3 else 0.0
 
 
-def _short(batch: Data) -> Any:
-    """Returns one row of a batch, and of rows of tokens the first few."""
-    leaves = tf.nest.flatten(batch)
-    tokens = all(len(np.shape(leaf)) == 2 for leaf in leaves)
-    same = len({tuple(np.shape(leaf)) for leaf in leaves}) == 1
-    columns = slice(0, 24) if tokens and same and leaves[0].dtype in ("int32", "int64") else None
-    if isinstance(batch, dict) and tokens and same:
-        columns = slice(0, 24)
-    return tf.nest.map_structure(
-        lambda leaf: leaf[:1] if columns is None else leaf[:1, columns], batch
-    )
-
-
 class _Probe:
     """Tells whether folding pairs leaves what a model computes as it is."""
 
     def __init__(self, model: keras.Layer, batch: Data) -> None:
-        self._model, self._batch = model, _short(batch)
+        self._model, self._batch = model, batch
         kernels = [t for t in candidates(model) if isinstance(t, Target) and t.role != "embedding"]
         self._layers = [model, *(target.layer for target in kernels)]
         self._expected = self._results()
@@ -177,6 +165,7 @@ def find_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[Pa
         Pairs that leave what the model computes as it is, each of which was tried.
     """
     chosen = [t for t in chosen if not getattr(t.layer, "lora_enabled", False)]
+    batch = short(model, batch)
     probe = _Probe(model, batch)
     norms = _norm_pairs(model, chosen, batch)
     kept = norms if probe.holds(norms) else [pair for pair in norms if probe.holds([pair])]
@@ -191,7 +180,7 @@ def _norm_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[P
         for layer in model._flatten_layers()
         if "norm" in type(layer).__name__.lower() and _gain(layer) is not None
     ]
-    calls = recorded_calls(model, [*norms, *(t.layer for t in chosen)], _short(batch))
+    calls = recorded_calls(model, [*norms, *(t.layer for t in chosen)], batch)
     made = [(layer, result) for layer, _, result in calls if id(layer) not in by_layer]
     times = [layer for layer, _ in made]
     pairs = []

@@ -6,6 +6,7 @@ import keras
 
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
+from tfgptopt.model.current import has_adapters, merge_adapters
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.history import rewrite
 from tfgptopt.model.techniques import techniques_of
@@ -16,11 +17,13 @@ from tfgptopt.quantization import layers
 def finalize(model: keras.Layer) -> keras.Layer:
     """Turns a dressed model back into plain layers that hold what was trained.
 
-    Pruned weights are exactly zero, quantized weights lie exactly on their grid, every layer has
-    its own class again. `tfgptopt.export` still knows how the weights were rounded.
+    Pruned weights are exactly zero, quantized weights lie exactly on their grid, LoRA adapters are
+    merged, every layer has its own class again. `tfgptopt.export` still knows how the weights were
+    rounded.
 
     Args:
-        model: A model that was pruned or made quantize-aware, by a callback or a function.
+        model: A model that was pruned or made quantize-aware, by a callback or a function, or has
+            LoRA adapters.
 
     Returns:
         The same model.
@@ -40,17 +43,22 @@ def finalize(model: keras.Layer) -> keras.Layer:
     """
     dressed = [layer for layer in model._flatten_layers() if layers.is_dressed(layer)]
     held = [variable for variable in model.variables if masks.masked(variable)]
-    if not dressed and not held:
+    adapted = [layer for layer in model._flatten_layers() if has_adapters(layer)]
+    if not dressed and not held and not adapted:
         raise ValueError(
-            f"The model '{model.name}' was neither pruned nor made quantize-aware, or it was "
-            "finalized already. There is nothing to finalize."
+            f"The model '{model.name}' was neither pruned nor made quantize-aware and has no LoRA "
+            "adapters, or it was finalized already. There is nothing to finalize."
         )
     check_finite_weights(model)
-    rewrite(model, techniques_of(model))
+    if dressed or held:
+        rewrite(model, techniques_of(model))
     with changing(model):
         for variable in held:
             masks.detach(variable)
         for layer in dressed:
             layers.undress(layer)
+        for layer in adapted:
+            if has_adapters(layer):
+                merge_adapters(layer)
         checkpointing.forget(model)
     return model

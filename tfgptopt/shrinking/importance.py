@@ -18,6 +18,7 @@ from tfgptopt.model.overriding import overriding
 from tfgptopt.model.types import Data
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.shapes import check_depth_score
+from tfgptopt.terminal.progress import track
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +278,7 @@ def _loss_when_skipped(model: keras.Model, blocks: list[Any], batches: list[Any]
         return inputs
 
     losses = []
-    for block in blocks:
+    for block in track(blocks, "Skipping each layer"):
         with overriding([(block, "call", skip)]):
             losses.append(next_token_loss(model, batches))
     return np.array(losses)
@@ -321,7 +322,7 @@ def importance(model: keras.Model, data: Data, depth_score: str = "influence") -
     watcher = _Watcher(family, backbone)
     counts = np.zeros(backbone.vocabulary_size)
     with overriding((layer, "call", watcher.wrap(layer)) for layer in watcher.layers()):
-        for batch in batches:
+        for batch in track(batches, "Reading the calibration data"):
             real = batch["padding_mask"] != 0
             watcher.batch(real)
             seen = tf.boolean_mask(batch["token_ids"], real)

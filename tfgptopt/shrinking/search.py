@@ -16,6 +16,7 @@ from tfgptopt.model.types import Data
 from tfgptopt.shrinking.families import family_of, period_of
 from tfgptopt.shrinking.importance import Importance, next_token_loss, read_data
 from tfgptopt.shrinking.shapes import Shape, count_parameters, shape_of
+from tfgptopt.terminal.progress import stage, track
 
 # Shapes that are built and compared by their loss, of those that keep most importance.
 _COMPARED = 6
@@ -96,8 +97,8 @@ def _of_parameters(
             f"has {smallest:,}. Give a larger share, shrink `vocabulary` first, or give numbers."
         )
     shapes = sorted(shapes, key=lambda shape: -_promise(found, shape))[:_COMPARED]
-    models = [make(model, shape, found) for shape in shapes]
-    losses = [next_token_loss(small, batches) for small in models]
+    models = [make(model, shape, found) for shape in track(shapes, "Making shapes that fit")]
+    losses = [next_token_loss(small, batches) for small in track(models, "Comparing their losses")]
     return models[int(np.argmin(losses))]
 
 
@@ -111,9 +112,9 @@ def _relative_time(model: keras.Model, small: keras.Model, batches: list[Any]) -
     context = len(prompt) + _NEW_TOKENS
     limit = getattr(getattr(model, "backbone", model), "max_sequence_length", None)
     context = min(context, limit or context)
-    with tempfile.TemporaryDirectory() as folder:
+    with stage("Measuring the time per token"), tempfile.TemporaryDirectory() as folder:
         files = {
-            name: export(each, Path(folder) / f"{name}.tflite", TFLite(context))
+            name: export(each, Path(folder) / f"{name}.tflite", TFLite(context), verbose=0)
             for name, each in {"large": model, "small": small}.items()
         }
         loaded: dict[str, Any] = {name: TFLiteCausalLM(path) for name, path in files.items()}

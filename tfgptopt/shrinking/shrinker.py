@@ -9,6 +9,7 @@ import keras
 from tfgptopt.model import masks
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import with_backbone
+from tfgptopt.model.current import has_adapters
 from tfgptopt.model.history import history_of, record
 from tfgptopt.model.types import Data
 from tfgptopt.quantization.layers import is_dressed
@@ -19,6 +20,7 @@ from tfgptopt.shrinking.shapes import Shape, resolve, shape_of
 from tfgptopt.shrinking.surgery import build, choose, operate
 from tfgptopt.shrinking.technique import Shrink
 from tfgptopt.shrinking.vocabularies import choose_tokens, shrink_preprocessor, tokenizer_of
+from tfgptopt.terminal.progress import Verbose, showing
 
 # Cuts that depend on what the data shows.
 _MEASURED = ("depth", "heads", "kv_heads", "feedforward", "width", "vocabulary")
@@ -34,11 +36,11 @@ def _check_model(model: keras.Model) -> None:
             f"'{model.name}' is pruned or quantize-aware. Shrink first, then prune and quantize; "
             "or call `tfgptopt.finalize(model)` before."
         )
-    adapted = [x.path for x in model._flatten_layers() if getattr(x, "lora_enabled", False)]
+    adapted = [x.path for x in model._flatten_layers() if has_adapters(x)]
     if adapted:
         raise ValueError(
             f"'{model.name}' has LoRA adapters, such as those of {adapted[0]}. Merge them first: "
-            "save the model's weights and load them into one without adapters."
+            "`tfgptopt.finalize(model)`."
         )
 
 
@@ -55,6 +57,7 @@ def shrink(
     parameters: float | None = None,
     latency: float | None = None,
     depth_score: str = "influence",
+    verbose: Verbose = "auto",
 ) -> Any:
     """Returns a new, smaller model of the same class, made of the most important parts.
 
@@ -84,6 +87,8 @@ def shrink(
             file, measured.
         depth_score: `"influence"` or `"loss"`; see `tfgptopt.shrinking.importance`. Defaults to
             `"influence"`.
+        verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
+            terminals and notebooks.
 
     Returns:
         A model of the same class, uncompiled.
@@ -115,16 +120,21 @@ def shrink(
         latency=latency,
         depth_score=depth_score,
     )
-    if request.budget:
-        found = importance(model, calibration, depth_score)
-        small = search(model, found, calibration, *request.budget, shrink_to)
-    else:
-        shape = resolve(model, **request.cuts())
-        if vocabulary is not None:
-            tokenizer_of(model)  # Raises if there is none to rewrite.
-        small = shrink_to(model, shape, _importance_for(model, request, calibration))
+    with showing(verbose):
+        small = _shrunk(model, request, calibration)
     record(small, *history_of(model), request)
     return small
+
+
+def _shrunk(model: keras.Model, request: Shrink, calibration: Data) -> Any:
+    """Returns the smaller model that is asked for."""
+    if request.budget:
+        found = importance(model, calibration, request.depth_score)
+        return search(model, found, calibration, *request.budget, shrink_to)
+    shape = resolve(model, **request.cuts())
+    if request.vocabulary is not None:
+        tokenizer_of(model)  # Raises if there is none to rewrite.
+    return shrink_to(model, shape, _importance_for(model, request, calibration))
 
 
 def _importance_for(model: keras.Model, request: Shrink, calibration: Data) -> Importance | None:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.console import Console, RenderableType
+
+
+def across_layers(path: str) -> str:
+    """Returns a path with the numbers of layers as stars: `decoder_block_3/query` as
+    `decoder_block_*/query`, so that what stands in each layer makes one row of a table."""
+    return re.sub(r"_\d+(?=/)", "_*", path)
 
 
 def as_text(renderable: RenderableType) -> str:

@@ -16,6 +16,7 @@ from tfgptopt.decoder.spec import Attention, Matrix, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
 from tfgptopt.exporting.tflite.kv_cache import Held, Rows
+from tfgptopt.file import names
 
 # Large enough to vanish in a softmax, small enough to stay finite after a multiplication.
 _MASKED = 1e9
@@ -95,9 +96,9 @@ class Positions:
     """
 
     def __init__(self, graph: Graph, length: int, keys: Tensor) -> None:
-        first = graph.input("position", (1,), np.int32)
-        offsets = graph.constant(np.arange(length, dtype=np.int32))
-        self.indices = op.binary(graph, "ADD", first, offsets)
+        self.indices = graph.input(names.POSITIONS, (length,), np.int32)
+        # Rows follow each other from the first on, whatever the positions of padding are.
+        first = op.slice_(graph, self.indices, (0,), (1,))
         self.start = op.pad_vector(graph, first, 1, 1)
         self._graph = graph
         self._keys = keys

@@ -14,6 +14,7 @@ from tfgptopt.decoder import Matrix
 from tfgptopt.decoder.reading import as_floats
 from tfgptopt.exporting.tflite import constants, converting
 from tfgptopt.exporting.tflite.describing import (
+    PREFILL_LENGTHS,
     Settings,
     context_of,
     describe,
@@ -22,7 +23,7 @@ from tfgptopt.exporting.tflite.describing import (
     steps_of,
 )
 from tfgptopt.exporting.tflite.packing import pack
-from tfgptopt.file.metadata import METADATA_NAME, DecoderShape
+from tfgptopt.file.metadata import DecoderShape
 
 
 def converted_causal_lm_file(model: keras.Model, settings: Settings) -> memoryview:
@@ -43,7 +44,7 @@ def converted_causal_lm_file(model: keras.Model, settings: Settings) -> memoryvi
         stacklevel=4,
     )
     context = context_of(model, None, settings.context_length)
-    signatures = plan_signatures(context, short=False)  # Each costs a conversion.
+    signatures = plan_signatures(context, PREFILL_LENGTHS[-1:])  # Each costs a conversion.
     matrices = converting.quantized_matrices(model)
     with converting.ready_to_convert(model):
         count, shape = converting.cache_shape(model, context)
@@ -61,9 +62,10 @@ def converted_causal_lm_file(model: keras.Model, settings: Settings) -> memoryvi
         vocabulary_size=model.backbone.vocabulary_size,
     )
     about = describe(model, decoder, signatures, describe_weights(values))
-    file.buffers.append(schema.BufferT(data=np.frombuffer(about.to_json(), np.uint8)))
-    entry = schema.MetadataT(name=METADATA_NAME, buffer=len(file.buffers) - 1)
-    file.metadata = [*(file.metadata or []), entry]
+    for name, blob in about.entries().items():
+        file.buffers.append(schema.BufferT(data=np.frombuffer(blob, np.uint8)))
+        entry = schema.MetadataT(name=name, buffer=len(file.buffers) - 1)
+        file.metadata = [*(file.metadata or []), entry]
     return pack(file)
 
 

@@ -21,6 +21,7 @@ from tfgptopt.decoder.reading import read_head, read_matrix
 from tfgptopt.decoder.spec import Matrix
 from tfgptopt.exporting.signatures import input_signature
 from tfgptopt.exporting.tflite.decoder_graph import Step
+from tfgptopt.file import names
 from tfgptopt.model.current import full_precision
 from tfgptopt.model.precision import in_float32
 from tfgptopt.model.retracing import retrace
@@ -127,21 +128,24 @@ def convert_causal_lm(
     Raises:
         ValueError: If the converter cannot convert it.
     """
-    caches = [f"{kind}_{i}" for i in range(count) for kind in ("key", "value")]
+    kinds = (names.KEYS, names.VALUES)
+    caches = [names.in_layer(kind, i) for i in range(count) for kind in kinds]
     archive = keras.export.ExportArchive()
     archive.track(model)
-    names = []
+    keys = []
     for step in steps:
         spec = {
-            "tokens": tf.TensorSpec((step.length,), tf.int32, name="tokens"),
-            "position": tf.TensorSpec((1,), tf.int32, name="position"),
+            **{
+                name: tf.TensorSpec((step.length,), tf.int32, name=name)
+                for name in (names.TOKENS, names.POSITIONS)
+            },
             **{name: tf.TensorSpec(shape, tf.float32, name=name) for name in caches},
         }
         archive.add_endpoint(step.name, _step_function(model, step, caches), [spec])
-        names.append(step.name)
+        keys.append(step.name)
     with tempfile.TemporaryDirectory() as folder:
         archive.write_out(folder, verbose=False)
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=names)
+        converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=keys)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         try:
             content = converter.convert()
@@ -156,21 +160,23 @@ def convert_causal_lm(
 def _step_function(
     model: keras_hub.models.CausalLM, step: Step, caches: list[str]
 ) -> Callable[[_Named], _Named]:
-    """Returns a signature as a function of tokens, position and caches by head."""
+    """Returns a signature as a function of tokens, positions and caches by head."""
 
     def run(inputs: _Named) -> _Named:
         held = [tf.transpose(inputs[name], (1, 0, 2)) for name in caches]
         seen = tf.stack(held)
         seen = tf.reshape(seen, (1, len(caches) // 2, 2, *seen.shape[1:]))
         logits, _, new = model.call_with_cache(
-            inputs["tokens"][None], tf.cast(seen, model.compute_dtype), inputs["position"][0]
+            inputs[names.TOKENS][None],
+            tf.cast(seen, model.compute_dtype),
+            inputs[names.POSITIONS][0],
         )
         outputs = {}
         for i, name in enumerate(caches):
             updated = tf.cast(new[0, i // 2, i % 2], tf.float32)
             outputs[name] = tf.transpose(updated, (1, 0, 2))
         if step.logits:
-            outputs["logits"] = tf.cast(logits[0], tf.float32)
+            outputs[names.LOGITS] = tf.cast(logits, tf.float32)
         return outputs
 
     return run

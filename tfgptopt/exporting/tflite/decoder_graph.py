@@ -27,6 +27,7 @@ from tfgptopt.exporting.tflite.streams import (
     split,
     stream,
 )
+from tfgptopt.file import names
 from tfgptopt.file.metadata import CacheDtype
 
 
@@ -50,12 +51,13 @@ def add_signatures(
 ) -> None:
     """Adds signatures to a model, which share every weight.
 
-    Inputs of each: `tokens` int32 `(length,)`; `position` int32 `(1,)`, the position of the first
-    token; `key_i` and `value_i` `(key-value heads, context, head_dim)`, where `i` counts the layers
-    that have keys of their own, of the dtype of the cache, and for int8 `key_scale_i` and
-    `value_scale_i` float32 `(key-value heads, context, 1)`. Outputs: the caches under the same
-    names, and `logits` float32 `(length, vocabulary)`. All caches together may be resized to fewer
-    positions. One more signature, `grow`, appends positions to the cache of a layer of any shape.
+    Inputs of each: `tokens` int32 `(length,)`; `input_pos` int32 `(length,)`, their positions;
+    `kv_cache_k_i` and `kv_cache_v_i` `(key-value heads, context, head_dim)`, where `i` counts the
+    layers that have keys of their own, of the dtype of the cache, and for int8 `kv_cache_k_scale_i`
+    and `kv_cache_v_scale_i` float32 `(key-value heads, context, 1)`. Outputs: the caches under the
+    same names, and `logits` float32 `(1, length, vocabulary)`. All caches together may be resized
+    to fewer positions. One more signature, `grow`, appends positions to the cache of a layer of any
+    shape.
 
     Args:
         model: The file.
@@ -70,7 +72,7 @@ def add_signatures(
     ]
     for step in steps:
         _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
-    add_growth(model.graph("grow"), next(iter(spec.caches.values())), cache_dtype)
+    add_growth(model.graph(names.GROW), next(iter(spec.caches.values())), cache_dtype)
 
 
 def _add_signature(
@@ -80,9 +82,9 @@ def _add_signature(
     step: Step,
     cache_dtype: CacheDtype,
 ) -> None:
-    tokens = graph.input("tokens", (step.length,), np.int32)
+    tokens = graph.input(names.TOKENS, (step.length,), np.int32)
     caches = {
-        block: [Held(graph, name, i, shape, cache_dtype) for name in ("key", "value")]
+        block: [Held(graph, name, i, shape, cache_dtype) for name in (names.KEYS, names.VALUES)]
         for i, (block, shape) in enumerate(spec.caches.items())
     }
     positions = Positions(graph, step.length, caches[0][0].tensor)
@@ -116,7 +118,7 @@ def _add_signature(
     logits = op.fully_connected(graph, x, spec.head or spec.token_embedding)
     if spec.logit_soft_cap is not None:
         logits = op.soft_cap(graph, logits, spec.logit_soft_cap)
-    graph.output("logits", logits)
+    graph.output(names.LOGITS, op.reshape(graph, logits, (1, *logits.shape)))
 
 
 def _branches(graph: Graph, block: Block, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:

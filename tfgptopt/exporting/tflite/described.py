@@ -5,6 +5,7 @@ operator.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from tfgptopt.decoder import DecoderSpec, read_known
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.exporting.tflite.decoder_graph import add_signatures
 from tfgptopt.exporting.tflite.describing import (
+    PREFILL_LENGTHS,
     Settings,
     context_of,
     describe,
@@ -23,7 +25,7 @@ from tfgptopt.exporting.tflite.describing import (
 )
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
 from tfgptopt.families import layout_of
-from tfgptopt.file.metadata import METADATA_NAME, DecoderShape
+from tfgptopt.file.metadata import DecoderShape, Metadata
 
 
 def described_file(model: keras.Model, settings: Settings) -> memoryview:
@@ -36,16 +38,35 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
     """
+    file, about = described_model(model, settings)
+    for name, data in about.entries().items():
+        file.metadata(name, data)
+    return file.pack()
+
+
+def described_model(
+    model: keras.Model, settings: Settings, prefill: Sequence[int] = PREFILL_LENGTHS
+) -> tuple[Model, Metadata]:
+    """Returns the graphs of a model whose family has a reader, and what is to be said of them.
+
+    Args:
+        model: A causal LM.
+        settings: The format.
+        prefill: Lengths of prefill. Defaults to those of a `.tflite` file.
+
+    Raises:
+        ValueError: If its configuration cannot be exported, or the settings do not fit it.
+    """
     _warn_of_towers(model)
     spec = read_known(model)
     context = context_of(model, spec.context_length, settings.context_length)
     _check_settings(spec, settings)
-    spec, signatures = spec.with_context(context), plan_signatures(context)
+    spec, signatures = spec.with_context(context), plan_signatures(context, prefill)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
     add_signatures(file, spec, steps_of(signatures), settings.cache_dtype)
     heads, _, head_dim = spec.caches[0]
     decoder = DecoderShape(
-        num_layers=len(spec.blocks),
+        num_layers=len(spec.caches),
         num_heads=spec.blocks[0].attention.num_heads,
         num_key_value_heads=heads,
         head_dim=head_dim,
@@ -54,9 +75,7 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
         context_length=context,
         vocabulary_size=spec.vocabulary_size,
     )
-    about = describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
-    file.metadata(METADATA_NAME, about.to_json())
-    return file.pack()
+    return file, describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
 
 
 def _warn_of_towers(model: keras.Model) -> None:

@@ -31,8 +31,8 @@ from tfgptopt.model.techniques import techniques_of
 
 # Of models that have any number of positions: KerasHub's own default length of a text.
 _DEFAULT_CONTEXT = 1024
-# Lengths of prefill: the best for a long prompt, and one for what is left of it.
-_CHUNK, _SHORT_CHUNK = 128, 32
+# The best for a long prompt, and before it one for what is left of that.
+PREFILL_LENGTHS = (32, 128)
 
 
 class Settings(Protocol):
@@ -48,15 +48,15 @@ class Settings(Protocol):
     def sparse(self) -> bool: ...
 
 
-def plan_signatures(context_length: int, short: bool = True) -> Signatures:
+def plan_signatures(context_length: int, prefill: Sequence[int]) -> Signatures:
     """Returns the signatures of a file. They are few: each takes time to load, and memory.
 
     Args:
         context_length: Positions of the cache.
-        short: Whether there is one for short prompts. Defaults to `True`.
+        prefill: Lengths of prefill, the largest last. None is longer than the context.
     """
-    chunk = min(context_length, _CHUNK)
-    lengths = [_SHORT_CHUNK, chunk] if short and chunk > _SHORT_CHUNK else [chunk]
+    chunk = min(context_length, prefill[-1])
+    lengths = [*(length for length in prefill if length < chunk), chunk]
     return Signatures(
         decode=Signature(1, "decode"),
         prefill=tuple(Signature(length, f"prefill_{length}") for length in lengths),

@@ -12,6 +12,7 @@ import numpy as np
 
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
+from tfgptopt.file import names
 from tfgptopt.file.metadata import CacheDtype
 
 # Keeps a row of zeros from being divided by zero.
@@ -48,7 +49,7 @@ class Held:
 
     Args:
         graph: The graph of the signature.
-        name: `"key"` or `"value"`.
+        name: `names.KEYS` or `names.VALUES`.
         layer: Index of the layer.
         shape: `(key-value heads, positions, head_dim)`. Nothing in the graph depends on the
             number of positions: a runtime may resize that axis.
@@ -59,10 +60,9 @@ class Held:
         self, graph: Graph, name: str, layer: int, shape: tuple[int, int, int], dtype: CacheDtype
     ) -> None:
         self._graph = graph
-        self._names = [f"{name}_{layer}"]
+        self._names = [names.in_layer(part, layer) for part in names.parts_of(name, dtype)]
         self._parts = [graph.input(self._names[0], shape, np.dtype(dtype))]
         if dtype == "int8":
-            self._names.append(f"{name}_scale_{layer}")
             self._parts.append(graph.input(self._names[1], (*shape[:2], 1), np.float32))
 
     @property
@@ -103,11 +103,11 @@ def add_growth(graph: Graph, shape: tuple[int, int, int], dtype: CacheDtype) -> 
         shape: `(key-value heads, positions, head_dim)`.
         dtype: `"float32"` or `"int8"`.
     """
-    parts = [("", shape[2], np.dtype(dtype))]
-    if dtype == "int8":
-        parts.append(("_scale", 1, np.dtype(np.float32)))
-    for suffix, size, kind in parts:
-        room = graph.input(f"room{suffix}", (shape[0], 1, size), kind)
-        for name in ("key", "value"):
-            held = graph.input(f"{name}{suffix}", (*shape[:2], size), kind)
-            graph.output(f"{name}{suffix}", op.concatenate(graph, [held, room], 1))
+    kinds = ((shape[2], np.dtype(dtype)), (1, np.dtype(np.float32)))
+    rooms = []
+    for name, (size, kind) in zip(names.parts_of(names.ROOM, dtype), kinds, strict=False):
+        rooms.append(graph.input(name, (shape[0], 1, size), kind))
+    for both in (names.KEYS, names.VALUES):
+        for name, room in zip(names.parts_of(both, dtype), rooms, strict=True):
+            held = graph.input(name, (*shape[:2], room.shape[2]), room.dtype)
+            graph.output(name, op.concatenate(graph, [held, room], 1))

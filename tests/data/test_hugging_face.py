@@ -9,8 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import tfgptopt
-from tfgptopt.cli.shared import load_preset
-from tfgptopt.data import template_of
+from tfgptopt.data import load_preset, template_of
 
 WIDTH, LAYERS, HEADS, FEEDFORWARD = 32, 2, 4, 64
 

@@ -1,0 +1,133 @@
+"""`tfgptopt shrink`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from tfgptopt.cli.shared import (
+    Force,
+    console,
+    load,
+    load_libraries,
+    perplexity_of,
+    print_size,
+    read_text,
+)
+
+# Windows that tell which parts matter, and how many at once.
+_CALIBRATION_ROWS, _AT_ONCE = 64, 4
+
+
+def _cut(text: str) -> int | float:
+    """Returns a number of parts, or with a point a share of them."""
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"a number such as 6, or a share such as 0.5. Received: {text!r}"
+        ) from None
+
+
+def _option(words: str) -> object:
+    return typer.Option(help=f"{words} to keep: a number, or a share such as 0.5.", parser=_cut)
+
+
+def shrink(
+    preset: Annotated[
+        str, typer.Argument(help="KerasHub preset (folder, name, hf://) or Hugging Face folder.")
+    ],
+    path: Annotated[
+        Path, typer.Argument(help="Folder for the smaller preset, or a name ending with .tflite.")
+    ],
+    calibration: Annotated[
+        list[str], typer.Option(help="Text or records that show which parts matter.")
+    ],
+    parameters: Annotated[
+        float | None, typer.Option(help="Share of the weights to keep; the shape is searched.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Share of the time per token to keep, likewise.")
+    ] = None,
+    depth: Annotated[float | None, _option("Decoder layers")] = None,
+    heads: Annotated[float | None, _option("Query heads of each layer")] = None,
+    kv_heads: Annotated[float | None, _option("Heads of keys and values")] = None,
+    feedforward: Annotated[float | None, _option("Neurons of each layer")] = None,
+    width: Annotated[float | None, _option("Features of the residual stream")] = None,
+    vocabulary: Annotated[float | None, _option("Tokens")] = None,
+    context: Annotated[float | None, _option("Positions")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text to measure perplexity on, before and after.")
+    ] = None,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    force: Force = False,
+) -> None:
+    """Make a smaller model of the most important parts of a larger one; train it afterwards."""
+    load_libraries()
+    import tfgptopt
+    from tfgptopt.data import save_preset
+    from tfgptopt.file.replacing import check_target, replacing
+    from tfgptopt.shrinking.technique import Shrink
+
+    target = check_target(path, force)
+    settings = {
+        "depth": depth,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "feedforward": feedforward,
+        "width": width,
+        "vocabulary": vocabulary,
+        "context": context,
+        "parameters": parameters,
+        "latency": latency,
+    }
+    Shrink(**settings)  # type: ignore[arg-type]  # Raises before anything is loaded.
+    if vocabulary is not None and text:
+        raise ValueError(
+            "Perplexities of different vocabularies do not compare: leave out --text or "
+            "--vocabulary."
+        )
+    model = load(preset)
+    corpus = read_text(calibration, model, preset, sequence_length, _AT_ONCE)
+    held_out = None
+    if text:
+        held_out = read_text(text, model, preset, sequence_length, 2, 1.0).validation
+    data = corpus.train.take(_CALIBRATION_ROWS // _AT_ONCE)
+    small = tfgptopt.shrink(model, calibration=data, **settings)  # type: ignore[arg-type]
+    console.print(_table(model, small))
+    if target.suffix == ".tflite":
+        tfgptopt.export(small, target, overwrite=force)
+    else:
+        with replacing(target) as folder:
+            save_preset(small, folder)
+    print_size(target)
+    if held_out is not None:
+        before, after = (perplexity_of(one, held_out) for one in (model, small))
+        console.print(
+            f"perplexity {before:.4f} before, {after:.4f} after, untrained: train it, best with "
+            "the large model as its teacher (`tfgptopt optimize` with `distill` in the recipe)"
+        )
+
+
+def _table(model: object, small: object) -> Table:
+    """Returns shapes and sizes, before and after."""
+    from dataclasses import asdict
+
+    from tfgptopt.shrinking.shapes import count_parameters, shape_of
+
+    table = Table("", padding=(0, 1))
+    for heading in ("before", "after", "kept"):
+        table.add_column(heading, justify="right")
+    old, new = asdict(shape_of(model)), asdict(shape_of(small))
+    old["weights"] = count_parameters(model, shape_of(model))
+    new["weights"] = count_parameters(small, shape_of(small))
+    for name, before in old.items():
+        after = new[name]
+        if before:
+            table.add_row(
+                name.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.0%}"
+            )
+    return table

@@ -1,0 +1,90 @@
+"""Loads pretrained models, with the chat template that comes with them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import keras
+import keras_hub
+
+from tfgptopt.data.chats import load_template, set_template, template_of
+
+_WEIGHTS = ("*.weights.h5", "*.weights.json", "*.safetensors")
+
+
+def load_preset(preset: str | Path, dtype: str | None = None) -> keras.Model:
+    """Loads a pretrained causal LM, and the chat template of its folder.
+
+    Args:
+        preset: Folder or name of a KerasHub preset, an `hf://` handle, or a local Hugging Face
+            folder with safetensors.
+        dtype: str. Policy of its layers, such as `"bfloat16"`. Defaults to `None`: as stored.
+
+    Returns:
+        A `keras_hub.models.CausalLM`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If the folder lacks a file, its template does not compile, or KerasHub cannot
+            load it.
+
+    Example:
+
+    ```python
+    gpt.save_to_preset("my_gpt")
+    again = tfgptopt.data.load_preset("my_gpt")
+    ```
+    """
+    name, folder = str(preset), Path(preset)
+    if folder.is_dir():
+        found = any(next(folder.glob(kind), None) for kind in _WEIGHTS)
+        missing = "config.json" if not (folder / "config.json").is_file() else ""
+        missing = missing or ("" if found else "weights (*.weights.h5, *.safetensors)")
+        if missing:
+            raise ValueError(f"The preset folder '{name}' has no {missing}.")
+    elif os.sep in name and ":" not in name:
+        raise FileNotFoundError(f"There is no preset folder '{name}'.")
+    template = load_template(folder) if folder.is_dir() else None
+    try:
+        options = {"dtype": dtype} if dtype else {}
+        model = keras_hub.models.CausalLM.from_preset(name, **options)
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        if not isinstance(error, ValueError) or not reason:
+            reason = f"{type(error).__name__}: {reason}"
+        raise ValueError(f"KerasHub cannot load the preset '{name}': {reason}") from None
+    if template is not None:
+        set_template(model, template)
+    return model
+
+
+def tokenizer_of(model: keras.Model, preset: str | Path) -> keras_hub.tokenizers.Tokenizer:
+    """Returns the tokenizer of a model that was loaded from a preset.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError(
+            f"The preset '{preset}' has no tokenizer, so no text can be read with it. Save it with "
+            "its preprocessor: `CausalLM(backbone, preprocessor=...).save_to_preset(folder)`."
+        )
+    return tokenizer
+
+
+def save_preset(model: keras.Model, folder: str | Path) -> None:
+    """Saves a causal LM as a preset, with its chat template.
+
+    Args:
+        model: A `keras_hub.models.CausalLM`.
+        folder: The folder to write.
+    """
+    model.save_to_preset(str(folder))
+    template = template_of(model)
+    if template is not None:
+        (Path(folder) / "chat_template.jinja").write_text(template.source, "utf-8")
+        names = {"bos_token": template.bos_token, "eos_token": template.eos_token}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(names), "utf-8")
