@@ -26,7 +26,11 @@ def pairs_tokenizer():
 
 def with_pairs(name, length, start_token_id=None, **changes):
     """Returns a tiny model of a family that has the tokenizer."""
-    model = make(name, **changes)
+    return dressed(make(name, **changes), length, start_token_id)
+
+
+def dressed(model, length, start_token_id=None):
+    """Gives a model the tokenizer, and returns it."""
     tokenizer = pairs_tokenizer()
     tokenizer.start_token_id = start_token_id
     model.preprocessor = types.SimpleNamespace(

@@ -137,12 +137,14 @@ def test_what_does_not_fit_is_refused_with_the_reason(model, tmp_path):
     endless = with_pairs("GPT2", CONTEXT)
     endless.preprocessor.tokenizer.end_token_id = None
     export(endless, "needs a token that ends an answer")
-    mixture = keras_hub.models.MixtralBackbone(211, 1, 4, 32, 48, 2, num_experts=2)
+    mixture = keras_hub.models.GptOssBackbone(211, 1, 4, 32, 48, 2, num_experts=2, head_dim=8)
     export(
-        keras_hub.models.MixtralCausalLM(mixture, preprocessor=None),
-        "needs a reader for MixtralCausalLM: there is no reader.*Export a TFLite file",
+        keras_hub.models.GptOssCausalLM(mixture, preprocessor=None),
+        "needs a reader for GptOssCausalLM: there is no reader.*Export a TFLite file",
     )
     export(model, "an int from 2 to 64", LiteRTLM(context_length=65))
+    with_inputs = with_pairs("Gemma 4", CONTEXT)
+    export(with_inputs, "`growing_cache` is not for Gemma4CausalLM", LiteRTLM(growing_cache=True))
     export(model, r"LiteRTLM which|TFLite ends with '\.tflite'", TFLite())
     with pytest.raises(ValueError, match="must be an int >= 2"):
         LiteRTLM(context_length=1)

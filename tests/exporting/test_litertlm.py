@@ -7,7 +7,9 @@ import keras_hub
 import pytest
 from data.chatty import gemma_tokenizer
 from decoder.families import CONTEXT, FAMILIES, make, prompt, randomize
-from exporting.pairs import PAIRS, pairs, with_pairs
+from exporting.pairs import PAIRS, dressed, pairs, with_pairs
+from exporting.test_mixtures import MIXTURES
+from exporting.test_mixtures import make as make_mixture
 
 import tfgptopt
 from tfgptopt.data import set_template
@@ -62,6 +64,13 @@ def test_greedy_text_is_ours(name, tmp_path):
 )
 def test_greedy_text_of_integers_is_ours(name, spec, tmp_path):
     check_the_same(exported(tmp_path, name, spec, intermediate_dim=64))
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_greedy_text_of_mixtures_is_ours(name, tmp_path):
+    model = dressed(make_mixture(name), CONTEXT)
+    tfgptopt.quantize_aware(model, Int8())
+    check_the_same(tfgptopt.export(model, tmp_path / "gpt.litertlm", LiteRTLM(CONTEXT)))
 
 
 def test_greedy_text_with_int8_caches_is_ours(tmp_path):

@@ -29,7 +29,7 @@ def chat(
     template: Annotated[
         str | None,
         typer.Option(
-            help="gemma, llama3, chatml, qwen, smollm, phi3, or a file of Jinja. "
+            help="gemma, gemma4, llama3, chatml, qwen, smollm, phi3, or a file of Jinja. "
             "Default: the file's own."
         ),
     ] = None,

@@ -226,8 +226,9 @@ class TFLiteCausalLM:
 
         Args:
             system: What the model is told first. Defaults to `None`: nothing.
-            template: A `ChatTemplate`, the name of a known one (`"gemma"`, `"llama3"`, `"chatml"`,
-                `"qwen"`, `"smollm"`, `"phi3"`), or Jinja. Defaults to `None`: the file's own.
+            template: A `ChatTemplate`, the name of a known one (`"gemma"`, `"gemma4"`, `"llama3"`,
+                `"chatml"`, `"qwen"`, `"smollm"`, `"phi3"`), or Jinja. Defaults to `None`: the
+                file's own.
 
         Raises:
             ValueError: If the file has no template and none is given, or no tokenizer.

@@ -25,6 +25,8 @@ _MASKED = 1e9
 def _joined(name: str, parts: Iterable[Matrix]) -> Matrix | None:
     """Returns matrices of one input as one matrix, or `None` if they are not stored alike."""
     parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     if len({part.form for part in parts}) > 1:
         return None
     scales = [part.scale for part in parts if part.scale is not None]
@@ -43,7 +45,7 @@ class Projection:
     """What a layer does to make query, key and value, put together once for all signatures.
 
     Attributes:
-        matrices: All three as one, or one by one if they are not stored alike.
+        matrices: Those that there are as one, or one by one if they are not stored alike.
         norm: Norm over the heads of queries and keys, gamma of shape `(heads, 1, head_dim)`.
         table: Cosines and sines of all positions, or `None`.
     """
@@ -55,7 +57,8 @@ class Projection:
     @classmethod
     def of(cls, attention: Attention, tables: dict[bytes, np.ndarray], context: int) -> Projection:
         """Puts it together; `tables` holds the tables that layers share."""
-        parts = (attention.query, attention.key, attention.value)
+        found = (attention.query, attention.key, attention.value)
+        parts = tuple(part for part in found if part is not None)
         both = _joined(f"{attention.query.name}+key+value", parts)
         table = None
         if attention.rotary is not None:
@@ -71,11 +74,15 @@ def _norm_of_both(attention: Attention) -> Norm | None:
         ValueError: If they are of two kinds.
     """
     first, second = attention.query_norm, attention.key_norm
-    if first is None or second is None:
+    if first is None or first.gamma is None:
         return None
-    if (first.kind, first.epsilon) != (second.kind, second.epsilon):
-        raise ValueError(f"{first.name} and {second.name} must have the same kind and epsilon.")
-    gammas = [first.gamma] * attention.num_heads + [second.gamma] * attention.num_key_value_heads
+    gammas = [first.gamma] * attention.num_heads
+    if attention.key is not None:
+        if second is None or second.gamma is None:
+            return None
+        if (first.kind, first.epsilon) != (second.kind, second.epsilon):
+            raise ValueError(f"{first.name} and {second.name} must have the same kind and epsilon.")
+        gammas += [second.gamma] * attention.num_key_value_heads
     return Norm(f"{first.name}+key", first.kind, np.stack(gammas)[:, None, :], first.epsilon)
 
 
@@ -177,19 +184,25 @@ def _turned(graph: Graph, x: Tensor, table: np.ndarray, positions: Positions) ->
 def project(
     graph: Graph, attention: Attention, projection: Projection, x: Tensor, positions: Positions
 ) -> list[Tensor]:
-    """Returns query, key and value of `x`, each `(heads, length, head_dim)`, turned and normed."""
+    """Returns query, key and value of `x`, each `(heads, length, head_dim)`, turned and normed.
+
+    The query alone if the layer has no keys of its own.
+    """
     length, size = x.shape[0], attention.head_dim
     queries, keys = attention.num_heads, attention.num_key_value_heads
+    keys = 0 if attention.key is None else keys
+    values = 0 if attention.value is None else keys
     products = [op.fully_connected(graph, x, matrix) for matrix in projection.matrices]
     both = products[0] if len(products) == 1 else op.concatenate(graph, products, -1)
     if length == 1:
-        by_head = op.reshape(graph, both, (queries + 2 * keys, 1, size))
+        by_head = op.reshape(graph, both, (queries + keys + values, 1, size))
     else:
-        shape = (length, queries + 2 * keys, size)
+        shape = (length, queries + keys + values, size)
         by_head = op.reshape(graph, both, shape, positions.free(0))
         by_head = op.transpose(graph, by_head, (1, 0, 2))
+    # Without values of their own, keys are values before they are normed and turned.
     free = positions.free(1)
-    value = op.slice_(graph, by_head, (queries + keys, 0, 0), (keys, length, size), free)
+    value = op.slice_(graph, by_head, (queries + values, 0, 0), (keys, length, size), free)
     if projection.norm is not None or projection.table is not None:
         by_head = op.slice_(graph, by_head, (0, 0, 0), (queries + keys, length, size), free)
     if projection.norm is not None:
@@ -197,7 +210,11 @@ def project(
     if projection.table is not None:
         by_head = _turned(graph, by_head, projection.table, positions)
     query = op.slice_(graph, by_head, (0, 0, 0), (queries, length, size), free)
+    if keys == 0:
+        return [query]
     key = op.slice_(graph, by_head, (queries, 0, 0), (keys, length, size), free)
+    if attention.value_norm is not None:
+        value = op.normalize(graph, value, attention.value_norm)
     return [query, key, value]
 
 
@@ -208,7 +225,9 @@ def attend(
     heads, length, _ = query.shape
     keys, values = (held.rows() for held in cache)
     cap, scale = attention.logit_soft_cap, attention.scale
-    query = op.binary(graph, "MUL", query, op.scalar(graph, scale / cap if cap else scale))
+    factor = scale / cap if cap else scale
+    if factor != 1.0:
+        query = op.binary(graph, "MUL", query, op.scalar(graph, factor))
     alone = length == 1 and heads == attention.num_key_value_heads
     if alone:
         scores = _scores_of_one(graph, query, keys)

@@ -17,6 +17,7 @@ _BINARY_OPTIONS = {
     "SUB": schema.SubOptionsT,
     "MUL": schema.MulOptionsT,
     "SQUARED_DIFFERENCE": schema.SquaredDifferenceOptionsT,
+    "MAXIMUM": schema.MaximumMinimumOptionsT,
     "MINIMUM": schema.MaximumMinimumOptionsT,
     "DIV": schema.DivOptionsT,
 }
@@ -161,15 +162,16 @@ def normalize(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
         squares = binary(graph, "MUL", x, x)
     variance = reduce(graph, "MEAN", squares, -1, keep=True)
     inverse = unary(graph, "RSQRT", binary(graph, "ADD", variance, scalar(graph, norm.epsilon)))
-    gamma = graph.weight(f"{norm.name}/gamma", norm.gamma)
-    x = binary(graph, "MUL", binary(graph, "MUL", x, inverse), gamma)
+    x = binary(graph, "MUL", x, inverse)
+    if norm.gamma is not None:
+        x = binary(graph, "MUL", x, graph.weight(f"{norm.name}/gamma", norm.gamma))
     if norm.beta is None:
         return x
     return binary(graph, "ADD", x, graph.weight(f"{norm.name}/beta", norm.beta))
 
 
 def unary(graph: Graph, operator: str, x: Tensor) -> Tensor:
-    """Adds an elementwise operator of one tensor: `RSQRT`, `TANH`, `LOGISTIC`, `ABS`."""
+    """Adds an elementwise operator of one tensor, such as `RSQRT` or `TANH`."""
     return graph.add_operator(operator, [x], x.shape)
 
 
