@@ -34,6 +34,8 @@ from tfgptopt.model.techniques import techniques_of
 _DEFAULT_CONTEXT = 1024
 # The best for a long prompt, and before it one for what is left of that.
 PREFILL_LENGTHS = (32, 128)
+# For guesses of the next tokens, which are read at once.
+VERIFY_LENGTHS = (4, 8)
 
 
 class Settings(Protocol):
@@ -81,7 +83,10 @@ def plan_signatures(
     return Signatures(
         decode=Signature(1, one),
         prefill=tuple(Signature(length, f"{many}_{length}") for length in lengths),
-        score=(Signature(chunk, f"score_{chunk}"),),
+        score=tuple(
+            Signature(length, f"score_{length}")
+            for length in sorted({*(n for n in VERIFY_LENGTHS if n < chunk), chunk})
+        ),
     )
 
 
