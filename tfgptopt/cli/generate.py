@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from tfgptopt.generation.guessing import Speculation
     from tfgptopt.generation.samplers import Sampler
 
 SamplerName = Annotated[
@@ -28,6 +29,19 @@ MinPOption = Annotated[
     float | None,
     typer.Option("--min-p", help="Draw from tokens this share as likely as the likeliest."),
 ]
+
+
+SpeculativeName = Annotated[
+    str | None,
+    typer.Option(help="auto: guess from the text itself; or the .tflite file of a draft model."),
+]
+
+
+def speculation_of(name: str | None) -> Speculation | str | None:
+    """Returns what an option stands for: a name that ends with .tflite is that of a draft."""
+    from tfgptopt.generation import Draft
+
+    return Draft(name) if name is not None and name.endswith(".tflite") else name
 
 
 def generate(
@@ -55,13 +69,15 @@ def generate(
             "--special-tokens", help="Names of special tokens in the prompt are those, not text."
         ),
     ] = False,
+    speculative: SpeculativeName = None,
 ) -> None:
     """Continue a text with an exported file. Needs neither TensorFlow nor Keras."""
     from tfgptopt.generation import TFLiteCausalLM
 
     chain = chain_of(sampler, temperature, top_k, top_p, min_p, repetition_penalty)
     lm = TFLiteCausalLM(file, threads)
-    pieces = lm.stream(prompt, max_length, chain, stop or "auto", seed, special_tokens)
+    pieces = lm.stream(prompt, max_length, chain, stop or "auto", seed, special_tokens,
+                       speculation_of(speculative))  # fmt: skip
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)

@@ -4,35 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from tfgptopt.generation import samplers
-from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Codec, Stop
-from tfgptopt.generation.engine import Engine
 
 # The last tokens of a prompt: a tokenizer may show a token differently at the start of a text.
 _CONTEXT_TOKENS = 4
 _HALF = "\ufffd"
-
-
-def sampled_tokens(
-    engine: Engine,
-    cache: Cache,
-    prompt: Sequence[int],
-    length: int,
-    sampler: Sequence[samplers.Sampler],
-    seed: int | None,
-) -> Iterator[int]:
-    """Yields tokens until prompt and continuation have `length` of them."""
-    generator = np.random.default_rng(seed)
-    tokens = list(prompt)
-    if len(tokens) < length:
-        engine.read(cache, tokens[:-1])
-    while len(tokens) < length:
-        logits = engine.decode(cache, tokens[-1])
-        tokens.append(samplers.choose(logits, tokens, sampler, generator))
-        yield tokens[-1]
 
 
 class TextDecoder:

@@ -91,6 +91,35 @@ class Engine:
         cache.tokens.append(token)
         return logits
 
+    @property
+    def verified_at_once(self) -> list[int]:
+        """How many tokens `verify` reads in one call, in rising order."""
+        return [signature.length for signature in self._score]
+
+    def room(self, cache: Cache) -> int:
+        """Returns how many tokens `verify` can read behind those of a cache."""
+        left = self.context_length - len(cache.tokens)
+        return max((length for length in self.verified_at_once if length <= left), default=0)
+
+    def verify(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
+        """Reads some tokens more in one call; returns the logits behind each.
+
+        Those that turn out to be wrong are taken back by cutting `cache.tokens`.
+
+        Args:
+            cache: The cache, whose text they continue.
+            tokens: At most `room(cache)` tokens.
+
+        Returns:
+            float32 array `(tokens, vocabulary)`.
+        """
+        position = len(cache.tokens)
+        signature = next(s for s in self._score if s.length >= len(tokens))
+        filled = [*tokens, *[0] * (signature.length - len(tokens))]
+        logits = self._run(signature, cache, filled, position, position + len(tokens))
+        cache.tokens += tokens
+        return logits.reshape(-1, self.vocabulary_size)[: len(tokens)]
+
     def score(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
         """Reads a text from its beginning; returns all logits, float32 `(tokens, vocabulary)`."""
         logits = np.empty((len(tokens), self.vocabulary_size), np.float32)

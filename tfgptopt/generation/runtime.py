@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ from typing import Any
 import numpy as np
 
 from tfgptopt.file.container import read_container
-from tfgptopt.generation import samplers
+from tfgptopt.generation import guessing, samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.chat import Chat
 from tfgptopt.generation.codec import Codec, Prompt, StopLike
-from tfgptopt.generation.continuing import Continuation, sampled_tokens
+from tfgptopt.generation.continuing import Continuation
+from tfgptopt.generation.decoding import Decoding
 from tfgptopt.generation.engine import Engine
+from tfgptopt.generation.guessing import Speculation
 from tfgptopt.generation.session import Session
+from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.templates import KNOWN, ChatTemplate, get_template
 from tfgptopt.generation.weight_cache import cache_folder
 
@@ -69,6 +73,7 @@ class TFLiteCausalLM:
         self._codec = Codec(self.metadata)
         threads = num_threads or os.cpu_count() or 1
         self._engine = Engine(self.path, container, threads, folder)
+        self._decodings: dict[Speculation | None, Decoding] = {}
         self._idle: Cache | None = None
         # Reentrant: a stream that is thrown away gives its cache back whenever Python collects it.
         self._idle_lock = threading.RLock()
@@ -113,6 +118,8 @@ class TFLiteCausalLM:
         strip_prompt: bool = False,
         seed: int | None = None,
         special_tokens: bool = False,
+        speculative: Speculation | str | None = None,
+        return_stats: bool = False,
     ) -> Any:
         """Continues prompts.
 
@@ -132,22 +139,30 @@ class TFLiteCausalLM:
             special_tokens: bool. Whether names of special tokens in a text, such as
                 `<start_of_turn>`, are those tokens. Defaults to `False`: what a person typed is
                 text.
+            speculative: `NGram()` or `Draft(path)`: guess the next tokens and read them at once;
+                `"auto"` is `NGram()`. The text is that of plain decoding, sampled ones have its
+                distribution; only the speed depends on the guesses, and where they do not pay,
+                none are made. Defaults to `None`: a call of the model for each token.
+            return_stats: bool. Also return `Statistics`. Defaults to `False`.
 
         Returns:
-            What was given: a text for a text, ids for ids, a list for a list.
+            What was given: a text for a text, ids for ids, a list for a list. With `return_stats`,
+            a tuple of that and the statistics of all.
 
         Raises:
-            ValueError: If a prompt is empty, too long or cannot be encoded, or an argument is out
-                of range.
+            ValueError: If a prompt is empty, too long or cannot be encoded, an argument is out of
+                range, or a draft has other tokens.
         """
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
+        decoding, statistics = self._decoding(speculative), Statistics()
+        began = time.perf_counter()
         single = _is_single(prompts)
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
         prepared = [self._prepare(prompt, max_length, special_tokens) for prompt in batch]
         results: list[str | list[int]] = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
             with self._cache() as cache:
-                new = sampled_tokens(self._engine, cache, ids, length, chosen, seed)
+                new = decoding.tokens(cache, ids, length, chosen, seed, statistics)
                 continuation = Continuation(new, self._codec, ids, ends)
                 if isinstance(prompt, str):
                     text = "".join(continuation.pieces())
@@ -155,7 +170,9 @@ class TFLiteCausalLM:
                 else:
                     tokens = continuation.run()
                     results.append(tokens if strip_prompt else ids + tokens)
-        return results[0] if single else results
+        result = results[0] if single else results
+        statistics.seconds = time.perf_counter() - began
+        return (result, statistics) if return_stats else result
 
     def stream(
         self,
@@ -165,12 +182,13 @@ class TFLiteCausalLM:
         stop: StopLike = "auto",
         seed: int | None = None,
         special_tokens: bool = False,
+        speculative: Speculation | str | None = None,
     ) -> Iterator[str]:
         """Yields the continuation of a text as it comes.
 
         Args:
             prompt: The text to continue.
-            max_length, sampler, stop, seed, special_tokens: As for `generate`.
+            max_length, sampler, stop, seed, special_tokens, speculative: As for `generate`.
 
         Yields:
             Pieces of text, without the prompt: whole characters, and nothing of a stop text.
@@ -181,11 +199,12 @@ class TFLiteCausalLM:
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
+        decoding = self._decoding(speculative)
         ids, length = self._prepare(prompt, max_length, special_tokens)
 
         def pieces() -> Iterator[str]:
             with self._cache() as cache:
-                new = sampled_tokens(self._engine, cache, ids, length, chosen, seed)
+                new = decoding.tokens(cache, ids, length, chosen, seed)
                 yield from Continuation(new, self._codec, ids, ends).pieces()
 
         return pieces()
@@ -215,11 +234,21 @@ class TFLiteCausalLM:
         scores: np.ndarray = (chosen - np.log(sums)).astype(np.float32)
         return scores
 
-    def session(self) -> Session:
-        """Returns a text that grows by turns, as in a chat, with a KV cache of its own."""
-        return Session(self._engine, self._codec, self._engine.new_cache(), [])
+    def session(self, speculative: Speculation | str | None = None) -> Session:
+        """Returns a text that grows by turns, as in a chat, with a KV cache of its own.
 
-    def chat(self, system: str | None = None, template: ChatTemplate | str | None = None) -> Chat:
+        Args:
+            speculative: As for `generate`. Defaults to `None`.
+        """
+        decoding = self._decoding(speculative)
+        return Session(decoding, self._codec, self._engine.new_cache(), [])
+
+    def chat(
+        self,
+        system: str | None = None,
+        template: ChatTemplate | str | None = None,
+        speculative: Speculation | str | None = None,
+    ) -> Chat:
         """Returns a chat, which takes messages and keeps its KV cache between them.
 
         Args:
@@ -227,6 +256,7 @@ class TFLiteCausalLM:
             template: A `ChatTemplate`, the name of a known one (`"gemma"`, `"gemma4"`, `"llama3"`,
                 `"chatml"`, `"qwen"`, `"smollm"`, `"phi3"`), or Jinja. Defaults to `None`: the
                 file's own.
+            speculative: As for `generate`. Defaults to `None`.
 
         Raises:
             ValueError: If the file has no template and none is given, or no tokenizer.
@@ -238,12 +268,20 @@ class TFLiteCausalLM:
                 f"`template`: one of {', '.join(KNOWN)}, Jinja, or a `ChatTemplate`."
             )
         own = None if chat is None else ChatTemplate.from_metadata(chat)
-        return Chat(self.session(), self._codec, get_template(template or own or ""), system)
+        written = get_template(template or own or "")
+        return Chat(self.session(speculative), self._codec, written, system)
 
     def reset(self) -> None:
         """Forgets the last prompt, which is kept for the next one that begins like it."""
         with self._idle_lock:
             self._idle = None
+
+    def _decoding(self, speculative: Speculation | str | None) -> Decoding:
+        """Returns how tokens are made; what it learned of this machine is kept."""
+        settings = guessing.get(speculative)
+        if settings not in self._decodings:
+            self._decodings[settings] = Decoding(self._engine, self.metadata, settings)
+        return self._decodings[settings]
 
     @contextlib.contextmanager
     def _cache(self) -> Iterator[Cache]:

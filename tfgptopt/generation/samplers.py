@@ -263,8 +263,28 @@ def choose(
         logits = sampler(logits, tokens)
     if isinstance(last, Greedy):
         return int(logits.argmax())
-    logits = last(logits, tokens)
+    left, chances = _left(last(logits, tokens), samplers)
+    return int(generator.choice(left, p=chances))
+
+
+def distribution(
+    logits: np.ndarray, tokens: Sequence[int], samplers: Sequence[Sampler]
+) -> np.ndarray:
+    """Returns how likely `choose` is to return each token, float64 `(vocabulary,)`.
+
+    Raises:
+        ValueError: If the samplers leave no token.
+    """
+    shares = np.zeros(len(logits))
+    for sampler in samplers:
+        logits = sampler(logits, tokens)
+    left, shares[left] = _left(logits, samplers)
+    return shares
+
+
+def _left(logits: np.ndarray, samplers: Sequence[Sampler]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens that are not out, and how likely each is."""
     left = np.flatnonzero(logits > -np.inf)
     if not left.size:
         raise ValueError(f"The samplers {list(samplers)} left no token to choose from.")
-    return int(generator.choice(left, p=_probabilities(logits[left])))
+    return left, _probabilities(logits[left])

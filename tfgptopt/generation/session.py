@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Codec, Stop, StopLike
-from tfgptopt.generation.continuing import Continuation, sampled_tokens
-from tfgptopt.generation.engine import Engine
+from tfgptopt.generation.continuing import Continuation
+from tfgptopt.generation.decoding import Decoding
 
 
 class Session:
@@ -27,9 +27,11 @@ class Session:
     ```
     """
 
-    def __init__(self, engine: Engine, codec: Codec, cache: Cache, tokens: Sequence[int]) -> None:
+    def __init__(
+        self, decoding: Decoding, codec: Codec, cache: Cache, tokens: Sequence[int]
+    ) -> None:
         self._tokens = list(tokens)
-        self._engine = engine
+        self._decoding = decoding
         self._codec = codec
         self._cache = cache
         self._lock = threading.Lock()
@@ -142,7 +144,7 @@ class Session:
     ) -> Iterator[str]:
         """Begins to continue a text, which takes the place of the one so far."""
         length = self._length(len(tokens), max_new_tokens)
-        new = sampled_tokens(self._engine, self._cache, tokens, length, sampler, seed)
+        new = self._decoding.tokens(self._cache, tokens, length, sampler, seed)
         self._tokens = tokens
         self._continuation = Continuation(new, self._codec, tokens, stop)
         self._turn = self._continuation.pieces()
@@ -158,8 +160,8 @@ class Session:
         """Returns a session with the same text so far, which then goes its own way."""
         with self._lock:
             self._end_turn()
-            cache = self._engine.copy_cache(self._cache)
-            return Session(self._engine, self._codec, cache, self.tokens)
+            cache = self._decoding.engine.copy_cache(self._cache)
+            return Session(self._decoding, self._codec, cache, self.tokens)
 
     def _end_turn(self) -> None:
         """Ends a stream that is still open.
@@ -193,7 +195,7 @@ class Session:
         Raises:
             ValueError: If the text does not fit, or `max_new_tokens` is out of range.
         """
-        context = self._engine.context_length
+        context = self._decoding.engine.context_length
         if max_new_tokens is not None and (
             isinstance(max_new_tokens, bool)
             or not isinstance(max_new_tokens, int)

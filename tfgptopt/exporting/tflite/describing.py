@@ -33,6 +33,8 @@ from tfgptopt.model.techniques import techniques_of
 _DEFAULT_CONTEXT = 1024
 # The best for a long prompt, and before it one for what is left of that.
 PREFILL_LENGTHS = (32, 128)
+# For guesses of the next tokens, which are read at once.
+VERIFY_LENGTHS = (4, 8)
 
 
 class Settings(Protocol):
@@ -60,7 +62,10 @@ def plan_signatures(context_length: int, prefill: Sequence[int]) -> Signatures:
     return Signatures(
         decode=Signature(1, "decode"),
         prefill=tuple(Signature(length, f"prefill_{length}") for length in lengths),
-        score=(Signature(chunk, f"score_{chunk}"),),
+        score=tuple(
+            Signature(length, f"score_{length}")
+            for length in sorted({*(n for n in VERIFY_LENGTHS if n < chunk), chunk})
+        ),
     )
 
 

@@ -1,0 +1,251 @@
+"""Where guesses of the next tokens come from: the text itself, or a smaller model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from tfgptopt.file.container import read_container
+from tfgptopt.file.metadata import Metadata
+from tfgptopt.generation import samplers
+from tfgptopt.generation.engine import Engine
+from tfgptopt.generation.weight_cache import cache_folder
+
+
+class Guess(NamedTuple):
+    """Tokens that may come next.
+
+    Attributes:
+        tokens: The guess.
+        chances: For each token, the distribution that it was drawn from, or `None` if the guess was
+            sure of them.
+    """
+
+    tokens: list[int]
+    chances: list[np.ndarray] | None
+
+
+class Guesser(Protocol):
+    """Guesses the next tokens of one text.
+
+    Attributes:
+        free: Whether a guess costs next to nothing.
+    """
+
+    free: bool
+
+    def guess(self, tokens: list[int], count: int) -> Guess:
+        """Returns at most so many tokens that may follow, possibly none.
+
+        Args:
+            tokens: The text so far; it has only grown since the last call.
+            count: Most tokens to guess.
+        """
+
+
+def _check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` must be an int >= {least}. Received: {value!r}")
+
+
+@dataclass(frozen=True)
+class NGram:
+    """Guesses that a text goes on as it did before, after the same few tokens.
+
+    It pays where answers quote their prompt: summaries, code that is changed, records. No model is
+    needed, and where nothing repeats, nothing is guessed.
+
+    Args:
+        max_ngram: int. The longest sequence of tokens that is looked for. Defaults to `4`.
+        min_ngram: int. The shortest. Defaults to `2`.
+        num_tokens: int. Most tokens to guess at once. Defaults to `7`.
+
+    Raises:
+        ValueError: If a number is below 1, or `min_ngram` is above `max_ngram`.
+
+    Example:
+
+    ```python
+    lm.generate("import os; import os", speculative=NGram(max_ngram=3))
+    ```
+
+    Reference: Saxena, 2023, "Prompt Lookup Decoding"
+    (https://github.com/apoorvumang/prompt-lookup-decoding).
+    """
+
+    max_ngram: int = 4
+    min_ngram: int = 2
+    num_tokens: int = 7
+
+    def __post_init__(self) -> None:
+        for name in ("max_ngram", "min_ngram", "num_tokens"):
+            _check_count(name, getattr(self, name))
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(
+                f"`min_ngram` must not be above `max_ngram`. Received: {self.min_ngram} and "
+                f"{self.max_ngram}"
+            )
+
+    def check(self, target: Metadata) -> None:
+        """Raises nothing: it guesses for any model."""
+
+    def guesser(self, chain: Sequence[samplers.Sampler]) -> Guesser:
+        """Returns what guesses for one text."""
+        return _Repeats(self)
+
+
+class _Repeats:
+    """Remembers where each sequence of tokens stood last."""
+
+    free = True
+
+    def __init__(self, settings: NGram) -> None:
+        self._sizes = range(settings.max_ngram, settings.min_ngram - 1, -1)
+        # Ends of a sequence: the last one, and the one before, since the text ends with the last.
+        self._ends: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._known = 0
+
+    def guess(self, tokens: list[int], count: int) -> Guess:
+        self._learn(tokens)
+        for size in self._sizes:
+            ends = self._ends.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+            if ends is not None and ends[1]:
+                return Guess(tokens[ends[1] : ends[1] + count], None)
+        return Guess([], None)
+
+    def _learn(self, tokens: list[int]) -> None:
+        for end in range(self._known + 1, len(tokens) + 1):
+            for size in self._sizes:
+                if size <= end:
+                    key = tuple(tokens[end - size : end])
+                    last, _ = self._ends.get(key, (0, 0))
+                    self._ends[key] = (end, last)
+        self._known = len(tokens)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guesses with a smaller model of the same tokens: one that was shrunk and distilled, say.
+
+    Args:
+        path: A file that `tfgptopt.export` wrote. It is loaded at the first use.
+        num_tokens: int. Most tokens to guess at once. Defaults to `7`.
+        num_threads: int. Threads for its kernels. Defaults to `None`: all cores.
+
+    Raises:
+        ValueError: If a number is below 1. When it is used: if the file has another tokenizer or
+            vocabulary than the model that it guesses for.
+        FileNotFoundError: When it is used, if there is no such file.
+
+    Example:
+
+    ```python
+    student = tfgptopt.shrink(gpt, feedforward=0.5, calibration=corpus.train.take(16))
+    tfgptopt.export(student, "draft.tflite")
+    lm.generate("import os", speculative=Draft("draft.tflite"))
+    ```
+
+    Reference: Leviathan et al., 2023, "Fast Inference from Transformers via Speculative Decoding"
+    (https://arxiv.org/abs/2211.17192).
+    """
+
+    path: str | Path
+    num_tokens: int = 7
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("num_tokens", self.num_tokens)
+        if self.num_threads is not None:
+            _check_count("num_threads", self.num_threads)
+
+    def check(self, target: Metadata) -> None:
+        """Raises if a file does not have the same tokens as the draft.
+
+        Args:
+            target: What the file says of itself.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        _, own = self._loaded()
+        for name, mine, its in (
+            ("vocabulary", own.decoder.vocabulary_size, target.decoder.vocabulary_size),
+            ("tokenizer", own.tokenizer, target.tokenizer),
+            ("tokenizer", own.sentencepiece, target.sentencepiece),
+        ):
+            if mine != its:
+                raise ValueError(
+                    f"The draft '{self.path}' has another {name} than the model that it guesses "
+                    "for. Export a model of the same tokens: one that was shrunk from it, or is of "
+                    "the same family."
+                )
+
+    def guesser(self, chain: Sequence[samplers.Sampler]) -> Guesser:
+        """Returns what guesses for one text.
+
+        Args:
+            chain: How its tokens are chosen.
+        """
+        return _Model(self._loaded()[0], chain)
+
+    def _loaded(self) -> tuple[Engine, Metadata]:
+        """Returns the model of the file, which stays loaded as long as these settings do."""
+        if "_model" not in self.__dict__:
+            folder = cache_folder(True)
+            container = read_container(self.path, folder)
+            threads = self.num_threads or os.cpu_count() or 1
+            engine = Engine(Path(self.path), container, threads, folder)
+            object.__setattr__(self, "_model", (engine, container.metadata))
+        found: tuple[Engine, Metadata] = self.__dict__["_model"]
+        return found
+
+
+class _Model:
+    """Continues a text with a model of its own, which has a cache of its own."""
+
+    free = False
+
+    def __init__(self, engine: Engine, chain: Sequence[samplers.Sampler]) -> None:
+        self._engine, self._chain = engine, chain
+        self._cache = engine.new_cache()
+        self._greedy = isinstance(chain[-1], samplers.Greedy)
+        self._generator = np.random.default_rng(0)
+
+    def guess(self, tokens: list[int], count: int) -> Guess:
+        count = min(count, self._engine.context_length - len(tokens))
+        if count < 1:
+            return Guess([], None)
+        self._engine.read(self._cache, tokens[:-1])
+        text, chances = list(tokens), []
+        for _ in range(count):
+            logits = self._engine.decode(self._cache, text[-1])
+            if self._greedy:
+                text.append(samplers.choose(logits, text, self._chain, self._generator))
+                continue
+            chance = samplers.distribution(logits, text, self._chain)
+            chances.append(chance)
+            text.append(int(self._generator.choice(len(chance), p=chance)))
+        return Guess(text[len(tokens) :], None if self._greedy else chances)
+
+
+Speculation = NGram | Draft
+
+
+def get(speculative: Speculation | str | None) -> Speculation | None:
+    """Returns settings from what a user gave.
+
+    Raises:
+        ValueError: If it is neither `None`, `"auto"` nor settings.
+    """
+    if speculative is None or isinstance(speculative, NGram | Draft):
+        return speculative
+    if speculative == "auto":
+        return NGram()
+    raise ValueError(
+        f"`speculative` must be None, 'auto', NGram(...) or Draft(path). Received: {speculative!r}"
+    )
