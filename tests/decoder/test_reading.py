@@ -81,6 +81,16 @@ def test_configurations_that_the_graph_does_not_compute_are_refused():
         read_decoder(model)
 
 
+def test_a_cap_of_logits_behind_the_backbone_is_read():
+    capped = make("Gemma 4").backbone
+    plain = make("Gemma 4", final_logit_soft_cap=None).backbone
+    task = keras_hub.models.Gemma4CausalLM
+    found = read_decoder(task(preprocessor=None, backbone=plain, final_logit_cap=3))
+    assert found.logit_soft_cap == 3.0
+    with pytest.raises(ValueError, match="caps its logits twice, `final_logit_cap=3` behind"):
+        read_decoder(task(preprocessor=None, backbone=capped, final_logit_cap=3))
+
+
 def test_adapters_are_merged():
     model = make("Mistral")
     dense = model.backbone.transformer_layers[0]._feedforward_gate_dense

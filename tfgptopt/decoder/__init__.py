@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import keras
 import keras_hub
 
@@ -119,4 +121,11 @@ def read_known(model: keras.Layer) -> DecoderSpec:
     backbone: keras.Model = getattr(model, "backbone", model)
     layout = layout_of(backbone)
     assert layout is not None
-    return read_with(backbone, layout, _ARITHMETIC.get(type(backbone), Arithmetic()))
+    found = read_with(backbone, layout, _ARITHMETIC.get(type(backbone), Arithmetic()))
+    cap = getattr(model, "final_logit_cap", None)  # Gemma 4's, outside of its backbone.
+    if cap is not None and found.logit_soft_cap is not None:
+        raise ValueError(
+            f"{type(model).__name__} caps its logits twice, `final_logit_cap={cap}` behind the "
+            f"backbone's {found.logit_soft_cap}: a decoder has one soft cap. Leave one out."
+        )
+    return found if cap is None else replace(found, logit_soft_cap=float(cap))
