@@ -10,7 +10,7 @@ import pytest
 
 import tfgptopt
 from tfgptopt.cli.main import run_command
-from tfgptopt.exporting import TFLite
+from tfgptopt.exporting import LiteRTLM, TFLite
 from tfgptopt.generation import MinP, Random, RepetitionPenalty, TopK, TopP
 
 
@@ -190,9 +190,21 @@ def test_a_preset_without_weights(preset, tmp_path):
     assert_refused(run("export", tmp_path, tmp_path / "x.tflite"), "has no weights")
 
 
+def test_a_bundle_for_phones_is_exported_and_read(preset, tmp_path):
+    path = tmp_path / "gpt.litertlm"
+    result = run("export", preset, path, "--context-length", 24)
+    assert result.returncode == 0, result.stderr
+    result = run("inspect", path)
+    assert "24 tokens" in result.stdout and "prefill_1, prefill_24" in result.stdout
+    result = run("generate", path, "import", "--max-length", 12)
+    assert result.returncode == 0 and result.stdout.startswith("import")
+    refused = run("export", preset, tmp_path / "b.litertlm", "--sparse")
+    assert_refused(refused, "stands for LiteRTLM, which has no setting `sparse`")
+
+
 def test_export_offers_every_setting_of_the_formats(tmp_path):
     words = " ".join(run("export", "--help").stdout.split())
-    for field in dataclasses.fields(TFLite):
+    for field in (*dataclasses.fields(TFLite), *dataclasses.fields(LiteRTLM)):
         assert f"--{field.name.replace('_', '-')}" in words
     result = run("export", "no/preset", tmp_path / "folder", "--cache-dtype", "int8")
     assert_refused(result, "stands for SavedModel, which has no setting `cache_dtype`, none.")

@@ -80,6 +80,55 @@ FAMILIES = {
             "global_rope_scaling_factor": 8.0,
         },
     ),
+    "Gemma 4": (
+        "Gemma4",
+        {
+            **_GROUPED,
+            "num_layers": 4,
+            "image_size": 16,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 1,
+            "sliding_window_size": 10,
+            "sliding_window_pattern": 2,
+            "global_rope_partial_rotary_factor": 0.5,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "use_double_wide_mlp": True,
+            "final_logit_soft_cap": 5.0,
+        },
+    ),
+    "Gemma 3n": (
+        "Gemma3n",
+        {
+            "text_vocab_size": VOCABULARY,
+            "text_hidden_size": 32,
+            "num_hidden_layers": 4,
+            "pad_token_id": 0,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "intermediate_size": [48] * 4,
+            "hidden_activation": "gelu_approximate",
+            "layer_types": [
+                "full_attention",
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ],
+            "sliding_window": 10,
+            "rope_theta": 1e6,
+            "max_position_embeddings": CONTEXT,
+            "vocab_size_per_layer_input": 200,
+            "hidden_size_per_layer_input": 8,
+            "activation_sparsity_pattern": [0.9, 0.0, 0.9, 0.0],
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "laurel_rank": 4,
+            "num_kv_shared_layers": 1,
+            "final_logit_soft_cap": 5.0,
+        },
+    ),
 }
 
 
@@ -91,7 +140,7 @@ def randomize(model, seed=0):
             continue
         name = weight.path.rsplit("/", 1)[-1]
         values = generator.normal(0, 1, weight.shape)
-        if name in ("gamma", "scale"):
+        if name in ("gamma", "scale", "layer_scalar", "correct_output_scale"):
             values = weight.numpy() + 0.3 * values
         elif name in ("bias", "beta"):
             values = 0.3 * values

@@ -23,6 +23,18 @@ EXPECTED = {
     "Gemma": ["embeddings times 5.657", "4 heads of 16 over 1", "gated gelu_tanh of 24"],
     "Gemma 2": ["soft cap 3", "logit soft cap 5", "and after the branches", "layers 0: "],
     "Gemma 3": ["norm of queries and keys", "layers 0-4, 6: ", "gated gelu_tanh of 48"],
+    "Gemma 4": [
+        "inputs of each layer",
+        "4 heads of 16 over 1 of keys and values, scale 1, rotary over 8 features",
+        "keys are values too, norm of queries and keys and values",
+        "keys and values of layer 0, norm of queries",
+        "gated gelu_tanh of 96; own input of 8; times",
+    ],
+    "Gemma 3n": [
+        "inputs of each layer, 3 streams",
+        "keys and values of layer 1",
+        "gated gelu_tanh above 1.28 deviations of 48; stream 1 of 3; LAuReL of rank 4; own input",
+    ],
 }
 
 
@@ -48,6 +60,13 @@ def test_every_family_is_read_from_model_or_backbone():
 def test_configurations_that_the_graph_does_not_compute_are_refused():
     with pytest.raises(ValueError, match="use_bidirectional_attention=True"):
         read_decoder(make("Gemma 3", use_bidirectional_attention=True))
+    for settings in (
+        {"use_bidirectional_attention": True},
+        {"vocab_size_per_layer_input": 100},
+        {"num_kv_shared_layers": 4},
+    ):
+        with pytest.raises(ValueError, match=f"A Gemma 4 with `{next(iter(settings))}"):
+            read_decoder(make("Gemma 4", **settings))
     model = make("Qwen2")
     model.backbone.transformer_layers[0].activation = keras.activations.tanh
     with pytest.raises(ValueError, match="is none of gelu, gelu_tanh, relu, silu"):
@@ -60,6 +79,16 @@ def test_configurations_that_the_graph_does_not_compute_are_refused():
     model.backbone.transformer_layers[1].normalize_first = False
     with pytest.raises(ValueError, match="norms before the branches"):
         read_decoder(model)
+
+
+def test_a_cap_of_logits_behind_the_backbone_is_read():
+    capped = make("Gemma 4").backbone
+    plain = make("Gemma 4", final_logit_soft_cap=None).backbone
+    task = keras_hub.models.Gemma4CausalLM
+    found = read_decoder(task(preprocessor=None, backbone=plain, final_logit_cap=3))
+    assert found.logit_soft_cap == 3.0
+    with pytest.raises(ValueError, match="caps its logits twice, `final_logit_cap=3` behind"):
+        read_decoder(task(preprocessor=None, backbone=capped, final_logit_cap=3))
 
 
 def test_adapters_are_merged():

@@ -18,7 +18,7 @@ CONTEXT = 24
 
 
 def make_mixture():
-    backbone = keras_hub.models.MixtralBackbone(
+    backbone = keras_hub.models.GptOssBackbone(
         vocabulary_size=101,
         num_layers=1,
         num_query_heads=4,
@@ -27,9 +27,10 @@ def make_mixture():
         intermediate_dim=48,
         num_experts=4,
         top_k=2,
+        head_dim=8,
         sliding_window=8,
     )
-    model = keras_hub.models.MixtralCausalLM(backbone, preprocessor=None)
+    model = keras_hub.models.GptOssCausalLM(backbone, preprocessor=None)
     randomize(model)
     return model
 
@@ -45,7 +46,7 @@ def test_a_mixture_of_experts_has_the_same_interface(spec, tmp_path):
     if spec is not None:
         tfgptopt.quantize_aware(model, spec)
     before = [weight.numpy() for weight in model.weights]
-    with pytest.warns(UserWarning, match="No reader describes MixtralCausalLM"):
+    with pytest.warns(UserWarning, match="No reader describes GptOssCausalLM"):
         path = tfgptopt.export(model, tmp_path / "moe.tflite", TFLite(context_length=CONTEXT))
     for weight, value in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(weight.numpy(), value)
@@ -57,8 +58,8 @@ def test_a_mixture_of_experts_has_the_same_interface(spec, tmp_path):
 
     largest = [difference(tokens_of(CONTEXT, seed)) for seed in range(5)]
     if spec is not None:
-        # An activation at the edge between two integers may fall either way.
-        assert np.median(largest) < 2e-2
+        # The converter's products of experts do not round their inputs, as training does.
+        assert np.median(largest) < 0.1
         return
     assert max(largest) < 1e-4
     expected = tokens_of(3)
@@ -68,7 +69,7 @@ def test_a_mixture_of_experts_has_the_same_interface(spec, tmp_path):
 
 
 def test_a_cache_of_another_form_is_refused(tmp_path):
-    class Own(keras_hub.models.MixtralCausalLM):
+    class Own(keras_hub.models.GptOssCausalLM):
         def _build_cache(self, token_ids):
             return None, (1, 2)
 

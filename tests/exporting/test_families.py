@@ -1,3 +1,4 @@
+import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -27,9 +28,10 @@ def keras_generate(model, tokens):
     """Greedy generation by KerasHub, up to the whole context."""
     ids, mask = np.zeros((1, CONTEXT), np.int32), np.zeros((1, CONTEXT), np.int32)
     ids[0, : len(tokens)], mask[0, : len(tokens)] = tokens, 1
-    # What `generate` calls; `generate` itself fails for a Gemma 3 without preprocessor.
+    # What `generate` calls; `generate` itself fails for a Gemma without preprocessor.
     inputs = {"token_ids": tf.constant(ids), "padding_mask": tf.constant(mask, tf.bool)}
-    return model.make_generate_function()(inputs)["token_ids"][0].numpy().tolist()
+    found = model.make_generate_function()(inputs, stop_token_ids=None)
+    return found["token_ids"][0].numpy().tolist()
 
 
 def slow_generate(model, tokens):
@@ -55,6 +57,36 @@ def test_float32_file_is_the_keras_model(name, tmp_path):
         np.testing.assert_allclose(
             file_logits(lm, expected), logits(model, expected), atol=1e-4, rtol=0
         )
+
+
+_EYES = {
+    "image_size": 16,
+    "patch_size": 4,
+    "num_heads": 2,
+    "hidden_dim": 8,
+    "num_layers": 1,
+    "intermediate_dim": 16,
+    "output_dim": 32,
+    "pool_size": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "name, eyes", [("Gemma 3", _EYES), ("Gemma 4", {**_EYES, "head_dim": 4})], ids=lambda x: str(x)
+)
+def test_the_file_of_a_model_that_sees_is_that_of_its_text_part(name, eyes, tmp_path):
+    encoder = getattr(keras_hub.models, f"{FAMILIES[name][0]}VisionEncoder")(**eyes)
+    seeing, text = make(name, vision_encoder=encoder), make(name)
+    own = {weight.path: weight for weight in text.weights}
+    for weight in seeing.weights:
+        if weight.path in own:
+            own.pop(weight.path).assign(weight)
+    assert not own
+    with pytest.warns(UserWarning, match="without its vision_encoder: it reads text only"):
+        path = tfgptopt.export(seeing, tmp_path / "gpt.tflite", TFLite(context_length=CONTEXT))
+    tokens = prompt(40)
+    found = file_logits(tfgptopt.TFLiteCausalLM(path), tokens)
+    np.testing.assert_allclose(found, logits(text, tokens), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("spec", [Int8(), Int4()], ids=str)

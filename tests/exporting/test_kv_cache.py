@@ -216,10 +216,10 @@ def test_what_has_no_int8_cache_is_refused(model, tmp_path):
     llama = keras_hub.models.LlamaCausalLM(grouped, preprocessor=None)
     with pytest.raises(ValueError, match=r"4 heads on 2 it is no faster"):
         tfgptopt.export(llama, tmp_path / "a.tflite", TFLite(64, cache_dtype="int8"))
-    mixture = keras_hub.models.MixtralBackbone(VOCABULARY, 1, 4, 32, 48, 2, num_experts=2)
-    with pytest.raises(ValueError, match="needs a reader for MixtralCausalLM"):
+    mixture = keras_hub.models.GptOssBackbone(VOCABULARY, 1, 4, 32, 48, 2, num_experts=2)
+    with pytest.raises(ValueError, match="needs a reader for GptOssCausalLM"):
         tfgptopt.export(
-            keras_hub.models.MixtralCausalLM(mixture, preprocessor=None),
+            keras_hub.models.GptOssCausalLM(mixture, preprocessor=None),
             tmp_path / "a.tflite",
             TFLite(cache_dtype="int8"),
         )

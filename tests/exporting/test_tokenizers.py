@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tfgptopt
+from tfgptopt.data.chats import template_for
 from tfgptopt.exporting.tokenizers import end_token_ids, store_tokenizer
 
 IDS = {
@@ -227,6 +228,17 @@ def test_generation_stops_at_the_end_of_a_text_and_of_a_turn():
     gemma = keras_hub.tokenizers.GemmaTokenizer(proto=train(**settings))
     ends = [gemma.id_to_token(token) for token in end_token_ids(gemma)]
     assert ends == [gemma.end_token, "<end_of_turn>"]
+    turned = {**settings, "user_defined_symbols": ["<|turn>", "<turn|>"]}
+    gemma4 = keras_hub.tokenizers.Gemma4Tokenizer(
+        proto=train(**turned), has_vision_tokens=False, has_video_tokens=False
+    )
+    ends = [gemma4.id_to_token(token) for token in end_token_ids(gemma4)]
+    assert ends == [gemma4.end_token, "<turn|>"]
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why? "}]
+    written = template_for(gemma4).render(chat, add_generation_prompt=True)
+    assert (
+        written == "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nWhy?<turn|>\n<|turn>model\n"
+    )
     plain = {**settings, "user_defined_symbols": ["<start_of_turn>"]}
     without = keras_hub.tokenizers.GemmaTokenizer(proto=train(**plain))
     assert end_token_ids(without) == [without.end_token_id]

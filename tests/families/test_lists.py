@@ -14,11 +14,15 @@ PROSE = {
     "GPT2": "GPT-2",
     "GPTNeoX": "GPT-NeoX",
     "Phi3": "Phi-3",
-    "Gemma3": "Gemma 1 to 3",
+    "Gemma3": "Gemma 1 to 4",
+    "Gemma3n": "Gemma 3n",
+    "Gemma4": "Gemma 1 to 4",
     "Gemma": "Gemma 1",
     "Llama3": "Llama",
     "Qwen": "Qwen 2",
     "Qwen3": "Qwen 2 and 3",
+    "QwenMoe": "Qwen MoE",
+    "Qwen3Moe": "Qwen 3 MoE",
 }
 
 

@@ -32,10 +32,17 @@ def _holders(layer: keras.Layer, wanted: set[int]) -> list[keras.Layer]:
     """Returns the layers, one beside the other, that hold the wanted layers: a GPT's blocks."""
     if id(layer) in wanted:
         return [layer]
+    held = [(child, wanted & {id(x) for x in child._flatten_layers()}) for child in layer._layers]
+    # What holds all that a child of it, its neighbour here, holds is passed over: Gemma 3n's
+    # embedding of images and texts holds the decoder.
     inside = [
         child
-        for child in layer._layers
-        if any(id(inner) in wanted for inner in (child, *child._flatten_layers()))
+        for child, found in held
+        if found
+        and not any(
+            found == others and other is not child and other in child._flatten_layers()
+            for other, others in held
+        )
     ]
     return _holders(inside[0], wanted) if len(inside) == 1 else inside
 

@@ -41,6 +41,12 @@ def check_kernels(chosen: list[Target]) -> None:
     for target in chosen:
         if target.role == "embedding":
             raise ValueError(f"{target.path} is a table: it multiplies nothing to calibrate with.")
+        if target.expert_axis is not None:
+            raise ValueError(
+                f"{target.path} has the matrices of experts, each of which reads the tokens that "
+                "are routed to it: calibration does not tell them apart. Leave it out with "
+                "`targets`, or use `Magnitude()`."
+            )
         equation = getattr(target.layer, "equation", "").replace(" ", "")
         if not equation:
             continue

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    files: Annotated[list[Path], typer.Argument(help=".tflite files written by tfgptopt.")],
+    files: Annotated[list[Path], typer.Argument(help="Exported files: .tflite or .litertlm.")],
     preset: Annotated[
         str | None, typer.Option(help="Keras model to compare with: a KerasHub preset.")
     ] = None,

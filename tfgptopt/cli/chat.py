@@ -26,12 +26,12 @@ _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an 
 
 
 def chat(
-    file: Annotated[Path, typer.Argument(help="A .tflite file written by tfgptopt.")],
+    file: Annotated[Path, typer.Argument(help="A .tflite or .litertlm file written by tfgptopt.")],
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     template: Annotated[
         str | None,
         typer.Option(
-            help="gemma, llama3, chatml, qwen, smollm, phi3, or a file of Jinja. "
+            help="gemma, gemma4, llama3, chatml, qwen, smollm, phi3, or a file of Jinja. "
             "Default: the file's own."
         ),
     ] = None,

@@ -7,12 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from tfgptopt.cli.shared import console, load, load_libraries, print_corpus, read_text
+from tfgptopt.cli.shared import (
+    FILE_SUFFIXES,
+    console,
+    load,
+    load_libraries,
+    print_corpus,
+    read_text,
+)
 
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help=".tflite files and presets, of one tokenizer.")
+        list[str], typer.Argument(help=".tflite and .litertlm files and presets, of one tokenizer.")
     ],
     text: Annotated[list[str], typer.Option(help="Text or records to measure on, all of it.")],
     tokenizer: Annotated[
@@ -30,7 +37,7 @@ def evaluate(
     presets: dict[str, Any] = {}
     for name in models:
         short = Path(name).name if Path(name).name not in loaded else name
-        if name.endswith(".tflite"):
+        if name.endswith(FILE_SUFFIXES):
             loaded[short] = Path(name)
         else:
             loaded[short] = presets[name] = load(name)

@@ -12,24 +12,27 @@ from tfgptopt.cli.shared import Force, load, load_libraries, print_size
 
 def export(
     preset: Annotated[str, typer.Argument(help="KerasHub preset: a folder or a name.")],
-    path: Annotated[Path, typer.Argument(help="A name ending with .tflite, or a folder.")],
+    path: Annotated[Path, typer.Argument(help="A name with .tflite or .litertlm, or a folder.")],
     recipe: Annotated[
         Path | None, typer.Option(help="recipe.yaml of the training. Default: as stored, float32.")
     ] = None,
     context_length: Annotated[
         int | None,
-        typer.Option(help="TFLite: positions of the KV cache. Default: all of the model."),
+        typer.Option(help="TFLite, LiteRTLM: positions of the cache. Default: all of the model."),
     ] = None,
     cache_dtype: Annotated[
         str | None,
-        typer.Option(help="TFLite: float32 or int8, how keys and values are held. [float32]"),
+        typer.Option(help="TFLite, LiteRTLM: float32 or int8, keys and values in it. [float32]"),
     ] = None,
     sparse: Annotated[
         bool, typer.Option("--sparse", help="TFLite: leave out empty blocks of float32 weights.")
     ] = False,
+    growing_cache: Annotated[
+        bool, typer.Option("--growing-cache", help="LiteRTLM: the cache grows with a text.")
+    ] = False,
     force: Force = False,
 ) -> None:
-    """Export a model as TFLite (with a KV cache) or as a SavedModel."""
+    """Export a model as TFLite, for LiteRT-LM (both with a KV cache), or as a SavedModel."""
     load_libraries()
     import tfgptopt
     from tfgptopt.exporting.formats import format_of
@@ -41,6 +44,7 @@ def export(
         "context_length": context_length,
         "cache_dtype": cache_dtype,
         "sparse": sparse or None,
+        "growing_cache": growing_cache or None,
     }
     format = format_of(path, {name: x for name, x in options.items() if x is not None})
     loaded = Recipe.load(recipe) if recipe else None

@@ -45,7 +45,7 @@ def speculation_of(name: str | None) -> Speculation | str | None:
 
 
 def generate(
-    file: Annotated[Path, typer.Argument(help="A .tflite file written by tfgptopt.")],
+    file: Annotated[Path, typer.Argument(help="A .tflite or .litertlm file written by tfgptopt.")],
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_length: Annotated[
         int | None, typer.Option(help="Tokens, prompt included. Default: the whole context.")

@@ -12,12 +12,13 @@ from tfgptopt.cli.shared import console
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A .tflite file written by tfgptopt.")],
+    file: Annotated[Path, typer.Argument(help="A .tflite or .litertlm file written by tfgptopt.")],
 ) -> None:
     """Show what a file holds: family, shape, signatures, tokenizer, all that was done to it."""
-    from tfgptopt.file.container import read_metadata
+    from tfgptopt.file.container import read_container
 
-    about = read_metadata(file)
+    container = read_container(file)
+    about = container.metadata
     decoder, weights = about.decoder, about.weights
     tokenizer = "none"
     if about.sentencepiece or about.tokenizer:
@@ -46,14 +47,14 @@ def inspect(
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    console.print(_parts_table(file))
+    console.print(_parts_table(file, container.model.begin if container.model else 0))
 
 
-def _parts_table(file: Path) -> Table:
+def _parts_table(file: Path, begin: int) -> Table:
     """Returns what takes the bytes of a file."""
     from tfgptopt.file.contents import parts_of
 
-    parts, size = parts_of(file), file.stat().st_size
+    parts, size = parts_of(file, begin), file.stat().st_size
     table = Table(padding=(0, 1))
     table.add_column("part", overflow="fold")
     table.add_column("type")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from tfgptopt.cli.shared import (
+    FILE_SUFFIXES,
     Force,
     console,
     load,
@@ -28,7 +29,7 @@ def quantize(
     preset: Annotated[
         str, typer.Argument(help="KerasHub preset (folder, name, hf://) or Hugging Face folder.")
     ],
-    path: Annotated[Path, typer.Argument(help="The .tflite file to write, or a folder.")],
+    path: Annotated[Path, typer.Argument(help="The .tflite or .litertlm file, or a folder.")],
     spec: Annotated[
         str, typer.Option(help="int8, int4, or int4:32 in blocks of 32 inputs.")
     ] = "int8",
@@ -76,7 +77,7 @@ def quantize(
     tfgptopt.export(model, path, format, force)
     print_size(path)
     if before is not None and held_out is not None:
-        measured = path if path.suffix == ".tflite" else model
+        measured = path if path.suffix in FILE_SUFFIXES else model
         after = perplexity_of(measured, held_out.validation)
         console.print(
             f"perplexity {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%}), on "

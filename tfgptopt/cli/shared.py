@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)
 
+# Of files that generate, evaluate and the like read.
+FILE_SUFFIXES = (".tflite", ".litertlm")
+
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 StrategyName = Annotated[

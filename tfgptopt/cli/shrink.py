@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from tfgptopt.cli.shared import (
+    FILE_SUFFIXES,
     Force,
     console,
     load,
@@ -41,7 +42,8 @@ def shrink(
         str, typer.Argument(help="KerasHub preset (folder, name, hf://) or Hugging Face folder.")
     ],
     path: Annotated[
-        Path, typer.Argument(help="Folder for the smaller preset, or a name ending with .tflite.")
+        Path,
+        typer.Argument(help="Folder of the smaller preset, or a .tflite or .litertlm file."),
     ],
     calibration: Annotated[
         list[str], typer.Option(help="Text or records that show which parts matter.")
@@ -98,7 +100,7 @@ def shrink(
     data = corpus.train.take(_CALIBRATION_ROWS // _AT_ONCE)
     small = tfgptopt.shrink(model, calibration=data, **settings)  # type: ignore[arg-type]
     console.print(_table(model, small))
-    if target.suffix == ".tflite":
+    if target.suffix in FILE_SUFFIXES:
         tfgptopt.export(small, target, overwrite=force)
     else:
         with replacing(target) as folder:

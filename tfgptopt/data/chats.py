@@ -27,6 +27,7 @@ from tfgptopt.generation.tokenizing import TextTokenizer
 _ATTRIBUTE = "chat_template"
 # Known templates by the beginning of a tokenizer's class, where its vocabulary has the tokens.
 _FAMILIES = (
+    ("Gemma4", "gemma4"),
     ("Gemma", "gemma"),
     ("Llama3", "llama3"),
     ("Qwen", "qwen"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import keras
 import keras_hub
 
@@ -94,8 +96,9 @@ def read_decoder(model: keras.Layer) -> DecoderSpec:
 
     Args:
         model: A causal LM of KerasHub, or its backbone, dressed or plain. Families with a reader:
-            Bloom, Falcon, Gemma 1 to 3, GPT-2, GPT-NeoX, Llama, Mistral, OPT, Phi-3, Qwen 2 and 3,
-            SmolLM3; and those of `tfgptopt.families.register`.
+            Bloom, Falcon, Gemma 1 to 4, Gemma 3n, GPT-2, GPT-NeoX, Llama, Mistral, OPT, Phi-3, Qwen
+            2 and 3, SmolLM3; the mixtures Mixtral, Qwen MoE, Qwen 3 MoE; and those of
+            `tfgptopt.families.register`.
 
     Returns:
         `DecoderSpec` with the weights as training rounds them.
@@ -118,4 +121,11 @@ def read_known(model: keras.Layer) -> DecoderSpec:
     backbone: keras.Model = getattr(model, "backbone", model)
     layout = layout_of(backbone)
     assert layout is not None
-    return read_with(backbone, layout, _ARITHMETIC.get(type(backbone), Arithmetic()))
+    found = read_with(backbone, layout, _ARITHMETIC.get(type(backbone), Arithmetic()))
+    cap = getattr(model, "final_logit_cap", None)  # Gemma 4's, outside of its backbone.
+    if cap is not None and found.logit_soft_cap is not None:
+        raise ValueError(
+            f"{type(model).__name__} caps its logits twice, `final_logit_cap={cap}` behind the "
+            f"backbone's {found.logit_soft_cap}: a decoder has one soft cap. Leave one out."
+        )
+    return found if cap is None else replace(found, logit_soft_cap=float(cap))

@@ -9,6 +9,8 @@ import keras
 import keras_hub
 import numpy as np
 
+from tfgptopt.decoder.experts import MIXTURE_ARITHMETIC
+from tfgptopt.decoder.gemma import GEMMA_ARITHMETIC
 from tfgptopt.decoder.reader import Arithmetic
 from tfgptopt.decoder.reading import alibi_slopes, as_floats, read_rotary
 from tfgptopt.decoder.spec import Attention, Rotary
@@ -39,31 +41,6 @@ def _qwen(block: keras.Layer, attention: Attention) -> Attention:
 
 def _qwen3(block: keras.Layer, attention: Attention) -> Attention:
     return replace(attention, window=block.sliding_window_size or None)
-
-
-def _gemma(block: keras.Layer, attention: Attention) -> Attention:
-    # The attention layer does not get every setting of the backbone: its own are what it computes.
-    # Gemma 1 and 2 interleave the turned halves, of queries and keys alike: no product differs.
-    inner, scale = block.attention, attention.scale
-    if not inner.query_head_dim_normalize:
-        scale = (inner.hidden_dim // inner.num_query_heads) ** -0.5
-    return replace(
-        attention,
-        scale=scale,
-        window=inner.sliding_window_size if inner.use_sliding_window_attention else None,
-        logit_soft_cap=inner.logit_soft_cap,
-    )
-
-
-def _check_gemma3(backbone: keras.Model) -> None:
-    refused = {
-        "a vision encoder (give `vision_encoder=None`)": backbone.vision_encoder is not None,
-        "`use_bidirectional_attention=True`": backbone.use_bidirectional_attention,
-        "`is_embedding_model=True`": backbone.is_embedding_model,
-    }
-    for what, given in refused.items():
-        if given:
-            raise ValueError(f"A Gemma 3 with {what} cannot be exported as a decoder of text.")
 
 
 def _gpt_neo_x_rotary(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary:
@@ -102,7 +79,6 @@ def _smollm3_rotary(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotar
 
 
 _NORMS_FIRST = Arithmetic(check_block=_check_norms_first)
-_GEMMA = Arithmetic(activation="gelu_tanh", attention=_gemma)
 
 # Llama and Llama 3 add nothing: KerasHub ignores their `rope_position_scaling_factor`.
 ARITHMETIC: dict[type, Arithmetic] = {
@@ -110,12 +86,12 @@ ARITHMETIC: dict[type, Arithmetic] = {
     keras_hub.models.FalconBackbone: Arithmetic(attention=_falcon),
     keras_hub.models.GPT2Backbone: _NORMS_FIRST,
     keras_hub.models.GPTNeoXBackbone: Arithmetic(rotary=_gpt_neo_x_rotary),
-    keras_hub.models.Gemma3Backbone: replace(_GEMMA, check_backbone=_check_gemma3),
-    keras_hub.models.GemmaBackbone: _GEMMA,
     keras_hub.models.MistralBackbone: Arithmetic(attention=_mistral),
     keras_hub.models.OPTBackbone: _NORMS_FIRST,
     keras_hub.models.Phi3Backbone: Arithmetic(rotary=_phi3_rotary),
     keras_hub.models.Qwen3Backbone: Arithmetic(attention=_qwen3),
     keras_hub.models.QwenBackbone: Arithmetic(attention=_qwen),
     keras_hub.models.SmolLM3Backbone: Arithmetic(activation="silu", rotary=_smollm3_rotary),
+    **GEMMA_ARITHMETIC,
+    **MIXTURE_ARITHMETIC,
 }

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from tfgptopt.decoder.mixtures import Mixture
 from tfgptopt.decoder.reading import (
     as_floats,
     read_activation,
@@ -38,6 +39,18 @@ def _as_it_is(block: keras.Layer, attention: Attention) -> Attention:
     return attention
 
 
+def _with_nothing(block: keras.Layer, found: Block) -> Block:
+    return found
+
+
+def _as_laid_out(block: keras.Layer) -> None:
+    """Leaves it to the layout where the neurons are."""
+
+
+def _as_read(backbone: keras.Model, found: DecoderSpec) -> DecoderSpec:
+    return found
+
+
 def _accept(layer: keras.Layer) -> None:
     """Refuses nothing."""
 
@@ -52,12 +65,19 @@ class Arithmetic:
             the `Rotary`, or `None` if this block turns nothing.
         attention: Called with a block and its `Attention` of a plain scale, `head_dim ** -0.5`;
             returns what differs from it.
+        network: Called with a block; returns its feed-forward network, or `None` if that is where
+            the layout says.
+        block: Called with a block and its `Block`; returns what else is in it.
+        decoder: Called with the backbone and its `DecoderSpec`; returns what else is in that.
         check_block, check_backbone: Raise a `ValueError` for settings that no graph computes.
     """
 
     activation: Activation | None = None
     rotary: Callable[[Any, Any, int], Rotary | None] = _rotary_of
     attention: Callable[[Any, Attention], Attention] = _as_it_is
+    network: Callable[[Any], FeedForward | Mixture | None] = _as_laid_out
+    block: Callable[[Any, Block], Block] = _with_nothing
+    decoder: Callable[[Any, DecoderSpec], DecoderSpec] = _as_read
     check_block: Callable[[Any], None] = _accept
     check_backbone: Callable[[Any], None] = _accept
 
@@ -76,7 +96,7 @@ class _Reader:
         table = follow(backbone, layout.token_embedding)
         positions = follow(backbone, layout.positions) if layout.positions else None
         normed = layout.embedding_norm
-        return DecoderSpec(
+        found = DecoderSpec(
             family=type(backbone).__name__,
             config=keras.saving.serialize_keras_object(backbone)["config"],
             token_embedding=read_matrix(table),
@@ -91,6 +111,7 @@ class _Reader:
             logit_soft_cap=getattr(table, "logit_soft_cap", None),
             context_length=None if positions is None else backbone.max_sequence_length,
         )
+        return self.arithmetic.decoder(backbone, found)
 
     def _norm(self, layer: keras.Layer) -> Norm:
         return read_norm(layer, self.layout.norm_offset)
@@ -103,15 +124,16 @@ class _Reader:
     def _block(self, block: keras.Layer) -> Block:
         layout = self.layout
         self.arithmetic.check_block(block)
-        return Block(
+        found = Block(
             attention_norm=self._norm(layout.attention_norm.of(block)),
             attention=self.arithmetic.attention(block, self._attention(block)),
             post_attention_norm=self._norm_at(layout.post_attention_norm, block),
             feedforward_norm=self._norm(layout.feedforward_norm.of(block)),
-            feedforward=self._feedforward(block),
+            feedforward=self.arithmetic.network(block) or self._feedforward(block),
             post_feedforward_norm=self._norm_at(layout.post_feedforward_norm, block),
             parallel=layout.parallel,
         )
+        return self.arithmetic.block(block, found)
 
     def _attention(self, block: keras.Layer) -> Attention:
         layout = self.layout
@@ -128,21 +150,29 @@ class _Reader:
             value=value,
             output=read_matrix(layout.output.of(block)),
             num_heads=heads,
-            num_key_value_heads=key.values.shape[0] // size,
+            num_key_value_heads=0 if key is None else key.values.shape[0] // size,
             head_dim=size,
             scale=size**-0.5,
             rotary=rotary,
             query_norm=self._norm_at(layout.query_norm, block),
             key_norm=self._norm_at(layout.key_norm, block),
+            value_norm=self._norm_at(layout.value_norm, block),
         )
 
-    def _projections(self, block: keras.Layer, heads: int) -> tuple[Matrix, Matrix, Matrix]:
-        """Returns the projections to queries, keys and values."""
+    def _projections(
+        self, block: keras.Layer, heads: int
+    ) -> tuple[Matrix, Matrix | None, Matrix | None]:
+        """Returns the projections to queries, keys and values; some blocks have no keys of theirs,
+        or keys that are values too.
+        """
         layout = self.layout
         if layout.query and layout.key and layout.value:
-            parts = layout.query, layout.key, layout.value
-            query, key, value = (read_matrix(part.of(block)) for part in parts)
-            return query, key, value
+            key, value = (part.of(block) for part in (layout.key, layout.value))
+            return (
+                read_matrix(layout.query.of(block)),
+                None if key is None else read_matrix(key),
+                None if value is None else read_matrix(value),
+            )
         assert layout.query_key_value is not None
         both = read_matrix(layout.query_key_value.of(block))
         # Each head holds its query, key and value one after the other.

@@ -84,7 +84,8 @@ def read_head(embedding: keras.Layer) -> Matrix | None:
 
 
 def read_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> Norm:
-    """Reads a layer normalization, or a root-mean-square one (with `scale` in place of `gamma`).
+    """Reads a layer normalization, or a root-mean-square one (with `scale` in place of `gamma`, or
+    without any).
 
     Args:
         layer: A built normalization over the last axis.
@@ -94,8 +95,11 @@ def read_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> Norm:
         gamma = as_floats(layer.gamma)
         beta = None if layer.beta is None else as_floats(layer.beta)
         return Norm(layer.path, "layer", gamma, float(layer.epsilon), beta)
-    gamma = np.float32(gamma_offset) + as_floats(layer.scale)
-    return Norm(layer.path, "rms", gamma, float(layer.epsilon))
+    epsilon = layer.epsilon if hasattr(layer, "epsilon") else layer.eps
+    scale = getattr(layer, "scale", None)
+    if not isinstance(scale, keras.Variable):
+        return Norm(layer.path, "rms", None, float(epsilon))
+    return Norm(layer.path, "rms", np.float32(gamma_offset) + as_floats(scale), float(epsilon))
 
 
 def _erf_gelu(x: np.ndarray) -> np.ndarray:

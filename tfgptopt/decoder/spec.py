@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from tfgptopt.model.types import Config
+
+if TYPE_CHECKING:
+    from tfgptopt.decoder.mixtures import Mixture
+    from tfgptopt.decoder.streams import AltUp, Laurel, LayerInput, LayerInputs, Streams
 
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu"]
 
@@ -74,14 +78,14 @@ class Norm:
         name: Path of the layer; no other norm has it.
         kind: `"layer"` subtracts the mean and divides by the standard deviation, `"rms"` divides
             by the root of the mean square.
-        gamma: float32 factor for each feature.
+        gamma: float32 factor for each feature, or `None`.
         epsilon: What is added under the root.
         beta: float32 summand for each feature, or `None`.
     """
 
     name: str
     kind: Literal["layer", "rms"]
-    gamma: np.ndarray
+    gamma: np.ndarray | None
     epsilon: float
     beta: np.ndarray | None = None
 
@@ -122,8 +126,9 @@ class Rotary:
         return (both * self.magnitude).astype(np.float32)
 
     def __str__(self) -> str:
-        longest = 2 * np.pi / float(self.frequencies.min())
-        text = f"rotary over {self.size} features, wavelengths up to {longest:.0f}"
+        turning = self.frequencies[self.frequencies > 0]
+        longest = 2 * np.pi / float(turning.min())
+        text = f"rotary over {2 * turning.size} features, wavelengths up to {longest:.0f}"
         if self.magnitude != 1.0:
             text += f", times {self.magnitude:.3g}"
         if self.long_frequencies is not None:
@@ -136,7 +141,8 @@ class Attention:
     """Causal attention: `softmax(scale * query . key + bias) . value`.
 
     Attributes:
-        query, key, value: Projections, heads one after the other along the outputs.
+        query, key, value: Projections, heads one after the other along the outputs. Without
+            `value` the product with `key` is the value too, without `key` there are neither.
         output: Projection of the attended values.
         num_heads: Heads of the queries.
         num_key_value_heads: Heads of keys and values; each serves as many query heads.
@@ -147,11 +153,13 @@ class Attention:
         window: How many positions a token sees, itself included; `None` for all before it.
         logit_soft_cap: `cap * tanh(score / cap)`, or `None`.
         query_norm, key_norm: Norms over a head before the rotation, or `None`.
+        value_norm: Norm over a head of the values, or `None`.
+        shared_with: Index of the block whose keys and values it attends to, if it has no `key`.
     """
 
     query: Matrix
-    key: Matrix
-    value: Matrix
+    key: Matrix | None
+    value: Matrix | None
     output: Matrix
     num_heads: int
     num_key_value_heads: int
@@ -163,6 +171,8 @@ class Attention:
     logit_soft_cap: float | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    value_norm: Norm | None = None
+    shared_with: int | None = None
 
     def __str__(self) -> str:
         text = f"{self.num_heads} heads of {self.head_dim}"
@@ -173,23 +183,40 @@ class Attention:
         text += ", ALiBi" if self.alibi is not None else ""
         text += f", window {self.window}" if self.window else ""
         text += f", soft cap {self.logit_soft_cap:g}" if self.logit_soft_cap else ""
-        text += ", norm of queries and keys" if self.query_norm else ""
+        text += f", keys and values of layer {self.shared_with}" if self.key is None else ""
+        text += ", keys are values too" if self.key and not self.value else ""
+        normed = {"queries": self.query_norm, "keys": self.key_norm, "values": self.value_norm}
+        names = [name for name, norm in normed.items() if norm is not None]
+        text += f", norm of {' and '.join(names)}" if names else ""
         return text + (", biases" if self.query.bias is not None else "")
 
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
-    """`down(activation(up(x)))`, or gated: `down(activation(gate(x)) * up(x))`."""
+    """`down(activation(up(x)))`, or gated: `down(activation(gate(x)) * up(x))`.
+
+    Attributes:
+        up, down, gate: The projections; no `gate` if it is not gated.
+        activation: Of the neurons, or of the gate.
+        cutoff: What a gate must exceed to be more than zero before its activation, in standard
+            deviations above the mean of all gates of a token; it loses as much. `None`: no limit.
+    """
 
     up: Matrix
     down: Matrix
     activation: Activation
     gate: Matrix | None = None
+    cutoff: float | None = None
+
+    def matrices(self) -> list[Matrix]:
+        """Returns the weights of products."""
+        return [*([] if self.gate is None else [self.gate]), self.up, self.down]
 
     def __str__(self) -> str:
         gated = "gated " if self.gate else ""
         biases = ", biases" if self.up.bias is not None else ""
-        return f"{gated}{self.activation} of {self.up.values.shape[0]}{biases}"
+        cut = "" if self.cutoff is None else f" above {self.cutoff:.3g} deviations"
+        return f"{gated}{self.activation}{cut} of {self.up.values.shape[0]}{biases}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,34 +224,50 @@ class Block:
     """One decoder layer.
 
     One after the other: `x += attention(norm(x))`, then `x += feedforward(norm(x))`. Parallel: both
-    read the same `x`. A post-norm is applied to a branch before it is added.
+    read the same `x`. A post-norm is applied to a branch before it is added. What the layer's own
+    input of each token gives is added behind the branches, then all is multiplied by `scale`.
 
     Attributes:
         attention_norm, feedforward_norm: Norms before the branches.
         attention, feedforward: The branches.
         post_attention_norm, post_feedforward_norm: Norms behind the branches, or `None`.
         parallel: Whether both branches read the same input.
+        layer_input: What becomes of the layer's own input of each token, or `None`.
+        scale: Factor on what the block gives.
+        altup, laurel: What Gemma 3n computes besides, or `None`.
     """
 
     attention_norm: Norm
     attention: Attention
     feedforward_norm: Norm
-    feedforward: FeedForward
+    feedforward: FeedForward | Mixture
     post_attention_norm: Norm | None = None
     post_feedforward_norm: Norm | None = None
     parallel: bool = False
+    layer_input: LayerInput | None = None
+    scale: float = 1.0
+    altup: AltUp | None = None
+    laurel: Laurel | None = None
+
+    @property
+    def extras(self) -> list[LayerInput | AltUp | Laurel]:
+        """What there is besides the two branches."""
+        found = (self.altup, self.laurel, self.layer_input)
+        return [extra for extra in found if extra is not None]
 
     def matrices(self) -> list[Matrix]:
         """Returns the weights of products."""
-        a, f = self.attention, self.feedforward
-        gate = [] if f.gate is None else [f.gate]
-        return [a.query, a.key, a.value, a.output, *gate, f.up, f.down]
+        a = self.attention
+        found = [a.query, a.key, a.value, a.output, *self.feedforward.matrices()]
+        found += [matrix for extra in self.extras for matrix in extra.matrices()]
+        return [matrix for matrix in found if matrix is not None]
 
     def norms(self) -> list[Norm]:
         """Returns the norms that there are."""
         a = self.attention
-        found = [self.attention_norm, a.query_norm, a.key_norm, self.post_attention_norm]
-        found += [self.feedforward_norm, self.post_feedforward_norm]
+        found = [self.attention_norm, a.query_norm, a.key_norm, a.value_norm]
+        found += [self.post_attention_norm, self.feedforward_norm, self.post_feedforward_norm]
+        found += [norm for extra in self.extras for norm in extra.norms()]
         return [norm for norm in found if norm is not None]
 
     def __str__(self) -> str:
@@ -233,6 +276,8 @@ class Block:
         return (
             f"{form}{self.attention_norm.kind} norms before{posts} the branches; "
             f"attention: {self.attention}; feed-forward: {self.feedforward}"
+            + "".join(f"; {extra}" for extra in self.extras)
+            + (f"; times {self.scale:.3g}" if self.scale != 1.0 else "")
         )
 
 
@@ -252,6 +297,8 @@ class DecoderSpec:
         embedding_norm: Norm of the embeddings, or `None`.
         logit_soft_cap: `cap * tanh(logit / cap)`, or `None`.
         context_length: Positions that the model has, in tokens; `None` for any number.
+        layer_inputs: What each layer reads of each token besides the stream, or `None`.
+        streams: How one stream becomes several and one again, or `None`.
     """
 
     family: str
@@ -265,6 +312,8 @@ class DecoderSpec:
     embedding_norm: Norm | None = None
     logit_soft_cap: float | None = None
     context_length: int | None = None
+    layer_inputs: LayerInputs | None = None
+    streams: Streams | None = None
 
     @property
     def hidden_dim(self) -> int:
@@ -277,10 +326,14 @@ class DecoderSpec:
         return self.token_embedding.values.shape[0]
 
     @property
-    def cache_shape(self) -> tuple[int, int, int]:
-        """Shape of the keys, and of the values, of each layer, if there is a context length."""
-        attention = self.blocks[0].attention
-        return attention.num_key_value_heads, self.context_length or 0, attention.head_dim
+    def caches(self) -> dict[int, tuple[int, int, int]]:
+        """Shapes of the keys, and of the values, of the blocks that have some, by their indices."""
+        attentions = [block.attention for block in self.blocks]
+        return {
+            i: (one.num_key_value_heads, self.context_length or 0, one.head_dim)
+            for i, one in enumerate(attentions)
+            if one.key is not None
+        }
 
     def with_context(self, length: int) -> DecoderSpec:
         """Returns the same decoder with a number of positions."""
@@ -296,6 +349,12 @@ class DecoderSpec:
             yield from block.matrices()
         if self.head is not None:
             yield self.head
+        for extra in self._extras:
+            yield from extra.matrices()
+
+    @property
+    def _extras(self) -> list[LayerInputs | Streams]:
+        return [extra for extra in (self.layer_inputs, self.streams) if extra is not None]
 
     def norms(self) -> Iterator[Norm]:
         """Yields every norm."""
@@ -303,6 +362,8 @@ class DecoderSpec:
             yield self.embedding_norm
         for block in self.blocks:
             yield from block.norms()
+        for extra in self._extras:
+            yield from extra.norms()
         yield self.final_norm
 
     def __str__(self) -> str:
@@ -312,6 +373,7 @@ class DecoderSpec:
         extras += ["norm of the embeddings"] * (self.embedding_norm is not None)
         extras += ["own head" if self.head is not None else "tied head"]
         extras += [f"logit soft cap {self.logit_soft_cap:g}"] if self.logit_soft_cap else []
+        extras += [str(extra) for extra in self._extras]
         lines = [
             f"{self.family}: {len(self.blocks)} layers, width {self.hidden_dim}, vocabulary "
             f"{self.vocabulary_size}, context {self.context_length or 'free'}, weights of {bits} "

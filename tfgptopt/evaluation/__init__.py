@@ -52,10 +52,10 @@ def evaluate(
 ) -> list[Result]:
     """Measures Keras models and exported files side by side, each as itself.
 
-    A `.tflite` file is scored through its own signatures, not through the model it came from.
+    An exported file is scored through its own signatures, not through the model it came from.
 
     Args:
-        models: Names to causal LMs of KerasHub, or to paths of `.tflite` files.
+        models: Names to causal LMs of KerasHub, or to paths of exported files.
         data: Batches of `({"token_ids", "padding_mask"}, labels, sample_weight)`, such as
             `Corpus.validation`.
         prompt: Token ids to generate from. Defaults to `None`: the first 16 of `data`.
@@ -82,7 +82,7 @@ def evaluate(
     for name, model in models.items():
         if not isinstance(model, keras_hub.models.CausalLM | str | Path):
             raise ValueError(
-                f"'{name}' is neither a keras_hub.models.CausalLM nor a path of a .tflite file. "
+                f"'{name}' is neither a keras_hub.models.CausalLM nor a path of an exported file. "
                 f"Received: {model!r} (of type {type(model)})"
             )
     if prompt is None:

@@ -7,15 +7,17 @@ from pathlib import Path
 import keras
 
 from tfgptopt.exporting.formats import Format, check_format, format_of, register_format
+from tfgptopt.exporting.litertlm.format import LiteRTLM
 from tfgptopt.exporting.saved_model import SavedModel
 from tfgptopt.exporting.tflite.format import TFLite
 from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.terminal.progress import Verbose, showing, stage
 
-__all__ = ["Format", "SavedModel", "TFLite", "export", "register_format"]
+__all__ = ["Format", "LiteRTLM", "SavedModel", "TFLite", "export", "register_format"]
 
 register_format(TFLite)
+register_format(LiteRTLM)
 register_format(SavedModel)
 
 
@@ -26,7 +28,8 @@ def export(
     overwrite: bool = False,
     verbose: Verbose = "auto",
 ) -> Path:
-    """Exports a model as TFLite (a name that ends with `.tflite`) or SavedModel (a folder).
+    """Exports a model as TFLite (a name that ends with `.tflite`), LiteRT-LM (`.litertlm`) or
+    SavedModel (a folder).
 
     The model may be dressed by pruning and quantization, finalized, or plain (float32 weights).
     It is not changed.
@@ -34,8 +37,8 @@ def export(
     Args:
         model: A built Keras 3 model.
         path: Where to write.
-        format: `TFLite(...)`, `SavedModel()`, or another that was written for this. Defaults to
-            `None`: what the name of `path` stands for, with its default settings.
+        format: `TFLite(...)`, `LiteRTLM(...)`, `SavedModel()`, or another that was written for
+            this. Defaults to `None`: what the name of `path` stands for, with its default settings.
         overwrite: bool. Replace an existing file or folder. Defaults to `False`.
         verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
             terminals and notebooks.
@@ -55,6 +58,7 @@ def export(
     tfgptopt.export(gpt, "gpt.tflite")
     print(tfgptopt.TFLiteCausalLM("gpt.tflite").generate("import os"))
     tfgptopt.export(gpt, "short.tflite", TFLite(context_length=256))
+    tfgptopt.export(gpt, "gpt.litertlm")  # For phones; needs `litert-lm-builder`.
     tfgptopt.export(gpt, "gpt_saved_model")
     ```
     """

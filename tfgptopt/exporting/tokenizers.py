@@ -10,7 +10,7 @@ import numpy as np
 
 from tfgptopt.data.portable import Portable, portable
 
-_TURN = "<end_of_turn>"
+_TURNS = ("<end_of_turn>", "<turn|>")  # Of Gemma 1 to 3 and 3n, and of Gemma 4.
 _PROBES = (
     "a",
     " a  b   c ",
@@ -71,6 +71,6 @@ def end_token_ids(tokenizer: keras_hub.tokenizers.Tokenizer | None) -> list[int]
     found = [getattr(tokenizer, name, None) for name in ("end_token_id", "end_token2_id")]
     if isinstance(tokenizer, keras_hub.tokenizers.SentencePieceTokenizer):
         # In the vocabulary of Gemma, whose tokenizer has no name for it.
-        turn = tokenizer.token_to_id(_TURN)
-        found.append(turn if tokenizer.id_to_token(turn) == _TURN else None)
+        turns = {name: tokenizer.token_to_id(name) for name in _TURNS}
+        found += [turn for name, turn in turns.items() if tokenizer.id_to_token(turn) == name]
     return list(dict.fromkeys(int(token) for token in found if token is not None))

@@ -70,6 +70,18 @@ QWEN3 = replace(
     query_norm=Part("_self_attention_layer._query_dense_layer_norm", kind="inner"),
     key_norm=Part("_self_attention_layer._key_dense_layer_norm", kind="inner"),
 )
+# Of mixtures, `tfgptopt.decoder.experts` says where the neurons are.
+MIXTRAL = replace(
+    LLAMA,
+    query=_query("_self_attention_layer.query_dense"),
+    key=_key("_self_attention_layer.key_dense"),
+    value=_key("_self_attention_layer.value_dense"),
+    output=_output("_self_attention_layer.output_dense"),
+    activation=None,
+    shrinks=False,
+)
+QWEN_MOE = replace(MIXTRAL, output=LLAMA.output)
+QWEN3_MOE = replace(QWEN3, activation=None, shrinks=False)
 PHI3 = Layout(
     attention="attention",
     query=_query("attention.query_dense"),
@@ -125,6 +137,38 @@ GEMMA3 = replace(
     key_norm=Part("attention.key_norm", kind="inner"),
     gates_in_intermediate=False,
     shrinks=False,
+    towers=("vision_encoder",),
+)
+GEMMA4 = replace(
+    GEMMA3,
+    value_norm=Part("attention.value_norm", kind="inner"),
+    head_dim=None,
+    norm_offset=0.0,
+    towers=("vision_encoder", "audio_encoder"),
+)
+GEMMA3N = Layout(
+    attention="attention",
+    query=Part("attention.q_proj", kind="query"),
+    key=Part("attention.k_proj"),
+    value=Part("attention.v_proj"),
+    output=Part("attention.o_proj", kind="writes"),
+    gate=Part("mlp.gate_proj"),
+    up=Part("mlp.up_proj"),
+    down=Part("mlp.down_proj", kind="writes"),
+    attention_norm=_norm("input_layernorm"),
+    feedforward_norm=_norm("pre_feedforward_layernorm"),
+    post_attention_norm=_post_norm("post_attention_layernorm"),
+    post_feedforward_norm=_post_norm("post_feedforward_layernorm"),
+    query_norm=Part("attention.q_norm", kind="inner"),
+    key_norm=Part("attention.k_norm", kind="inner"),
+    value_norm=Part("attention.v_norm", kind="inner"),
+    rotary="attention.rotary_embedding",
+    activation="mlp.act_fn",
+    heads="num_attention_heads",
+    blocks="language_model.transformer_layers",
+    token_embedding="language_model.embed_tokens.embedding",
+    final_norm="language_model.final_normalization",
+    towers=("vision_encoder", "audio_encoder"),
 )
 BLOOM = replace(
     GPT2,
@@ -170,13 +214,18 @@ LAYOUTS: dict[type, Layout] = {
     keras_hub.models.GPT2Backbone: GPT2,
     keras_hub.models.GPTNeoXBackbone: GPT_NEO_X,
     keras_hub.models.Gemma3Backbone: GEMMA3,
+    keras_hub.models.Gemma3nBackbone: GEMMA3N,
+    keras_hub.models.Gemma4Backbone: GEMMA4,
     keras_hub.models.GemmaBackbone: GEMMA,
     keras_hub.models.Llama3Backbone: LLAMA,
     keras_hub.models.LlamaBackbone: LLAMA,
     keras_hub.models.MistralBackbone: replace(LLAMA, head_dim="head_dim"),
+    keras_hub.models.MixtralBackbone: MIXTRAL,
     keras_hub.models.OPTBackbone: replace(GPT2, positions="embeddings.position_embedding"),
     keras_hub.models.Phi3Backbone: PHI3,
     keras_hub.models.Qwen3Backbone: QWEN3,
+    keras_hub.models.Qwen3MoeBackbone: QWEN3_MOE,
     keras_hub.models.QwenBackbone: LLAMA,
+    keras_hub.models.QwenMoeBackbone: QWEN_MOE,
     keras_hub.models.SmolLM3Backbone: SMOLLM3,
 }

@@ -55,12 +55,13 @@ class Layout:
         up, down: The projections to and from the neurons.
         attention_norm, feedforward_norm: The norms before the branches.
         attention: Path of the layer that computes attention. Defaults to `""`: the block itself.
-        query, key, value: The projections of each, or `None` if they are one.
+        query, key, value: The projections of each, or `None` if they are one. A block may lack
+            `value`, if its keys are its values, and both, if it shares those of another block.
         query_key_value: One projection for all three, or `None`: of each head its query, key and
             value, one after the other.
         gate: The projection that gates the neurons, or `None`.
         post_attention_norm, post_feedforward_norm: Norms behind the branches, or `None`.
-        query_norm, key_norm: Norms over a head, or `None`.
+        query_norm, key_norm, value_norm: Norms over a head, or `None`.
         rotary: Path of the layer that turns queries and keys, or `None`.
         activation: Path of the activation of the neurons, or `None` if the family has a fixed one.
         parallel: Whether both branches of a block read the same input.
@@ -74,6 +75,8 @@ class Layout:
         scales_tokens: Whether looked-up tokens are multiplied with `sqrt(hidden_dim)`.
         gates_in_intermediate: Whether `intermediate_dim` counts gates and neurons together.
         shrinks: Whether surgery knows all of it: every part then has `axes`.
+        towers: Settings that may hold encoders of images or sound; what reads text alone leaves
+            them out.
         own_layers: Classes of layers from outside Keras and KerasHub that this layout describes.
 
     Raises:
@@ -95,6 +98,7 @@ class Layout:
     post_feedforward_norm: Part | None = None
     query_norm: Part | None = None
     key_norm: Part | None = None
+    value_norm: Part | None = None
     rotary: str | None = None
     activation: str | None = None
     parallel: bool = False
@@ -110,6 +114,7 @@ class Layout:
     scales_tokens: bool = False
     gates_in_intermediate: bool = False
     shrinks: bool = False
+    towers: tuple[str, ...] = ()
     own_layers: tuple[type, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What takes the bytes of a `.tflite` file: its constants, by the part of the model they are of."""
+"""What takes the bytes of a file: its constants, by the part of the model they are of."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ class Part:
         return 8.0 * self.size / max(self.elements, 1)
 
 
-def parts_of(path: str | Path) -> list[Part]:
+def parts_of(path: str | Path, begin: int = 0) -> list[Part]:
     """Returns what takes the bytes of a file, matrices first, in the order of the file.
 
     Args:
-        path: A whole `.tflite` file.
+        path: A whole file.
+        begin: Where its TFLite model begins. Defaults to 0.
 
     Returns:
         List of `Part`. What they do not account for is the graph and what the file says of itself.
@@ -53,7 +54,7 @@ def parts_of(path: str | Path) -> list[Part]:
         Path(path).open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
-        model = schema.Model.GetRootAs(data)
+        model = schema.Model.GetRootAs(data, begin)
         seen: set[int] = set()
         graph = model.Subgraphs(0)
         of_blocks = {scales for i in range(graph.TensorsLength())

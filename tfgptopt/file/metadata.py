@@ -48,10 +48,10 @@ class DecoderShape:
     """What a runtime must know of a decoder.
 
     Attributes:
-        num_layers: Number of layers, each with keys and values in the cache.
+        num_layers: Number of layers that have keys and values in the cache.
         num_heads: Number of query heads.
-        num_key_value_heads: Number of heads of keys and values.
-        head_dim: Numbers of a key.
+        num_key_value_heads: Number of heads of keys and values, of the first layer.
+        head_dim: Numbers of a key, of the first layer.
         cache_dtype: `"float32"` or `"int8"`.
         resizable: Whether caches may have fewer positions than the context.
         context_length: Most tokens of a text.

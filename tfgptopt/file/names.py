@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tfgptopt.file.metadata import CacheDtype
 
-TOKENS, POSITIONS, LOGITS = "tokens", "input_pos", "logits"
+TOKENS, POSITIONS, MASK, LOGITS = "tokens", "input_pos", "mask", "logits"
 KEYS, VALUES = "kv_cache_k", "kv_cache_v"
 
 # The signature that appends positions to the cache of a layer, and what it appends.

@@ -57,7 +57,6 @@ class Caches:
         self._model = model
         self._name = name
         self._context_length = decoder.context_length
-        self._layers = decoder.num_layers
         self._resizable = decoder.resizable
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
@@ -69,6 +68,10 @@ class Caches:
             if key not in (TOKENS, POSITIONS):
                 heads, _, size = (int(n) for n in tensor["shape"])
                 self._parts[key] = (heads, size, np.dtype(tensor["dtype"]))
+        # Caches of one shape grow together.
+        self._alike: dict[tuple[int, int], list[int]] = {}
+        for layer in range(decoder.num_layers):
+            self._alike.setdefault(self._parts[in_layer(KEYS, layer)][:2], []).append(layer)
 
     def room_for(self, tokens: int) -> int:
         """Returns how many positions a cache of so many tokens should have."""
@@ -115,24 +118,29 @@ class Caches:
 
     def _grow(self, cache: Cache, positions: int) -> None:
         """Gives a cache more positions, layer by layer, so that little is held twice."""
-        extra = positions - cache.positions
-        index = self._model.get_signature_index(GROW)
-        rooms = {}
-        for i, name in enumerate(self._inputs[GROW]):
-            # Layers are alike, and room is shaped as keys.
-            heads, size, dtype = self._parts[in_layer(name.replace(ROOM, KEYS), 0)]
-            count = extra if name.startswith(ROOM) else cache.positions
-            self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
-            if name.startswith(ROOM):
-                rooms[name] = self._model.create_input_buffer_by_name(GROW, name)
-                rooms[name].write(np.zeros((heads, extra, size), dtype))
         try:
-            for layer in range(self._layers):
-                self._grow_layer(cache, layer, rooms)
+            for layers in self._alike.values():
+                rooms = self._rooms_for(layers[0], cache.positions, positions - cache.positions)
+                for layer in layers:
+                    self._grow_layer(cache, layer, rooms)
             cache.positions = positions
         except BaseException:  # Layers of two sizes are of no use.
             cache.buffers, cache.positions, cache.tokens = {}, 0, []
             raise
+
+    def _rooms_for(self, layer: int, positions: int, extra: int) -> Buffers:
+        """Fits the signature that grows to a layer; returns the zeros that it appends."""
+        index = self._model.get_signature_index(GROW)
+        rooms = {}
+        for i, name in enumerate(self._inputs[GROW]):
+            # Room is shaped as keys.
+            heads, size, dtype = self._parts[in_layer(name.replace(ROOM, KEYS), layer)]
+            count = extra if name.startswith(ROOM) else positions
+            self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
+            if name.startswith(ROOM):
+                rooms[name] = self._model.create_input_buffer_by_name(GROW, name)
+                rooms[name].write(np.zeros((heads, extra, size), dtype))
+        return rooms
 
     def _grow_layer(self, cache: Cache, layer: int, rooms: Buffers) -> None:
         names = [name for name in self._inputs[GROW] if name not in rooms]

@@ -36,7 +36,8 @@ class TFLiteCausalLM:
     A prompt that begins like the one before it is read from where they differ.
 
     Args:
-        path: The `.tflite` file.
+        path: The `.tflite` file, or a `.litertlm` bundle, whose model is kept in a file of its
+            own in the folder of `weight_cache`, since LiteRT maps only whole files.
         num_threads: int. Threads for the kernels. Defaults to `None`: all cores.
         weight_cache: Folder for the weights as the CPU's kernels want them, so that the file loads
             in an instant the second time; `False` for none. Defaults to `True`: the folder that
@@ -45,6 +46,7 @@ class TFLiteCausalLM:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ImportError: If the file is a bundle, and `litert-lm-builder` is not installed.
         ValueError: If the file is no TFLite file, is damaged or was cut off, was not written by
             tfgptopt, has another version of the format, or was replaced while it was being loaded.
 
@@ -253,8 +255,9 @@ class TFLiteCausalLM:
 
         Args:
             system: What the model is told first. Defaults to `None`: nothing.
-            template: A `ChatTemplate`, the name of a known one (`"gemma"`, `"llama3"`, `"chatml"`,
-                `"qwen"`, `"smollm"`, `"phi3"`), or Jinja. Defaults to `None`: the file's own.
+            template: A `ChatTemplate`, the name of a known one (`"gemma"`, `"gemma4"`, `"llama3"`,
+                `"chatml"`, `"qwen"`, `"smollm"`, `"phi3"`), or Jinja. Defaults to `None`: the
+                file's own.
             speculative: As for `generate`. Defaults to `None`.
 
         Raises:

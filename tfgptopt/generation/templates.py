@@ -231,6 +231,14 @@ _GEMMA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
+_GEMMA4 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' "
+    "+ message['content'] | trim + '<turn|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\\n' }}{% endif %}"
+)
 _LLAMA3 = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -251,6 +259,7 @@ _PHI3 = (
 # Those of published models, shortened to what turns of text need.
 KNOWN: dict[str, ChatTemplate] = {
     "gemma": ChatTemplate(_GEMMA, ("<end_of_turn>",), "<bos>", "<eos>"),
+    "gemma4": ChatTemplate(_GEMMA4, ("<turn|>",), "<bos>", "<eos>"),
     "llama3": ChatTemplate(
         _LLAMA3, ("<|eot_id|>", "<|end_of_text|>"), "<|begin_of_text|>", "<|eot_id|>"
     ),

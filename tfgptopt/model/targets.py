@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 import keras
 
 from tfgptopt.backend import require_tensorflow
+from tfgptopt.model.experts import ExpertProduct, open_experts
+from tfgptopt.model.repairing import never_called
 
 require_tensorflow()
 
@@ -62,6 +64,11 @@ class Target:
             inputs *= int(self.variable.shape[axis])
         return inputs, self.size // inputs
 
+    @property
+    def expert_axis(self) -> int | None:
+        """Axis of the variable that counts the experts of a mixture, or `None`."""
+        return 0 if isinstance(self.layer, ExpertProduct) else None
+
     def to_matrix(self, values: Any) -> Any:
         """Returns a tensor of the variable's shape as `(inputs, outputs)`."""
         order = self.input_axes + self.output_axes
@@ -99,7 +106,9 @@ def _einsum_axes(equation: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple
 
 def _unseen(layer: keras.Layer) -> Skipped | None:
     """Returns why the matrices of a layer of another kind are no targets, if it has some."""
-    matrices = [v for v in layer._trainable_variables if len(v.shape) > 1 and v.trainable]
+    known = open_experts(layer)
+    found = [v for v in layer._trainable_variables if id(v) not in known]
+    matrices = [v for v in found if len(v.shape) > 1 and v.trainable]
     if not matrices:
         return None
     shapes = ", ".join("x".join(str(n) for n in v.shape) for v in matrices)
@@ -151,6 +160,7 @@ def _layers_in_order(layer: keras.Layer, seen: set[int]) -> Iterator[keras.Layer
     if id(layer) in seen:
         return
     seen.add(id(layer))
+    open_experts(layer)
     yield layer
     for inner in layer._layers:
         yield from _layers_in_order(inner, seen)
@@ -169,7 +179,12 @@ def _head_of(chosen: list[Target]) -> Target | None:
 
 def candidates(model: keras.Layer) -> Iterator[Target | Skipped]:
     """Yields every target of a model, frozen or not, and every candidate that is none."""
-    described = [_describe(layer) for layer in _layers_in_order(model, set())]
+    layers = list(_layers_in_order(model, set()))
+    idle = {id(inner) for layer in layers for inner in never_called(layer)}
+    described = [
+        Skipped(layer.path, "never called") if id(layer) in idle else _describe(layer)
+        for layer in layers
+    ]
     found = [item for item in described if item is not None]
     head = _head_of([item for item in found if isinstance(item, Target)])
     for item in found:

@@ -99,6 +99,11 @@ class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
             return _keep_mask(rows, _round_looked_up(found[0], rows, inputs))
         return self._call_rounded(found[0], inputs, *args, **kwargs)
 
+    def as_head(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns logits, for models that multiply with a table whose class gives none."""
+        table = keras.ops.cast(self.rounded(), inputs.dtype)
+        return keras.ops.matmul(self._round_rows(inputs), keras.ops.transpose(table))
+
 
 def _round_looked_up(quantizer: Quantizer, rows: tf.Tensor, ids: Any) -> tf.Tensor:
     """Rounds rows of a table as the table itself is rounded."""

@@ -105,9 +105,12 @@ def quantize(
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     with changing(model), showing(verbose):
         try:
-            _check_data(model, chosen, data)
-            _balance(model, chosen, balances, data)
-            _round(model, chosen, final, data)
+            told = _told_by_data(chosen, bool(balances) or final == "gptq")
+            _check_data(model, told, data)
+            _balance(model, told, balances, data)
+            if final == "gptq":
+                _round_blocks(model, [(t, s) for t, s in told if t.role != "embedding"], data)
+            _round(chosen, final)
         except BaseException:
             for target, _ in chosen:
                 if layers.is_dressed(target.layer):
@@ -169,6 +172,18 @@ def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Dat
     )
 
 
+def _told_by_data(chosen: list[tuple[Target, Spec]], read: bool) -> list[tuple[Target, Spec]]:
+    """Returns the weights that data tells something of, and warns of the others if it is read."""
+    told = [(target, spec) for target, spec in chosen if target.expert_axis is None]
+    if read and len(told) < len(chosen):
+        warnings.warn(
+            f"{len(chosen) - len(told)} weights of experts are rounded without data: which tokens "
+            "each expert reads is not calibrated.",
+            stacklevel=4,
+        )
+    return told
+
+
 def _balance(
     model: keras.Layer, chosen: list[tuple[Target, Spec]], kinds: list[Balance], data: Data
 ) -> None:
@@ -182,11 +197,8 @@ def _balance(
         balance(model, chosen, pairs, data, kind)
 
 
-def _round(model: keras.Layer, chosen: list[tuple[Target, Spec]], final: str, data: Data) -> None:
+def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
     """Dresses the chosen layers, with the scales that a method finds."""
-    if final == "gptq":
-        kernels = [(target, spec) for target, spec in chosen if target.role != "embedding"]
-        _round_blocks(model, kernels, data)
     for target, spec in track(chosen, "Rounding"):
         if layers.is_dressed(target.layer):
             continue

@@ -25,6 +25,8 @@ _MASKED = 1e9
 def _joined(name: str, parts: Iterable[Matrix]) -> Matrix | None:
     """Returns matrices of one input as one matrix, or `None` if they are not stored alike."""
     parts = list(parts)
+    if len(parts) == 1:
+        return parts[0]
     if len({part.form for part in parts}) > 1:
         return None
     scales = [part.scale for part in parts if part.scale is not None]
@@ -43,7 +45,7 @@ class Projection:
     """What a layer does to make query, key and value, put together once for all signatures.
 
     Attributes:
-        matrices: All three as one, or one by one if they are not stored alike.
+        matrices: Those that there are as one, or one by one if they are not stored alike.
         norm: Norm over the heads of queries and keys, gamma of shape `(heads, 1, head_dim)`.
         table: Cosines and sines of all positions, or `None`.
     """
@@ -55,7 +57,8 @@ class Projection:
     @classmethod
     def of(cls, attention: Attention, tables: dict[bytes, np.ndarray], context: int) -> Projection:
         """Puts it together; `tables` holds the tables that layers share."""
-        parts = (attention.query, attention.key, attention.value)
+        found = (attention.query, attention.key, attention.value)
+        parts = tuple(part for part in found if part is not None)
         both = _joined(f"{attention.query.name}+key+value", parts)
         table = None
         if attention.rotary is not None:
@@ -71,11 +74,15 @@ def _norm_of_both(attention: Attention) -> Norm | None:
         ValueError: If they are of two kinds.
     """
     first, second = attention.query_norm, attention.key_norm
-    if first is None or second is None:
+    if first is None or first.gamma is None:
         return None
-    if (first.kind, first.epsilon) != (second.kind, second.epsilon):
-        raise ValueError(f"{first.name} and {second.name} must have the same kind and epsilon.")
-    gammas = [first.gamma] * attention.num_heads + [second.gamma] * attention.num_key_value_heads
+    gammas = [first.gamma] * attention.num_heads
+    if attention.key is not None:
+        if second is None or second.gamma is None:
+            return None
+        if (first.kind, first.epsilon) != (second.kind, second.epsilon):
+            raise ValueError(f"{first.name} and {second.name} must have the same kind and epsilon.")
+        gammas += [second.gamma] * attention.num_key_value_heads
     return Norm(f"{first.name}+key", first.kind, np.stack(gammas)[:, None, :], first.epsilon)
 
 
@@ -86,10 +93,13 @@ class Positions:
         graph: The graph of the signature.
         length: Tokens read in one call.
         keys: Keys of a layer, `(key-value heads, positions, head_dim)`.
+        any_length: Whether `length` stands for any number, found when the graph runs.
     """
 
-    def __init__(self, graph: Graph, length: int, keys: Tensor) -> None:
-        self.indices = graph.input(names.POSITIONS, (length,), np.int32)
+    def __init__(self, graph: Graph, length: int, keys: Tensor, any_length: bool) -> None:
+        self.any_length = any_length
+        free = (0,) if any_length else ()
+        self.indices = graph.input(names.POSITIONS, (length,), np.int32, free)
         # Rows follow each other from the first on, whatever the positions of padding are.
         first = op.slice_(graph, self.indices, (0,), (1,))
         self.start = op.pad_vector(graph, first, 1, 1)
@@ -98,20 +108,29 @@ class Positions:
         self._biases: dict[object, Tensor] = {}
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def free(self, axis: int) -> int | None:
+        """Returns an axis of `length`, if that is found when the graph runs, or `None`."""
+        return axis if self.any_length else None
+
     def bias(self, attention: Attention) -> Tensor:
         """Returns what is added to the scores: very negative where a token may not look.
 
-        The shape is `(1, length, positions)`, or `(heads, length, positions)` with ALiBi.
+        The shape is `(1, length, positions)`, or `(heads, length, positions)` with ALiBi. For any
+        length it is repeated along the second axis for each head that shares keys.
         """
         alibi = attention.alibi
-        key = (attention.window, None if alibi is None else alibi.tobytes())
+        copies = attention.num_heads // attention.num_key_value_heads if self.any_length else 1
+        key = (attention.window, None if alibi is None else alibi.tobytes(), copies)
         if key not in self._biases:
-            self._biases[key] = self._make_bias(attention)
+            parts = self._make_biases(attention, copies)
+            joined = parts[0] if copies == 1 else op.concatenate(self._graph, parts, 1)
+            self._biases[key] = joined
         return self._biases[key]
 
-    def _make_bias(self, attention: Attention) -> Tensor:
+    def _make_biases(self, attention: Attention, copies: int) -> list[Tensor]:
         graph, length = self._graph, self.indices.shape[0]
-        rows = op.reshape(graph, op.cast_to_float(graph, self.indices), (1, length, 1))
+        rows = op.cast_to_float(graph, self.indices)
+        rows = op.reshape(graph, rows, (1, length, 1), self.free(1))
         shape = (1, 1, self._keys.shape[1])
         columns = op.reshape(graph, op.indices(graph, self._keys, 1), shape, free=2)
         distance = op.binary(graph, "SUB", rows, columns)
@@ -121,9 +140,10 @@ class Positions:
             refused = op.binary(graph, "MINIMUM", refused, left)
         bias = op.binary(graph, "MUL", refused, op.scalar(graph, _MASKED))
         if attention.alibi is None:
-            return bias
-        slopes = graph.constant(-attention.alibi.reshape(-1, 1, 1))
-        return op.binary(graph, "ADD", op.binary(graph, "MUL", distance, slopes), bias)
+            return [bias] * copies
+        slopes = [-attention.alibi[i::copies].reshape(-1, 1, 1) for i in range(copies)]
+        steps = [op.binary(graph, "MUL", distance, graph.constant(one)) for one in slopes]
+        return [op.binary(graph, "ADD", step, bias) for step in steps]
 
     def turn(self, table: np.ndarray) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines, `(length, size)`, from a table of all positions."""
@@ -131,7 +151,9 @@ class Positions:
             graph, size = self._graph, table.shape[1]
             rows = op.embedding_lookup(graph, self.indices, graph.weight("rotary", table))
             part = (rows.shape[0], size // 2)
-            cosine, sine = (op.slice_(graph, rows, (0, at), part) for at in (0, size // 2))
+            cosine, sine = (
+                op.slice_(graph, rows, (0, at), part, self.free(0)) for at in (0, size // 2)
+            )
             minus = op.binary(graph, "MUL", sine, op.scalar(graph, -1))
             self._turns[id(table)] = (
                 op.concatenate(graph, [cosine, cosine], -1),
@@ -140,13 +162,13 @@ class Positions:
         return self._turns[id(table)]
 
 
-def _turned(graph: Graph, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+def _turned(graph: Graph, x: Tensor, table: np.ndarray, positions: Positions) -> Tensor:
     """Rotates the first features of every head, `(heads, length, head_dim)`."""
     heads, length, head_dim = x.shape
-    size = turn[0].shape[1]
+    turn, size, free = positions.turn(table), table.shape[1], positions.free(1)
     half = (heads, length, size // 2)
-    halves = [op.slice_(graph, x, (0, 0, at), half) for at in (size // 2, 0)]
-    ahead = op.slice_(graph, x, (0, 0, 0), (heads, length, size))
+    halves = [op.slice_(graph, x, (0, 0, at), half, free) for at in (size // 2, 0)]
+    ahead = op.slice_(graph, x, (0, 0, 0), (heads, length, size), free)
     turned = op.binary(
         graph,
         "ADD",
@@ -155,32 +177,44 @@ def _turned(graph: Graph, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     )
     if size == head_dim:
         return turned
-    rest = op.slice_(graph, x, (0, 0, size), (heads, length, head_dim - size))
+    rest = op.slice_(graph, x, (0, 0, size), (heads, length, head_dim - size), free)
     return op.concatenate(graph, [turned, rest], -1)
 
 
 def project(
     graph: Graph, attention: Attention, projection: Projection, x: Tensor, positions: Positions
 ) -> list[Tensor]:
-    """Returns query, key and value of `x`, each `(heads, length, head_dim)`, turned and normed."""
+    """Returns query, key and value of `x`, each `(heads, length, head_dim)`, turned and normed.
+
+    The query alone if the layer has no keys of its own.
+    """
     length, size = x.shape[0], attention.head_dim
     queries, keys = attention.num_heads, attention.num_key_value_heads
+    keys = 0 if attention.key is None else keys
+    values = 0 if attention.value is None else keys
     products = [op.fully_connected(graph, x, matrix) for matrix in projection.matrices]
     both = products[0] if len(products) == 1 else op.concatenate(graph, products, -1)
     if length == 1:
-        by_head = op.reshape(graph, both, (queries + 2 * keys, 1, size))
+        by_head = op.reshape(graph, both, (queries + keys + values, 1, size))
     else:
-        by_head = op.reshape(graph, both, (length, queries + 2 * keys, size))
+        shape = (length, queries + keys + values, size)
+        by_head = op.reshape(graph, both, shape, positions.free(0))
         by_head = op.transpose(graph, by_head, (1, 0, 2))
-    value = op.slice_(graph, by_head, (queries + keys, 0, 0), (keys, length, size))
+    # Without values of their own, keys are values before they are normed and turned.
+    free = positions.free(1)
+    value = op.slice_(graph, by_head, (queries + values, 0, 0), (keys, length, size), free)
     if projection.norm is not None or projection.table is not None:
-        by_head = op.slice_(graph, by_head, (0, 0, 0), (queries + keys, length, size))
+        by_head = op.slice_(graph, by_head, (0, 0, 0), (queries + keys, length, size), free)
     if projection.norm is not None:
         by_head = op.normalize(graph, by_head, projection.norm)
     if projection.table is not None:
-        by_head = _turned(graph, by_head, positions.turn(projection.table))
-    query = op.slice_(graph, by_head, (0, 0, 0), (queries, length, size))
-    key = op.slice_(graph, by_head, (queries, 0, 0), (keys, length, size))
+        by_head = _turned(graph, by_head, projection.table, positions)
+    query = op.slice_(graph, by_head, (0, 0, 0), (queries, length, size), free)
+    if keys == 0:
+        return [query]
+    key = op.slice_(graph, by_head, (queries, 0, 0), (keys, length, size), free)
+    if attention.value_norm is not None:
+        value = op.normalize(graph, value, attention.value_norm)
     return [query, key, value]
 
 
@@ -191,13 +225,20 @@ def attend(
     heads, length, _ = query.shape
     keys, values = (held.rows() for held in cache)
     cap, scale = attention.logit_soft_cap, attention.scale
-    query = op.binary(graph, "MUL", query, op.scalar(graph, scale / cap if cap else scale))
+    factor = scale / cap if cap else scale
+    if factor != 1.0:
+        query = op.binary(graph, "MUL", query, op.scalar(graph, factor))
     alone = length == 1 and heads == attention.num_key_value_heads
-    scores = (_scores_of_one if alone else _scores_of_many)(graph, query, keys)
+    if alone:
+        scores = _scores_of_one(graph, query, keys)
+    else:
+        scores = _scores_of_many(graph, query, keys, positions)
     if cap:
         scores = op.binary(graph, "MUL", op.unary(graph, "TANH", scores), op.scalar(graph, cap))
     weights = op.softmax(graph, op.binary(graph, "ADD", scores, positions.bias(attention)))
-    return (_mix_of_one if alone else _mix_of_many)(graph, weights, values)
+    if alone:
+        return _mix_of_one(graph, weights, values)
+    return _mix_of_many(graph, weights, values, query.shape, positions)
 
 
 def _scores_of_one(graph: Graph, query: Tensor, keys: Rows) -> Tensor:
@@ -215,20 +256,30 @@ def _mix_of_one(graph: Graph, weights: Tensor, values: Rows) -> Tensor:
     return op.reshape(graph, mixed, (1, heads * size))
 
 
-def _scores_of_many(graph: Graph, query: Tensor, keys: Rows) -> Tensor:
-    """Scores, `(heads, length, positions)`: one product for the heads that share keys."""
+def _scores_of_many(graph: Graph, query: Tensor, keys: Rows, positions: Positions) -> Tensor:
+    """Scores, `(heads, length, positions)`: one product for the heads that share keys.
+
+    For any length `(key-value heads, heads that share keys * length, positions)`, since a reshape
+    finds the size of one axis only.
+    """
     heads, length, size = query.shape
-    groups, positions, _ = keys.values.shape
-    shared = op.reshape(graph, query, (groups, heads // groups * length, size))
+    groups, room, _ = keys.values.shape
+    shape = (groups, heads // groups * length, size)
+    shared = op.reshape(graph, query, shape, positions.free(1))
     scores = op.batch_matmul(graph, shared, keys.scaled(graph), transpose_y=True)
-    return op.reshape(graph, scores, (heads, length, positions), free=2)
+    if positions.any_length:
+        return scores
+    return op.reshape(graph, scores, (heads, length, room), free=2)
 
 
-def _mix_of_many(graph: Graph, weights: Tensor, values: Rows) -> Tensor:
-    heads, length, positions = weights.shape
-    groups, _, size = values.values.shape
-    shape = (groups, heads // groups * length, positions)
-    mixed = op.batch_matmul(graph, op.reshape(graph, weights, shape, free=2), values.scaled(graph))
+def _mix_of_many(
+    graph: Graph, weights: Tensor, values: Rows, shape: tuple[int, ...], positions: Positions
+) -> Tensor:
+    heads, length, size = shape
+    groups, room, _ = values.values.shape
+    by_group = op.reshape(graph, weights, (groups, heads // groups * length, room), free=2)
+    mixed = op.batch_matmul(graph, by_group, values.scaled(graph))
     if length > 1:
-        mixed = op.transpose(graph, op.reshape(graph, mixed, (heads, length, size)), (1, 0, 2))
-    return op.reshape(graph, mixed, (length, heads * size))
+        mixed = op.reshape(graph, mixed, (heads, length, size), positions.free(1))
+        mixed = op.transpose(graph, mixed, (1, 0, 2))
+    return op.reshape(graph, mixed, (length, heads * size), positions.free(0))

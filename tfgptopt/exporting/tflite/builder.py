@@ -8,7 +8,7 @@ Reference: the TFLite schema (tensorflow/compiler/mlir/lite/schema/schema.fbs).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -177,12 +177,15 @@ class Graph:
         tensor_type: int | None = None,
         quantization: SharedQuantization | schema.QuantizationParametersT | None = None,
         sparsity: SharedSparsity | None = None,
+        free: Sequence[int] = (),
     ) -> Tensor:
         if quantization is None and np.dtype(dtype) == np.int8:
             quantization = self._model.quantization(_UNIT)
+        signature = [-1 if axis in free else size for axis, size in enumerate(shape)]
         self._tensors.append(
             schema.TensorT(
                 shape=list(shape),
+                shapeSignature=signature if free else None,
                 type=_TYPES[np.dtype(dtype)] if tensor_type is None else tensor_type,
                 buffer=buffer,
                 name=name,
@@ -193,9 +196,18 @@ class Graph:
         )
         return Tensor(len(self._tensors) - 1, tuple(shape), dtype)
 
-    def input(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Tensor:
-        """Adds an input of the signature."""
-        self._inputs[name] = self._add(shape, dtype, name)
+    def input(
+        self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike, free: Sequence[int] = ()
+    ) -> Tensor:
+        """Adds an input of the signature.
+
+        Args:
+            name: Its name.
+            shape: Its shape.
+            dtype: Its dtype.
+            free: Axes that the file says to have any size. Defaults to none.
+        """
+        self._inputs[name] = self._add(shape, dtype, name, free=free)
         return self._inputs[name]
 
     def output(self, name: str, tensor: Tensor) -> None:

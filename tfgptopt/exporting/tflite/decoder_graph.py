@@ -11,11 +11,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfgptopt.decoder.spec import DecoderSpec, FeedForward, Norm
+from tfgptopt.decoder.spec import Block, DecoderSpec, Norm
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
+from tfgptopt.exporting.tflite.feedforward import feedforward
 from tfgptopt.exporting.tflite.kv_cache import Held, add_growth
+from tfgptopt.exporting.tflite.streams import (
+    add_laurel,
+    correct,
+    inputs_of_layers,
+    join,
+    own_input,
+    predict,
+    split,
+    stream,
+)
 from tfgptopt.file import names
 from tfgptopt.file.metadata import CacheDtype
 
@@ -28,11 +39,15 @@ class Step:
         name: Name of the signature.
         length: Tokens read in one call.
         logits: Whether logits are computed, for every token read.
+        growing: Whether the file says that caches may have any number of positions and, unless
+            one token is read, that any number may be read. LiteRT-LM makes caches grow then, of
+            files that have a mask as input.
     """
 
     name: str
     length: int
     logits: bool
+    growing: bool = False
 
 
 def add_signatures(
@@ -41,11 +56,12 @@ def add_signatures(
     """Adds signatures to a model, which share every weight.
 
     Inputs of each: `tokens` int32 `(length,)`; `input_pos` int32 `(length,)`, their positions;
-    `kv_cache_k_i` and `kv_cache_v_i` `(key-value heads, context, head_dim)` for each layer `i`, of
-    the dtype of the cache, and for int8 `kv_cache_k_scale_i` and `kv_cache_v_scale_i` float32
-    `(key-value heads, context, 1)`. Outputs: the caches under the same names, and `logits` float32
-    `(1, length, vocabulary)`. All caches together may be resized to fewer positions. One more
-    signature, `grow`, appends positions to the cache of a layer.
+    `kv_cache_k_i` and `kv_cache_v_i` `(key-value heads, context, head_dim)`, where `i` counts the
+    layers that have keys of their own, of the dtype of the cache, and for int8 `kv_cache_k_scale_i`
+    and `kv_cache_v_scale_i` float32 `(key-value heads, context, 1)`. Outputs: the caches under the
+    same names, and `logits` float32 `(1, length, vocabulary)`. All caches together may be resized
+    to fewer positions. One more signature, `grow`, appends positions to the cache of a layer of any
+    shape.
 
     Args:
         model: The file.
@@ -60,7 +76,7 @@ def add_signatures(
     ]
     for step in steps:
         _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
-    add_growth(model.graph(names.GROW), spec.cache_shape, cache_dtype)
+    add_growth(model.graph(names.GROW), next(iter(spec.caches.values())), cache_dtype)
 
 
 def _add_signature(
@@ -70,38 +86,67 @@ def _add_signature(
     step: Step,
     cache_dtype: CacheDtype,
 ) -> None:
-    tokens = graph.input(names.TOKENS, (step.length,), np.int32)
-    caches = [
-        [Held(graph, name, i, spec.cache_shape, cache_dtype) for name in (names.KEYS, names.VALUES)]
-        for i in range(len(spec.blocks))
-    ]
-    positions = Positions(graph, step.length, caches[0][0].tensor)
+    any_length = step.growing and step.length > 1
+    free = (0,) if any_length else ()
+    tokens = graph.input(names.TOKENS, (step.length,), np.int32, free)
+    caches = {
+        block: [
+            Held(graph, name, i, shape, cache_dtype, step.growing)
+            for name in (names.KEYS, names.VALUES)
+        ]
+        for i, (block, shape) in enumerate(spec.caches.items())
+    }
+    positions = Positions(graph, step.length, caches[0][0].tensor, any_length)
+    if step.growing:
+        # Nothing reads it: positions say as much.
+        mask = (1, 1, step.length, spec.caches[0][1])
+        graph.input(names.MASK, mask, np.float32, (2, 3) if any_length else (3,))
     x = _embed(graph, spec, tokens, positions)
-    layers = zip(spec.blocks, projections, caches, strict=True)
-    for i, (block, projection, cache) in enumerate(layers):
+    inputs = inputs_of_layers(graph, spec, tokens, x)
+    streams = None if spec.streams is None else split(graph, spec.streams, x)
+    layers = zip(spec.blocks, projections, inputs, strict=True)
+    for i, (block, projection, layer_input) in enumerate(layers):
         attention = block.attention
+        if block.altup is not None and streams is not None:
+            streams = predict(graph, block.altup, streams)
+            x = stream(graph, streams, block.altup.active)
         normed = op.normalize(graph, x, block.attention_norm)
         query, *new = project(graph, attention, projection, normed, positions)
-        for held, rows in zip(cache, new, strict=True):
+        cache = caches[i if attention.shared_with is None else attention.shared_with]
+        for held, rows in zip(cache, new, strict=bool(new)):
             held.write(rows, positions.start)
-        if not step.logits and i == len(spec.blocks) - 1:
+        if not step.logits and i == max(caches):
             return  # Nothing behind the last cache is needed.
         mixed = attend(graph, attention, query, cache, positions)
-        attended = op.fully_connected(graph, mixed, attention.output)
-        attended = _maybe_normalize(graph, attended, block.post_attention_norm)
-        if not block.parallel:
-            x = op.binary(graph, "ADD", x, attended)
-        normed = op.normalize(graph, x, block.feedforward_norm)
-        added = _feedforward(graph, block.feedforward, normed)
-        added = _maybe_normalize(graph, added, block.post_feedforward_norm)
-        if block.parallel:
-            added = op.binary(graph, "ADD", added, attended)
-        x = op.binary(graph, "ADD", x, added)
+        x = _branches(graph, block, x, normed, op.fully_connected(graph, mixed, attention.output))
+        if block.altup is not None and streams is not None:
+            streams = correct(graph, block, streams, x, layer_input)
+        elif block.layer_input is not None and layer_input is not None:
+            x = op.binary(graph, "ADD", x, own_input(graph, block.layer_input, x, layer_input))
+        if block.scale != 1.0:
+            x = op.binary(graph, "MUL", x, op.scalar(graph, block.scale))
+    if spec.streams is not None and streams is not None:
+        x = join(graph, spec.streams, streams)
     x = op.normalize(graph, x, spec.final_norm)
     logits = op.fully_connected(graph, x, spec.head or spec.token_embedding)
     if spec.logit_soft_cap is not None:
         logits = op.soft_cap(graph, logits, spec.logit_soft_cap)
     graph.output(names.LOGITS, op.reshape(graph, logits, (1, *logits.shape)))
+
+
+def _branches(graph: Graph, block: Block, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:
+    """Returns the stream with what attention found, and with what the neurons make of it."""
+    attended = _maybe_normalize(graph, attended, block.post_attention_norm)
+    if not block.parallel:
+        x = op.binary(graph, "ADD", x, attended)
+    if block.laurel is not None:
+        x = add_laurel(graph, block.laurel, x, normed)
+    normed = op.normalize(graph, x, block.feedforward_norm)
+    added = feedforward(graph, block.feedforward, normed)
+    added = _maybe_normalize(graph, added, block.post_feedforward_norm)
+    if block.parallel:
+        added = op.binary(graph, "ADD", added, attended)
+    return op.binary(graph, "ADD", x, added)
 
 
 def _embed(graph: Graph, spec: DecoderSpec, tokens: Tensor, positions: Positions) -> Tensor:
@@ -117,15 +162,3 @@ def _embed(graph: Graph, spec: DecoderSpec, tokens: Tensor, positions: Positions
 
 def _maybe_normalize(graph: Graph, x: Tensor, norm: Norm | None) -> Tensor:
     return x if norm is None else op.normalize(graph, x, norm)
-
-
-def _feedforward(graph: Graph, feedforward: FeedForward, x: Tensor) -> Tensor:
-    relu = feedforward.activation == "relu" and feedforward.gate is None
-    hidden = op.fully_connected(graph, x, feedforward.up, relu=relu)
-    if feedforward.gate is not None:
-        # As one product with `up` it was no faster: the halves must be copied out of it.
-        gate = op.fully_connected(graph, x, feedforward.gate)
-        hidden = op.binary(graph, "MUL", op.activate(graph, gate, feedforward.activation), hidden)
-    elif not relu:
-        hidden = op.activate(graph, hidden, feedforward.activation)
-    return op.fully_connected(graph, hidden, feedforward.down)

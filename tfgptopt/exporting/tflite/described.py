@@ -4,6 +4,7 @@ operator.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import keras
@@ -11,6 +12,7 @@ import numpy as np
 
 import tfgptopt
 from tfgptopt.decoder import DecoderSpec, read_known
+from tfgptopt.decoder.mixtures import Mixture
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.exporting.tflite.decoder_graph import add_signatures
 from tfgptopt.exporting.tflite.describing import (
@@ -19,10 +21,12 @@ from tfgptopt.exporting.tflite.describing import (
     context_of,
     describe,
     describe_weights,
+    growing_steps,
     plan_signatures,
     steps_of,
 )
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
+from tfgptopt.families import layout_of
 from tfgptopt.file.metadata import DecoderShape, Metadata
 
 
@@ -43,7 +47,10 @@ def described_file(model: keras.Model, settings: Settings) -> memoryview:
 
 
 def described_model(
-    model: keras.Model, settings: Settings, prefill: Sequence[int] = PREFILL_LENGTHS
+    model: keras.Model,
+    settings: Settings,
+    prefill: Sequence[int] = PREFILL_LENGTHS,
+    growing: bool = False,
 ) -> tuple[Model, Metadata]:
     """Returns the graphs of a model whose family has a reader, and what is to be said of them.
 
@@ -51,19 +58,29 @@ def described_model(
         model: A causal LM.
         settings: The format.
         prefill: Lengths of prefill. Defaults to those of a `.tflite` file.
+        growing: Whether there are signatures with which LiteRT-LM makes caches grow, too.
+            Defaults to `False`.
 
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
     """
+    _warn_of_towers(model)
     spec = read_known(model)
     context = context_of(model, spec.context_length, settings.context_length)
     _check_settings(spec, settings)
-    spec, signatures = spec.with_context(context), plan_signatures(context, prefill)
+    mixed = any(isinstance(block.feedforward, Mixture) for block in spec.blocks)
+    if growing and (mixed or spec.layer_inputs is not None or spec.streams is not None):
+        raise ValueError(
+            f"`growing_cache` is not for {type(model).__name__}: caches grow for families with one "
+            "stream and no experts. Leave it at False."
+        )
+    spec, signatures = spec.with_context(context), plan_signatures(context, prefill, growing)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
-    add_signatures(file, spec, steps_of(signatures), settings.cache_dtype)
-    heads, _, head_dim = spec.cache_shape
+    steps = steps_of(signatures) + (growing_steps() if growing else [])
+    add_signatures(file, spec, steps, settings.cache_dtype)
+    heads, _, head_dim = spec.caches[0]
     decoder = DecoderShape(
-        num_layers=len(spec.blocks),
+        num_layers=len(spec.caches),
         num_heads=spec.blocks[0].attention.num_heads,
         num_key_value_heads=heads,
         head_dim=head_dim,
@@ -73,6 +90,18 @@ def described_model(
         vocabulary_size=spec.vocabulary_size,
     )
     return file, describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
+
+
+def _warn_of_towers(model: keras.Model) -> None:
+    """Says which encoders of a model are not in its file."""
+    backbone, layout = getattr(model, "backbone", model), layout_of(model)
+    towers = [name for name in layout.towers if getattr(backbone, name, None)] if layout else []
+    if towers:
+        warnings.warn(
+            f"The file holds the text part of {type(model).__name__}, without its "
+            f"{' and '.join(towers)}: it reads text only.",
+            stacklevel=5,
+        )
 
 
 def _check_settings(spec: DecoderSpec, settings: Settings) -> None:
@@ -88,11 +117,11 @@ def _check_settings(spec: DecoderSpec, settings: Settings) -> None:
             f"least {LOWEST_SPARSITY:.0%} of them. Prune with `Block(4, 1)`, and do not quantize "
             "these weights: LiteRT has no kernel for sparse integers."
         )
-    heads = spec.blocks[0].attention.num_heads
-    if settings.cache_dtype == "int8" and heads > spec.cache_shape[0]:
+    heads, groups = spec.blocks[0].attention.num_heads, spec.caches[0][0]
+    if settings.cache_dtype == "int8" and heads > groups:
         raise ValueError(
             "`cache_dtype='int8'` is for models whose query heads each have their own keys: with "
-            f"{heads} heads on {spec.cache_shape[0]} it is no faster than 'float32', and takes "
+            f"{heads} heads on {groups} it is no faster than 'float32', and takes "
             "more memory."
         )
 
@@ -103,7 +132,10 @@ def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
     if spec.position_embedding is not None:
         arrays.append(spec.position_embedding)
     for norm in spec.norms():
-        arrays += [norm.gamma] if norm.beta is None else [norm.gamma, norm.beta]
+        arrays += [array for array in (norm.gamma, norm.beta) if array is not None]
+    for block in spec.blocks:
+        if block.altup is not None and block.altup.output_scale is not None:
+            arrays.append(block.altup.output_scale)
     for matrix in spec.matrices():
         arrays += [matrix.values] if matrix.bias is None else [matrix.values, matrix.bias]
         scales += [] if matrix.scale is None else [matrix.scale]

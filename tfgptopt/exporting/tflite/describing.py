@@ -17,6 +17,7 @@ from tfgptopt.data.portable import Portable
 from tfgptopt.exporting.tflite.decoder_graph import Step
 from tfgptopt.exporting.tokenizers import end_token_ids, store_tokenizer
 from tfgptopt.file.metadata import (
+    CACHE_DTYPES,
     CacheDtype,
     DecoderShape,
     GenerationDefaults,
@@ -50,18 +51,38 @@ class Settings(Protocol):
     def sparse(self) -> bool: ...
 
 
-def plan_signatures(context_length: int, prefill: Sequence[int]) -> Signatures:
+def check_settings(context_length: object, cache_dtype: object) -> None:
+    """Raises where settings that formats share are out of range.
+
+    Raises:
+        ValueError: If they are.
+    """
+    length = context_length
+    if length is not None and (
+        not isinstance(length, int) or isinstance(length, bool) or length < 2
+    ):
+        raise ValueError(f"`context_length` must be an int >= 2, or None. Received: {length!r}")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {cache_dtype!r}")
+
+
+def plan_signatures(
+    context_length: int, prefill: Sequence[int], growing: bool = False
+) -> Signatures:
     """Returns the signatures of a file. They are few: each takes time to load, and memory.
 
     Args:
         context_length: Positions of the cache.
         prefill: Lengths of prefill, the largest last. None is longer than the context.
+        growing: Whether the names have to differ from those of `growing_steps`. Defaults to
+            `False`.
     """
     chunk = min(context_length, prefill[-1])
     lengths = [*(length for length in prefill if length < chunk), chunk]
+    one, many = ("next", "read") if growing else ("decode", "prefill")
     return Signatures(
-        decode=Signature(1, "decode"),
-        prefill=tuple(Signature(length, f"prefill_{length}") for length in lengths),
+        decode=Signature(1, one),
+        prefill=tuple(Signature(length, f"{many}_{length}") for length in lengths),
         score=tuple(
             Signature(length, f"score_{length}")
             for length in sorted({*(n for n in VERIFY_LENGTHS if n < chunk), chunk})
@@ -74,6 +95,14 @@ def steps_of(signatures: Signatures) -> list[Step]:
     with_logits = (signatures.decode, *signatures.score)
     found = (signatures.decode, *signatures.prefill, *signatures.score)
     return [Step(s.name, s.length, s in with_logits) for s in found]
+
+
+def growing_steps() -> list[Step]:
+    """Returns the steps with which LiteRT-LM makes caches grow.
+
+    It reads a prompt at once: the length of prefill stands for any but one.
+    """
+    return [Step("decode", 1, True, growing=True), Step("prefill", 2, False, growing=True)]
 
 
 def context_of(model: keras.Model, largest: int | None, wanted: int | None) -> int:

@@ -11,8 +11,9 @@ import keras
 from tfgptopt.decoder import is_decoder_only, why_unreadable
 from tfgptopt.exporting.tflite.converted import converted_causal_lm_file, converted_file
 from tfgptopt.exporting.tflite.described import described_file
+from tfgptopt.exporting.tflite.describing import check_settings
 from tfgptopt.file.container import seal
-from tfgptopt.file.metadata import CACHE_DTYPES, CacheDtype
+from tfgptopt.file.metadata import CacheDtype
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,13 @@ class TFLite:
 
     What the file holds depends on the model:
 
-    - A causal language model of a known family (Bloom, Falcon, Gemma 1 to 3, GPT-2, GPT-NeoX,
-      Llama, Mistral, OPT, Phi-3, Qwen 2 and 3, SmolLM3): prefill and decode signatures with a KV
-      cache, each weight once, as the integers that training rounded to, the tokenizer and the
-      recipe. `TFLiteCausalLM` reads it, and so does any LiteRT runtime.
-    - Any other causal language model of KerasHub, such as a mixture of experts: the same
+    - A causal language model of a known family (Bloom, Falcon, Gemma 1 to 4, Gemma 3n, GPT-2,
+      GPT-NeoX, Llama, Mistral, OPT, Phi-3, Qwen 2 and 3, SmolLM3; the mixtures of experts Mixtral,
+      Qwen MoE, Qwen 3 MoE, of which all experts are computed): prefill and decode signatures with a
+      KV cache, each weight once, as the integers that training rounded to, the tokenizer and
+      the recipe. `TFLiteCausalLM` reads it, and so does any LiteRT runtime. Of a Gemma that sees or
+      hears it is the text part, without the encoders.
+    - Any other causal language model of KerasHub, such as GPT-OSS: the same
       signatures, made by TensorFlow's converter from the model's `call_with_cache`. It warns: the
       export takes longer, and the file is larger and slower.
     - Any other Keras model: what `keras.Model.export` gives, with the weights of its quantized
@@ -60,15 +63,7 @@ class TFLite:
     suffix: ClassVar[str] = ".tflite"
 
     def __post_init__(self) -> None:
-        length = self.context_length
-        if length is not None and (
-            not isinstance(length, int) or isinstance(length, bool) or length < 2
-        ):
-            raise ValueError(f"`context_length` must be an int >= 2, or None. Received: {length!r}")
-        if self.cache_dtype not in CACHE_DTYPES:
-            raise ValueError(
-                f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {self.cache_dtype!r}"
-            )
+        check_settings(self.context_length, self.cache_dtype)
         if not isinstance(self.sparse, bool):
             raise ValueError(f"`sparse` must be a bool. Received: {self.sparse!r}")
 

@@ -54,16 +54,24 @@ class Held:
         shape: `(key-value heads, positions, head_dim)`. Nothing in the graph depends on the
             number of positions: a runtime may resize that axis.
         dtype: `"float32"` or `"int8"`.
+        growing: Whether the file says so of that axis.
     """
 
     def __init__(
-        self, graph: Graph, name: str, layer: int, shape: tuple[int, int, int], dtype: CacheDtype
+        self,
+        graph: Graph,
+        name: str,
+        layer: int,
+        shape: tuple[int, int, int],
+        dtype: CacheDtype,
+        growing: bool,
     ) -> None:
+        free = (1,) if growing else ()
         self._graph = graph
         self._names = [names.in_layer(part, layer) for part in names.parts_of(name, dtype)]
-        self._parts = [graph.input(self._names[0], shape, np.dtype(dtype))]
+        self._parts = [graph.input(self._names[0], shape, np.dtype(dtype), free)]
         if dtype == "int8":
-            self._parts.append(graph.input(self._names[1], (*shape[:2], 1), np.float32))
+            self._parts.append(graph.input(self._names[1], (*shape[:2], 1), np.float32, free))
 
     @property
     def tensor(self) -> Tensor:

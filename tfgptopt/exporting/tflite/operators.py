@@ -17,6 +17,7 @@ _BINARY_OPTIONS = {
     "SUB": schema.SubOptionsT,
     "MUL": schema.MulOptionsT,
     "SQUARED_DIFFERENCE": schema.SquaredDifferenceOptionsT,
+    "MAXIMUM": schema.MaximumMinimumOptionsT,
     "MINIMUM": schema.MaximumMinimumOptionsT,
     "DIV": schema.DivOptionsT,
 }
@@ -66,13 +67,29 @@ def transpose(graph: Graph, x: Tensor, order: tuple[int, ...]) -> Tensor:
     )
 
 
-def slice_(graph: Graph, x: Tensor, begin: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
-    """Adds a slice, or nothing if it is the whole tensor."""
+def slice_(
+    graph: Graph,
+    x: Tensor,
+    begin: tuple[int, ...],
+    size: tuple[int, ...],
+    free: int | None = None,
+) -> Tensor:
+    """Adds a slice, or nothing if it is the whole tensor.
+
+    Of the axis `free`, if given, it takes all, whatever its size is when the graph runs.
+    """
     if x.shape == size:
         return x
     starts = graph.constant(np.asarray(begin, np.int32))
-    sizes = graph.constant(np.asarray(size, np.int32))
-    return graph.add_operator("SLICE", [x, starts, sizes], size, x.dtype, schema.SliceOptionsT())
+    if free is None:
+        sizes = graph.constant(np.asarray(size, np.int32))
+        options = schema.SliceOptionsT()
+        return graph.add_operator("SLICE", [x, starts, sizes], size, x.dtype, options)
+    # SLICE wants the same sizes at every run.
+    ends = graph.constant(np.add(begin, size).astype(np.int32))
+    steps = graph.constant(np.ones(len(size), np.int32))
+    options = schema.StridedSliceOptionsT(endMask=1 << free)
+    return graph.add_operator("STRIDED_SLICE", [x, starts, ends, steps], size, x.dtype, options)
 
 
 def embedding_lookup(graph: Graph, ids: Tensor, table: Tensor) -> Tensor:
@@ -145,15 +162,16 @@ def normalize(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
         squares = binary(graph, "MUL", x, x)
     variance = reduce(graph, "MEAN", squares, -1, keep=True)
     inverse = unary(graph, "RSQRT", binary(graph, "ADD", variance, scalar(graph, norm.epsilon)))
-    gamma = graph.weight(f"{norm.name}/gamma", norm.gamma)
-    x = binary(graph, "MUL", binary(graph, "MUL", x, inverse), gamma)
+    x = binary(graph, "MUL", x, inverse)
+    if norm.gamma is not None:
+        x = binary(graph, "MUL", x, graph.weight(f"{norm.name}/gamma", norm.gamma))
     if norm.beta is None:
         return x
     return binary(graph, "ADD", x, graph.weight(f"{norm.name}/beta", norm.beta))
 
 
 def unary(graph: Graph, operator: str, x: Tensor) -> Tensor:
-    """Adds an elementwise operator of one tensor: `RSQRT`, `TANH`, `LOGISTIC`, `ABS`."""
+    """Adds an elementwise operator of one tensor, such as `RSQRT` or `TANH`."""
     return graph.add_operator(operator, [x], x.shape)
 
 

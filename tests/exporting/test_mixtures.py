@@ -1,0 +1,86 @@
+"""Mixtures of experts with a reader: the file computes them with integers."""
+
+import keras_hub
+import numpy as np
+import pytest
+from decoder.families import VOCABULARY, logits, prompt, randomize
+
+import tfgptopt
+from tfgptopt.decoder import read_decoder
+from tfgptopt.exporting import TFLite
+from tfgptopt.quantization import Int4, Int8
+
+CONTEXT = 48
+_GROUPED = {
+    "vocabulary_size": VOCABULARY,
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 32,
+    "intermediate_dim": 48,
+    "num_experts": 5,
+}
+_QWEN = {**_GROUPED, "moe_intermediate_dim": 24}
+MIXTURES = {
+    "Mixtral": {**_GROUPED, "top_k": 2, "sliding_window": 9},
+    "QwenMoe": {
+        **_QWEN,
+        "top_k": 2,
+        "shared_expert_intermediate_dim": 40,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3Moe": {
+        **_QWEN,
+        "top_k": 3,
+        "norm_top_k_prob": True,
+        "head_dim": 16,
+        "mlp_only_layers": [0],
+        "sliding_window_size": 9,
+    },
+}
+
+
+def make(name):
+    backbone = getattr(keras_hub.models, f"{name}Backbone")(**MIXTURES[name])
+    model = getattr(keras_hub.models, f"{name}CausalLM")(backbone, preprocessor=None)
+    randomize(model)
+    return model
+
+
+def export(model, path):
+    path = tfgptopt.export(model, path, TFLite(context_length=CONTEXT))
+    return tfgptopt.TFLiteCausalLM(path), path.stat().st_size
+
+
+def file_logits(lm, tokens):
+    return lm._engine.score(lm._engine.new_cache(), tokens)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_file_of_a_mixture_computes_as_keras(name, tmp_path):
+    model, tokens = make(name), prompt(8)
+    lm, size = export(model, tmp_path / "float.tflite")
+    while len(tokens) < CONTEXT:
+        tokens.append(int(logits(model, tokens)[-1].argmax()))
+    assert lm.generate(tokens[:8], max_length=CONTEXT, stop=None) == tokens
+    plain = logits(model, tokens)
+    np.testing.assert_allclose(file_logits(lm, tokens), plain, atol=1e-4, rtol=0)
+    floats = 4 * sum(matrix.values.size for matrix in read_decoder(model).matrices())
+    for spec in (Int8(), Int4()):
+        dressed = make(name)
+        tfgptopt.quantize_aware(dressed, spec)
+        lm, smaller = export(dressed, tmp_path / f"{spec.bits}.tflite")
+        expected = logits(dressed, tokens)
+        difference = np.abs(file_logits(lm, tokens) - expected)
+        assert np.median(difference) < 1e-3 < np.abs(expected - plain).mean()
+        # Besides the integers, rows as short as these have scales that matter.
+        assert size - smaller > 0.6 * floats
+
+
+def test_a_spec_says_which_experts_read_a_token():
+    assert "2 of 5 experts, gated silu of 48" in str(read_decoder(make("Mixtral")))
+    text = str(read_decoder(make("QwenMoe")))
+    assert "2 of 5 experts, gated silu of 24, besides gated silu of 40" in text
+    text = str(read_decoder(make("Qwen3Moe")))
+    assert "feed-forward: gated silu of 48" in text
+    assert "3 of 5 experts, gated silu of 24" in text
