@@ -8,16 +8,14 @@ the same checkpoints.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
-from keras_hub.src.models.gpt_oss.gpt_oss_decoder import GptOssExperts
-from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
-from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3MoeExperts
-from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeExperts
 
 _IN, _OUT = "th,ehm->etm", "etm,emh->eth"
 
@@ -53,14 +51,45 @@ def _gpt_oss(bank: Any, x: Any) -> Any:
     return down(made) + bank.down_proj_bias[:, None, :]
 
 
-_QWEN = ("_expert_feedforward_gate_dense", "_expert_feedforward_output_dense")
-# The kernels of each class of banks, the last that of the way out.
-_KERNELS: dict[type, tuple[str, ...]] = {
-    GptOssExperts: ("gate_up_proj", "down_proj"),
-    MixtralMoeExperts: (_QWEN[0], "_expert_feedforward_intermediate_dense", _QWEN[1]),
-    Qwen3MoeExperts: _QWEN,
-    QwenMoeExperts: _QWEN,
-}
+def _bank(place: str, name: str) -> type:
+    """Returns a class of KerasHub's own modules, or one without objects if a version has none."""
+    with contextlib.suppress(ImportError, AttributeError):
+        found: type = getattr(importlib.import_module(f"keras_hub.src.models.{place}"), name)
+        return found
+    return type(name, (), {})
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """How a class of banks computes.
+
+    Attributes:
+        kernels: Names of its variables, the last that of the way out.
+        opened: A subclass that computes through layers.
+    """
+
+    kernels: tuple[str, ...]
+    opened: type
+
+
+def _known(plain: type, compute: Callable[[Any, Any], Any], *kernels: str) -> tuple[type, _Bank]:
+    members = {"call": lambda self, hidden_states: compute(self, hidden_states)}
+    return plain, _Bank(kernels, type(plain.__name__, (plain,), members))
+
+
+_GATE, _UP, _DOWN = (
+    f"_expert_feedforward_{name}_dense" for name in ("gate", "intermediate", "output")
+)
+_BANKS: dict[type, _Bank] = dict(
+    (
+        _known(_bank("gpt_oss.gpt_oss_decoder", "GptOssExperts"), _gpt_oss,
+               "gate_up_proj", "down_proj"),
+        _known(_bank("mixtral.mixtral_decoder", "MixtralMoeExperts"), _mixtral, _GATE, _UP, _DOWN),
+        _known(_bank("qwen3_moe.qwen3_moe_decoder", "Qwen3MoeExperts"), _qwen, _GATE, _DOWN),
+        _known(_bank("qwen_moe.qwen_moe_decoder", "QwenMoeExperts"), _qwen, _GATE, _DOWN),
+    )
+)  # fmt: skip
+_OPENED = {bank.opened: bank for bank in _BANKS.values()}
 
 
 def open_experts(layer: keras.Layer) -> set[int]:
@@ -69,16 +98,16 @@ def open_experts(layer: keras.Layer) -> set[int]:
     Returns:
         The ids of the variables that these layers have.
     """
-    names = _KERNELS.get(type(layer))
-    if names is None or not layer.built:
+    bank = _OPENED.get(type(layer)) or _BANKS.get(type(layer))
+    if bank is None or not layer.built:
         return set()
-    kernels = [getattr(layer, name) for name in names]
-    if not hasattr(layer, "expert_products"):
+    kernels = [getattr(layer, name) for name in bank.kernels]
+    if type(layer) is not bank.opened:
+        products = [_product(layer, kernel, kernel is kernels[-1]) for kernel in kernels]
         layer._tracker.unlock()
-        layer.expert_products = [
-            _product(layer, kernel, kernel is kernels[-1]) for kernel in kernels
-        ]
+        layer.expert_products = products
         layer._tracker.lock()
+        layer.__class__ = bank.opened
     return {id(kernel) for kernel in kernels}
 
 
@@ -89,21 +118,3 @@ def _product(bank: Any, kernel: keras.Variable, out: bool) -> ExpertProduct:
     product._kernel, product.bias = kernel, None
     product.built = True
     return product
-
-
-def _through_layers(plain: Callable[..., Any], made: Callable[[Any, Any], Any]) -> Any:
-    @functools.wraps(plain)
-    def call(self: Any, hidden_states: Any) -> Any:
-        opened = hasattr(self, "expert_products")
-        return made(self, hidden_states) if opened else plain(self, hidden_states)
-
-    return call
-
-
-for _bank, _made in (
-    (GptOssExperts, _gpt_oss),
-    (MixtralMoeExperts, _mixtral),
-    (Qwen3MoeExperts, _qwen),
-    (QwenMoeExperts, _qwen),
-):
-    _bank.call = _through_layers(_bank.call, _made)

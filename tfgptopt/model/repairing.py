@@ -3,8 +3,8 @@
 A technique acts on what a layer computes when it is called. Gemma 4's blocks multiply with the
 kernels of their feed-forward layers instead, and Gemma 3n with its token table, in `fit` even with
 the one it had when the model object was made. The methods below compute the same through the
-layers, and with the table as it is. They are put into KerasHub's classes when this is imported,
-since nothing in an object could stand in for them before every technique.
+layers, and with the table as it is. They are put into the classes of that version of KerasHub, and
+of no other, when this is imported: an object of a class of our own would be saved as such.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ import keras
 import keras_hub
 import numpy as np
 from keras import ops
-from keras_hub.src.models.gemma3n.gemma3n_attention import Gemma3nTextAttention
-from keras_hub.src.models.gemma3n.gemma3n_text_model import Gemma3nTextModel
-from keras_hub.src.models.gemma4.gemma4_decoder_block import Gemma4TextDecoderBlock
 
+_VERSION = "0.32."
 _LARGEST_HALF = 65504
 
 
@@ -125,7 +123,7 @@ def _gemma3n_call(self: Any, inputs: Any, training: Any = None, mask: Any = None
 
 def never_called(layer: keras.Layer) -> tuple[keras.Layer, ...]:
     """Returns the layers inside a layer that it has and does not use."""
-    if isinstance(layer, Gemma3nTextAttention) and layer.is_kv_shared_layer:
+    if getattr(layer, "is_kv_shared_layer", False) and hasattr(layer, "k_proj"):
         return layer.k_proj, layer.v_proj
     return ()
 
@@ -134,8 +132,16 @@ def _mend(owner: type, name: str, method: Any) -> None:
     setattr(owner, name, functools.wraps(getattr(owner, name))(method))
 
 
-_mend(Gemma4TextDecoderBlock, "call", _gemma4_call)
-_mend(Gemma3nTextModel, "token_embedding", _gemma3n_embedding)
-_mend(keras_hub.models.Gemma3nCausalLM, "call", _gemma3n_call)
-for _model in (keras_hub.models.Gemma4Backbone, keras_hub.models.Gemma4CausalLM):
-    _mend(_model, "__call__", _with_positions(_model.__call__))
+def _mend_all() -> None:
+    from keras_hub.src.models.gemma3n.gemma3n_text_model import Gemma3nTextModel
+    from keras_hub.src.models.gemma4.gemma4_decoder_block import Gemma4TextDecoderBlock
+
+    _mend(Gemma4TextDecoderBlock, "call", _gemma4_call)
+    _mend(Gemma3nTextModel, "token_embedding", _gemma3n_embedding)
+    _mend(keras_hub.models.Gemma3nCausalLM, "call", _gemma3n_call)
+    for model in (keras_hub.models.Gemma4Backbone, keras_hub.models.Gemma4CausalLM):
+        _mend(model, "__call__", _with_positions(model.__call__))
+
+
+if keras_hub.__version__.startswith(_VERSION):
+    _mend_all()
