@@ -219,3 +219,15 @@ def test_settings_of_a_format_reach_the_file(preset, tmp_path):
     assert result.returncode == 0, result.stderr
     decoder = tfgptopt.TFLiteCausalLM(path).metadata.decoder
     assert (decoder.context_length, decoder.cache_dtype) == (24, "int8")
+
+
+def test_generate_holds_to_a_form(file, tmp_path):
+    made = run("generate", file, "x = ", "--regex", "[0-9]{3}")
+    assert made.returncode == 0 and made.stdout[4:-1].isdigit() and len(made.stdout) == 8
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [1, 22]}')
+    made = run("generate", file, "x = ", "--json-schema", schema, "--speculative", "auto")
+    assert made.stdout.split()[-1] in ("1", "22")
+    both = run("generate", file, "x", "--regex", "a", "--json-schema", schema)
+    assert_refused(both, "not both")
+    assert_refused(run("generate", file, "x", "--speculative", "fast"), "'auto', NGram")

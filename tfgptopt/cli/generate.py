@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from tfgptopt.generation.constraints import Constraint
     from tfgptopt.generation.guessing import Speculation
     from tfgptopt.generation.samplers import Sampler
 
@@ -70,19 +71,41 @@ def generate(
         ),
     ] = False,
     speculative: SpeculativeName = None,
+    regex: Annotated[
+        str | None, typer.Option(help="What the continuation must be: a regular expression.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="The same: a file with a JSON schema.")
+    ] = None,
 ) -> None:
     """Continue a text with an exported file. Needs neither TensorFlow nor Keras."""
     from tfgptopt.generation import TFLiteCausalLM
 
     chain = chain_of(sampler, temperature, top_k, top_p, min_p, repetition_penalty)
+    constraint = constraint_of(regex, json_schema)
     lm = TFLiteCausalLM(file, threads)
     pieces = lm.stream(prompt, max_length, chain, stop or "auto", seed, special_tokens,
-                       speculation_of(speculative))  # fmt: skip
+                       speculation_of(speculative), constraint)  # fmt: skip
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def constraint_of(regex: str | None, json_schema: Path | None) -> Constraint | None:
+    """Returns what the options hold a text to.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    from tfgptopt.generation import JsonSchema, Regex
+
+    if regex is not None and json_schema is not None:
+        raise ValueError("Give --regex or --json-schema, not both.")
+    if json_schema is not None:
+        return JsonSchema(json_schema.read_text("utf-8"))
+    return None if regex is None else Regex(regex)
 
 
 def chain_of(

@@ -1,6 +1,7 @@
 """Text from an exported file. Imports neither TensorFlow nor Keras."""
 
 from tfgptopt.generation.chat import Chat
+from tfgptopt.generation.constraints import Grammar, JsonSchema, Regex
 from tfgptopt.generation.guessing import Draft, NGram
 from tfgptopt.generation.runtime import TFLiteCausalLM
 from tfgptopt.generation.samplers import (
@@ -19,10 +20,13 @@ __all__ = [
     "Chat",
     "ChatTemplate",
     "Draft",
+    "Grammar",
     "Greedy",
+    "JsonSchema",
     "MinP",
     "NGram",
     "Random",
+    "Regex",
     "RepetitionPenalty",
     "Session",
     "Statistics",

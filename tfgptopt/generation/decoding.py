@@ -44,6 +44,7 @@ class Decoding:
         chain: Sequence[samplers.Sampler],
         seed: int | None,
         statistics: Statistics | None = None,
+        matcher: samplers.Sampler | None = None,
     ) -> Iterator[int]:
         """Yields tokens until prompt and continuation have `length` of them.
 
@@ -54,11 +55,13 @@ class Decoding:
             chain: How a token is chosen.
             seed: Of the samplers; `None` for another text each time.
             statistics: Counts. Defaults to `None`: nobody wants to know.
+            matcher: What the text is held to, before `chain`; guesses are not. Defaults to `None`.
         """
         counts = Statistics() if statistics is None else statistics
+        guessed, chain = chain, chain if matcher is None else (matcher, *chain)
         if self._speculation is None:
             return self._plain(cache, prompt, length, chain, seed, counts)
-        guesser = self._speculation.guesser(chain)
+        guesser = self._speculation.guesser(guessed)
         if self._pace is None:  # What was learned of this machine serves the next text, too.
             lengths = self.engine.verified_at_once
             self._pace = Pace(lengths, self._speculation.num_tokens, guesser.free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 import time
@@ -16,7 +17,8 @@ from tfgptopt.file.container import read_container
 from tfgptopt.generation import guessing, samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.chat import Chat
-from tfgptopt.generation.codec import Codec, Prompt, StopLike
+from tfgptopt.generation.codec import Codec, Prompt, Stop, StopLike
+from tfgptopt.generation.constraints import Constraint, Matcher, Matchers
 from tfgptopt.generation.continuing import Continuation
 from tfgptopt.generation.decoding import Decoding
 from tfgptopt.generation.engine import Engine
@@ -121,6 +123,7 @@ class TFLiteCausalLM:
         seed: int | None = None,
         special_tokens: bool = False,
         speculative: Speculation | str | None = None,
+        constraint: Constraint | None = None,
         return_stats: bool = False,
     ) -> Any:
         """Continues prompts.
@@ -145,6 +148,9 @@ class TFLiteCausalLM:
                 `"auto"` is `NGram()`. The text is that of plain decoding, sampled ones have its
                 distribution; only the speed depends on the guesses, and where they do not pay,
                 none are made. Defaults to `None`: a call of the model for each token.
+            constraint: `JsonSchema(...)`, `Regex(...)` or `Grammar(...)`: what the continuation
+                must be. It ends by itself where that is complete; a text that reaches `max_length`
+                before is cut off there. Needs the extra `constraints`. Defaults to `None`.
             return_stats: bool. Also return `Statistics`. Defaults to `False`.
 
         Returns:
@@ -155,7 +161,7 @@ class TFLiteCausalLM:
             ValueError: If a prompt is empty, too long or cannot be encoded, an argument is out of
                 range, or a draft has other tokens.
         """
-        chosen, ends = samplers.get(sampler), self._codec.stop(stop)
+        chosen, ends = samplers.get(sampler), self._ends(stop, constraint)
         decoding, statistics = self._decoding(speculative), Statistics()
         began = time.perf_counter()
         single = _is_single(prompts)
@@ -164,7 +170,8 @@ class TFLiteCausalLM:
         results: list[str | list[int]] = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
             with self._cache() as cache:
-                new = decoding.tokens(cache, ids, length, chosen, seed, statistics)
+                matcher = self._matcher(constraint, ids)
+                new = decoding.tokens(cache, ids, length, chosen, seed, statistics, matcher)
                 continuation = Continuation(new, self._codec, ids, ends)
                 if isinstance(prompt, str):
                     text = "".join(continuation.pieces())
@@ -185,12 +192,14 @@ class TFLiteCausalLM:
         seed: int | None = None,
         special_tokens: bool = False,
         speculative: Speculation | str | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """Yields the continuation of a text as it comes.
 
         Args:
             prompt: The text to continue.
-            max_length, sampler, stop, seed, special_tokens, speculative: As for `generate`.
+            max_length, sampler, stop, seed, special_tokens, speculative, constraint: As for
+                `generate`.
 
         Yields:
             Pieces of text, without the prompt: whole characters, and nothing of a stop text.
@@ -200,13 +209,14 @@ class TFLiteCausalLM:
         """
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
-        chosen, ends = samplers.get(sampler), self._codec.stop(stop)
+        chosen, ends = samplers.get(sampler), self._ends(stop, constraint)
         decoding = self._decoding(speculative)
         ids, length = self._prepare(prompt, max_length, special_tokens)
+        matcher = self._matcher(constraint, ids)
 
         def pieces() -> Iterator[str]:
             with self._cache() as cache:
-                new = decoding.tokens(cache, ids, length, chosen, seed)
+                new = decoding.tokens(cache, ids, length, chosen, seed, None, matcher)
                 yield from Continuation(new, self._codec, ids, ends).pieces()
 
         return pieces()
@@ -284,6 +294,28 @@ class TFLiteCausalLM:
         if settings not in self._decodings:
             self._decodings[settings] = Decoding(self._engine, self.metadata, settings)
         return self._decodings[settings]
+
+    @functools.cached_property
+    def _matchers(self) -> Matchers:
+        return Matchers(self._codec, self.metadata)
+
+    def _matcher(self, constraint: Constraint | None, ids: list[int]) -> Matcher | None:
+        """Returns what holds the continuation of a prompt to a constraint."""
+        return None if constraint is None else self._matchers.matcher(constraint, ids)
+
+    def _ends(self, stop: StopLike, constraint: Constraint | None) -> Stop:
+        """Returns what ends a continuation.
+
+        Raises:
+            ValueError: If it could not end where its form is complete.
+        """
+        ends = self._codec.stop(stop)
+        if constraint is not None and not ends.ids & self._codec.end_token_ids:
+            raise ValueError(
+                "A constraint is complete at the end token, which has to stop the text: leave "
+                f"`stop` at 'auto', or give texts. Received: stop={stop!r}"
+            )
+        return ends
 
     @contextlib.contextmanager
     def _cache(self) -> Iterator[Cache]:

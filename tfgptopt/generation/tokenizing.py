@@ -96,6 +96,19 @@ class SentencePiece:
         found = int(self._model.piece_to_id(token))
         return found if self._model.id_to_piece(found) == token else None
 
+    def bytes_of_tokens(self) -> tuple[list[bytes], list[int]]:
+        """Returns what each token adds to a text, and which tokens are special."""
+        model, found, special = self._model, [], set(self._special_ids)
+        for token in range(self.size):
+            piece = model.id_to_piece(token)
+            if model.is_byte(token):
+                found.append(bytes([int(piece[1:-1], 16)]))
+                continue
+            if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+                special.add(token)
+            found.append(piece.replace("▁", " ").encode())
+        return found, sorted(special)
+
     def lacks(self, text: str, ids: Sequence[int]) -> bool:
         """Returns whether there is an unknown token among ids."""
         return self._model.unk_id() in ids
