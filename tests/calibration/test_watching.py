@@ -190,6 +190,36 @@ def test_what_lies_behind_the_last_kernel_is_not_computed(chain):
     assert Counting.rows <= 10  # One row now and then, to see how the model calls its layers.
 
 
+class OneByOne(keras.layers.Layer):
+    """Calls a layer once for each position, as recurrent ones do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.after = keras.layers.Dense(8), keras.layers.Dense(8)
+
+    def build(self, shape):
+        self.inner.build((None, 8))
+        self.after.build((None, None, 8))
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def call(self, x):
+        found = [self.inner(x[:, i]) for i in range(x.shape[1])]
+        return self.after(keras.ops.stack(found, axis=1))
+
+
+def test_layers_that_are_called_more_often_for_longer_texts_are_seen_to_the_end():
+    tokens = keras.Input((None,), dtype="int32")
+    body = OneByOne()
+    model = keras.Model(tokens, body(keras.layers.Embedding(20, 8)(tokens)))
+    data = np.random.default_rng(0).integers(0, 20, (2, 100)).astype(np.int32)
+    chosen, seen = [t for t in select(model) if t.layer is body.inner], []
+    assert len(chosen) == 1
+    observe_all(model, chosen, data, lambda target, rows: seen.append(len(rows)))
+    assert sum(seen) == 200
+
+
 def test_a_model_that_reads_one_shape_only_is_calibrated_with_whole_batches():
     layers = [keras.layers.Embedding(50, 8), keras.layers.Reshape((96,)), keras.layers.Dense(4)]
     model = keras.Sequential([keras.Input((12,), dtype="int32"), *layers])

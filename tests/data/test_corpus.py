@@ -77,5 +77,7 @@ def test_all_of_the_text_can_be_held_out(text_files, corpus):
     tokens = np.asarray(corpus.tokenizer(file.read_text("utf-8"))).tolist()
     got = [int(t) for inputs, _, _ in whole.validation for t in inputs["token_ids"][0]]
     assert got[: len(tokens) - 1] == tokens[:-1] and whole.training_tokens == 0
+    with pytest.raises(ValueError, match="nothing to train on"):
+        whole.train  # noqa: B018
     with pytest.raises(ValueError, match="give `tokenizer`"):
         load_corpus(file, validation_share=1.0)

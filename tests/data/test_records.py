@@ -163,7 +163,7 @@ def test_bad_sources(tmp_path, gemma, corpus):
         load(path, corpus.tokenizer)
     with pytest.raises(ValueError, match=r"does not compile: .* \(line 2\)"):
         load(path, gemma, chat_template="{{ bos_token }}\n{% for m in messages %}")
-    with pytest.raises(ValueError, match="A chat template is one of gemma, llama3"):
+    with pytest.raises(ValueError, match="A chat template is one of gemma, gemma4, llama3"):
         load(path, gemma, chat_template="vicuna")
 
 
@@ -205,3 +205,5 @@ def test_all_of_the_records_can_be_held_out(gemma):
     assert len(rows(everything.validation)) == len(PAIRS)
     assert all(row in rows(everything.validation) for row in rows(both.validation))
     assert everything.describe().startswith("Text: 10 records")
+    with pytest.raises(ValueError, match=r"None of the 10 conversations has an answer within 3"):
+        load(PAIRS, gemma, 2, validation_share=1.0)

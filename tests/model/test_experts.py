@@ -117,3 +117,10 @@ def test_training_moves_experts_on_their_grid():
     model.fit(inputs, tokens[:, 1:], verbose=0)
     for kernel, old in zip(kernels_of(model), before, strict=True):
         assert np.abs(kernel.numpy() - old).max() > 1e-6
+
+
+def test_adapters_of_experts_are_refused():
+    model = make_mixture()
+    chosen = [target for target in select(model) if target.expert_axis is not None]
+    with pytest.raises(ValueError, match="take no LoRA adapters"):
+        chosen[0].layer.enable_lora(2)

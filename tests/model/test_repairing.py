@@ -97,3 +97,19 @@ def test_a_step_of_training_prunes_and_rounds_all_of_a_gemma(name, tmp_path):
         assert ("never called" if path in idle else "int8, final") in line
         zeros = (kernel.numpy() == 0).mean()
         assert zeros == 0 if path in idle else 0.45 < zeros < 0.75, path
+
+
+def test_gemma3n_drops_out_in_training_and_its_logits_keep_their_precision():
+    model = make("Gemma 3n", attention_dropout=0.5)
+    assert model._call_has_training_arg
+    inputs = {"token_ids": np.asarray([prompt(12)]), "padding_mask": np.ones((1, 12), bool)}
+    apart = [np.asarray(model(inputs, training=flag)) for flag in (True, False)]
+    assert np.abs(apart[0] - apart[1]).max() > 1e-2
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        half = make("Gemma 3n")
+        assert half(inputs).dtype == "float32"
+        tfgptopt.quantize_aware(half, Int8())
+        assert half(inputs).dtype == "float32"
+    finally:
+        keras.config.set_dtype_policy("float32")

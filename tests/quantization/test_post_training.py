@@ -80,6 +80,16 @@ def test_training_goes_on_with_the_scales_that_were_found():
     np.testing.assert_allclose(after / steps, np.round(after / steps), atol=1e-3)
 
 
+def test_a_generator_of_batches_serves_all_methods():
+    data = [random_batch(rows=4, seed=i)[0] for i in range(2)]
+    models = [make_gpt(), make_gpt()]
+    models[1].set_weights(models[0].get_weights())
+    for model, given in zip(models, (data, (batch for batch in data)), strict=True):
+        tfgptopt.quantize(model, Int4(), ("awq", "gptq"), given)
+    for one, other in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_bad_input_changes_nothing():
     model = make_gpt()
     weights = model.get_weights()

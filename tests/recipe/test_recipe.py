@@ -8,6 +8,7 @@ import tfgptopt
 from tfgptopt.decoder import read_decoder
 from tfgptopt.distillation import HardLabels, HiddenStates, LogitsKL
 from tfgptopt.distillation.technique import Distill
+from tfgptopt.model.cloning import clone
 from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity, PolynomialDecay, Unstructured, Wanda
 from tfgptopt.quantization import Int4, Int8
@@ -188,3 +189,35 @@ def test_bad_stages(case):
 def test_a_function_is_no_yaml():
     with pytest.raises(ValueError, match="cannot hold a function"):
         Distill(1, (LogitsKL(weight=lambda step: 1.0),))
+
+
+def test_adapters_alone_are_merged_and_those_beside_integers_refused():
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.Dense(6)(inputs)))
+    for layer in model.layers[1:]:
+        layer.enable_lora(2)
+        layer.lora_kernel_b.assign(np.full(layer.lora_kernel_b.shape, 0.1))
+    x = np.random.default_rng(0).normal(0, 1, (5, 8)).astype(np.float32)
+    before, copied = np.asarray(model(x)), clone(make_gpt())
+    tfgptopt.finalize(model)
+    np.testing.assert_allclose(model(x), before, atol=1e-5)
+    assert not any(layer.lora_enabled for layer in model.layers[1:]) and copied.built
+    with pytest.raises(ValueError, match="nothing to finalize"):
+        tfgptopt.finalize(model)
+    model.quantize("int8")
+    model.layers[1].enable_lora(2)
+    held = model.layers[1].get_weights()
+    with pytest.raises(ValueError, match="was quantized by Keras"):
+        tfgptopt.finalize(model)
+    for old, new in zip(held, model.layers[1].get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_copy_of_a_model_with_adapters_computes_the_same():
+    model = make_gpt()
+    model.backbone.enable_lora(2)
+    for weight in model.weights:
+        if weight.path.endswith("lora_kernel_b"):
+            weight.assign(np.full(weight.shape, 0.1))
+    inputs = random_batch()[0]
+    np.testing.assert_allclose(clone(model)(inputs), model(inputs), atol=1e-5)

@@ -15,7 +15,7 @@ from tfgptopt.calibration.watching import (
     Observer,
     call_on,
     check_kernels,
-    count_calls,
+    end_of,
     short,
     watching,
     without_padding,
@@ -164,9 +164,9 @@ def block_by_block(
 
 def _run_model(model: keras.Layer, chosen: list[Target], batches: list[Any]) -> Run:
     def run(observe: Observer) -> None:
-        calls = count_calls(model, chosen, batches[0])
+        until = end_of(model, chosen, batches[0])
         for batch in batches:
-            with watching(chosen, without_padding(observe, batch), calls):
+            with watching(chosen, without_padding(observe, batch), until):
                 call_on(model, batch)
 
     return run

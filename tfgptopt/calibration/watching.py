@@ -72,7 +72,9 @@ def _rows(target: Target, inputs: tf.Tensor) -> tf.Tensor:
 
 
 @contextmanager
-def watching(chosen: list[Target], observe: Observer, calls: int | None = None) -> Iterator[None]:
+def watching(
+    chosen: list[Target], observe: Observer, until: keras.Layer | None = None
+) -> Iterator[None]:
     """Calls `observe` with what each target's layer reads, while the model runs eagerly.
 
     Layers that read the same tensor one after the other (query, key and value do) are given the
@@ -81,11 +83,10 @@ def watching(chosen: list[Target], observe: Observer, calls: int | None = None) 
     Args:
         chosen: Kernels; tables have no rows of inputs.
         observe: Called with a target and its rows, at every call of its layer.
-        calls: How many calls of these layers there are to be seen: at the last one the forward pass
-            ends. Defaults to `None`: it runs to its end.
+        until: The forward pass ends where it calls this layer, see `end_of`. Defaults to `None`:
+            it runs to its end.
     """
     by_layer = {id(target.layer): target for target in chosen}
-    seen = [0]
     last: list[Any] = [None, None, None]
 
     def wrap(layer: keras.Layer) -> Any:
@@ -95,32 +96,57 @@ def watching(chosen: list[Target], observe: Observer, calls: int | None = None) 
             if inputs is not last[0] or target.row_axes != last[1]:
                 last[:] = inputs, target.row_axes, _rows(target, inputs)
             observe(target, last[2])
-            seen[0] += 1
-            if seen[0] == calls:
-                raise Enough
             return call(inputs, *args, **kwargs)
 
         return watched
 
-    with overriding((t.layer, "call", wrap(t.layer)) for t in chosen), suppress(Enough):
+    overrides = [(t.layer, "call", wrap(t.layer)) for t in chosen]
+    if until is not None:
+        overrides.append((until, "call", _stop))
+    with overriding(overrides), suppress(Enough):
         yield
 
 
-def count_calls(model: keras.Layer, chosen: list[Target], batch: Data) -> int:
-    """Returns how often a model calls the layers of targets in a forward pass.
+def _stop(*args: object, **kwargs: object) -> Any:
+    raise Enough
+
+
+def end_of(model: keras.Layer, chosen: list[Target], batch: Data) -> keras.Layer | None:
+    """Returns a layer that a model calls only after it has called those of all targets.
+
+    It is where a forward pass may end, however often layers are called before; such as the norm in
+    front of the head.
+
+    Args:
+        model: A built Keras 3 model.
+        chosen: Targets of it.
+        batch: Inputs of the model.
+
+    Returns:
+        The first such layer, or `None` if there is none.
 
     Raises:
         ValueError: If the model cannot read the batch.
     """
-    calls = [0]
-
-    def count(target: Target, rows: tf.Tensor) -> None:
-        calls[0] += 1
-
     part = short(model, batch)
-    with watching(chosen, count):
+    order: list[keras.Layer] = []
+
+    def noted(layer: keras.Layer) -> Any:
+        call = layer.call
+
+        def called(*args: object, **kwargs: object) -> Any:
+            order.append(layer)
+            return call(*args, **kwargs)
+
+        return called
+
+    inside = [layer for layer in model._flatten_layers() if layer is not model]
+    with overriding((layer, "call", noted(layer)) for layer in inside):
         call_on(model, part)
-    return calls[0]
+    wanted = {id(target.layer) for target in chosen}
+    last = max((i for i, layer in enumerate(order) if id(layer) in wanted), default=len(order))
+    before = {id(layer) for layer in order[: last + 1]}
+    return next((layer for layer in order[last + 1 :] if id(layer) not in before), None)
 
 
 def advancing(observe: Observer, shown: Stage, work: Callable[[Target], float]) -> Observer:
@@ -153,9 +179,9 @@ def observe_all(model: keras.Layer, chosen: list[Target], data: Data, observe: O
     """
     check_kernels(chosen)
     batches = batches_of(data)
-    calls = count_calls(model, chosen, batches[0])
+    until = end_of(model, chosen, batches[0])
     for batch in batches:
-        with watching(chosen, without_padding(observe, batch), calls):
+        with watching(chosen, without_padding(observe, batch), until):
             call_on(model, batch)
 
 

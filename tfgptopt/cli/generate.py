@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tfgptopt.cli.shared import FILE_SUFFIXES
+
 if TYPE_CHECKING:
     from tfgptopt.generation.constraints import Constraint
     from tfgptopt.generation.guessing import Speculation
@@ -34,15 +36,15 @@ MinPOption = Annotated[
 
 SpeculativeName = Annotated[
     str | None,
-    typer.Option(help="auto: guess from the text itself; or the .tflite file of a draft model."),
+    typer.Option(help="auto: guess from the text itself; or the file of a draft model."),
 ]
 
 
 def speculation_of(name: str | None) -> Speculation | str | None:
-    """Returns what an option stands for: a name that ends with .tflite is that of a draft."""
+    """Returns what an option stands for: a name that ends as files do is that of a draft."""
     from tfgptopt.generation import Draft
 
-    return Draft(name) if name is not None and name.endswith(".tflite") else name
+    return Draft(name) if name is not None and name.endswith(FILE_SUFFIXES) else name
 
 
 def generate(

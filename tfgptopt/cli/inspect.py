@@ -32,9 +32,9 @@ def inspect(
         "format": str(about.format_version),
         "made with": ", ".join(f"{name} {version}" for name, version in about.versions.items()),
         "model": f"{about.source.class_name} ({about.source.family})",
-        "layers": str(decoder.num_layers),
-        "heads": f"{decoder.num_heads} over {decoder.num_key_value_heads} of keys and values, "
-        f"{decoder.head_dim} each",
+        "layers with a cache": str(decoder.num_layers),
+        "heads of the first": f"{decoder.num_heads} over {decoder.num_key_value_heads} of keys and "
+        f"values, {decoder.head_dim} each",
         "vocabulary": f"{decoder.vocabulary_size:,}",
         "context": f"{decoder.context_length:,} tokens, cache of {decoder.cache_dtype}",
         "weights": f"{weights.parameters:,}, {weights.nonzero / weights.parameters:.0%} not zero",

@@ -19,10 +19,13 @@ from tfgptopt.cli.shared import (
 )
 
 if TYPE_CHECKING:
+    import keras
+
     from tfgptopt.quantization.post_training import Method
 
 # Windows that calibration reads at once.
 _AT_ONCE = 4
+_TOKENS = 512
 
 
 def quantize(
@@ -44,7 +47,9 @@ def quantize(
         list[str] | None,
         typer.Option(help="Text to measure perplexity on: of the model before, of the file after."),
     ] = None,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per window. [512, or all that the context has]")
+    ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="Positions of the KV cache. Default: all of the model.")
     ] = None,
@@ -63,6 +68,7 @@ def quantize(
     options = {} if context_length is None else {"context_length": context_length}
     format = format_of(path, options)
     model = load(preset)
+    sequence_length = _sequence_length(model, sequence_length, context_length)
     data = held_out = before = None
     if text:
         held_out = read_text(text, model, preset, sequence_length, 2, validation_share=1.0)
@@ -83,3 +89,19 @@ def quantize(
             f"perplexity {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%}), on "
             f"{held_out.validation_tokens:,} tokens"
         )
+
+
+def _sequence_length(model: keras.Model, wanted: int | None, context_length: int | None) -> int:
+    """Returns how many tokens a window has.
+
+    Raises:
+        ValueError: If they do not fit into the context.
+    """
+    positions = getattr(model.backbone, "max_sequence_length", None)
+    most = context_length or positions
+    if wanted is not None and most is not None and wanted > most:
+        raise ValueError(
+            f"--sequence-length must be at most {most}, the positions of the context. "
+            f"Received: {wanted}"
+        )
+    return wanted or min(_TOKENS, most or _TOKENS)

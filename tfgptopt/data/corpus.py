@@ -75,7 +75,13 @@ class Corpus:
     @property
     def train(self) -> tf.data.Dataset:
         """Training batches in shuffled order: the same each time this is read, another one in
-        each epoch of a `fit`."""
+        each epoch of a `fit`.
+
+        Raises:
+            ValueError: If all of the text was held out.
+        """
+        if not self.training_tokens:
+            raise ValueError("All of the text is held out, so there is nothing to train on.")
         return self._read("training", self.seed)
 
     @property
@@ -242,8 +248,7 @@ def _from_records(
             for path in paths
         )
         counts = write_records(records, tokenizer, template, training, validation, validation_share)
-    writers = (training, validation) if validation_share < 1.0 else (validation,)
-    check_records(counts, writers, sequence_length, origin)
+    check_records(counts, (training, validation), validation_share, sequence_length, origin)
     return Corpus(
         tokenizer=tokenizer,
         training_files=[],

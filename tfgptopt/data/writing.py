@@ -98,7 +98,8 @@ def _encoded(
 
 def check_records(
     counts: tuple[int, int],
-    writers: tuple[WindowWriter, ...],
+    writers: tuple[WindowWriter, WindowWriter],
+    validation_share: float,
     sequence_length: int,
     origin: str,
 ) -> None:
@@ -113,12 +114,13 @@ def check_records(
             f"None of the {dropped} conversations has an answer within {sequence_length + 1} "
             f"tokens. Choose a longer window ({origin})."
         )
-    if sum(counts) < len(writers):
+    needed = writers[1:] if validation_share == 1.0 else writers
+    if sum(counts) < len(needed):
         wanted = "at least two are needed, one of them for validation"
         raise ValueError(
             f"There are {sum(counts)} records with something to learn, and "
-            f"{wanted if len(writers) > 1 else 'one is needed'} ({origin})."
+            f"{wanted if len(needed) > 1 else 'one is needed'} ({origin})."
         )
-    for writer in writers:
+    for writer in needed:
         if not writer.rows:
             check_enough(writer, sequence_length, origin)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import keras
 import keras_hub
 import numpy as np
 
 from tfgptopt.decoder.mixtures import Mixture
 from tfgptopt.decoder.reader import Arithmetic
 from tfgptopt.decoder.reading import read_activation, read_matrix
-from tfgptopt.decoder.spec import Attention, FeedForward, Matrix
+from tfgptopt.decoder.spec import FeedForward, Matrix
+from tfgptopt.decoder.windows import mistral_window, qwen3_window, qwen_window
 from tfgptopt.model.experts import open_experts
 
 
@@ -66,21 +66,10 @@ def _qwen_network(block: Any) -> FeedForward | Mixture:
     )
 
 
-def _mixtral(block: keras.Layer, attention: Attention) -> Attention:
-    return replace(attention, window=block.sliding_window)
-
-
-def _qwen(block: keras.Layer, attention: Attention) -> Attention:
-    window = block.sliding_window_size if block.use_sliding_window_attention else None
-    return replace(attention, window=window)
-
-
-def _qwen3(block: keras.Layer, attention: Attention) -> Attention:
-    return replace(attention, window=block.sliding_window_size or None)
-
-
 MIXTURE_ARITHMETIC: dict[type, Arithmetic] = {
-    keras_hub.models.MixtralBackbone: Arithmetic(attention=_mixtral, network=_mixtral_network),
-    keras_hub.models.Qwen3MoeBackbone: Arithmetic(attention=_qwen3, network=_qwen_network),
-    keras_hub.models.QwenMoeBackbone: Arithmetic(attention=_qwen, network=_qwen_network),
+    keras_hub.models.MixtralBackbone: Arithmetic(
+        attention=mistral_window, network=_mixtral_network
+    ),
+    keras_hub.models.Qwen3MoeBackbone: Arithmetic(attention=qwen3_window, network=_qwen_network),
+    keras_hub.models.QwenMoeBackbone: Arithmetic(attention=qwen_window, network=_qwen_network),
 }

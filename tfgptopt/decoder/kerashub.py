@@ -14,6 +14,7 @@ from tfgptopt.decoder.gemma import GEMMA_ARITHMETIC
 from tfgptopt.decoder.reader import Arithmetic
 from tfgptopt.decoder.reading import alibi_slopes, as_floats, read_rotary
 from tfgptopt.decoder.spec import Attention, Rotary
+from tfgptopt.decoder.windows import mistral_window, qwen3_window, qwen_window
 
 
 def _check_norms_first(block: keras.Layer) -> None:
@@ -28,19 +29,6 @@ def _bloom(block: keras.Layer, attention: Attention) -> Attention:
 def _falcon(block: keras.Layer, attention: Attention) -> Attention:
     # Falcon adds the bias before it scales the products.
     return replace(attention, alibi=alibi_slopes(attention.num_heads) * attention.scale)
-
-
-def _mistral(block: keras.Layer, attention: Attention) -> Attention:
-    return replace(attention, window=block.sliding_window)
-
-
-def _qwen(block: keras.Layer, attention: Attention) -> Attention:
-    window = block.sliding_window_size if block.use_sliding_window_attention else None
-    return replace(attention, window=window)
-
-
-def _qwen3(block: keras.Layer, attention: Attention) -> Attention:
-    return replace(attention, window=block.sliding_window_size or None)
 
 
 def _gpt_neo_x_rotary(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary:
@@ -86,11 +74,11 @@ ARITHMETIC: dict[type, Arithmetic] = {
     keras_hub.models.FalconBackbone: Arithmetic(attention=_falcon),
     keras_hub.models.GPT2Backbone: _NORMS_FIRST,
     keras_hub.models.GPTNeoXBackbone: Arithmetic(rotary=_gpt_neo_x_rotary),
-    keras_hub.models.MistralBackbone: Arithmetic(attention=_mistral),
+    keras_hub.models.MistralBackbone: Arithmetic(attention=mistral_window),
     keras_hub.models.OPTBackbone: _NORMS_FIRST,
     keras_hub.models.Phi3Backbone: Arithmetic(rotary=_phi3_rotary),
-    keras_hub.models.Qwen3Backbone: Arithmetic(attention=_qwen3),
-    keras_hub.models.QwenBackbone: Arithmetic(attention=_qwen),
+    keras_hub.models.Qwen3Backbone: Arithmetic(attention=qwen3_window),
+    keras_hub.models.QwenBackbone: Arithmetic(attention=qwen_window),
     keras_hub.models.SmolLM3Backbone: Arithmetic(activation="silu", rotary=_smollm3_rotary),
     **GEMMA_ARITHMETIC,
     **MIXTURE_ARITHMETIC,

@@ -90,6 +90,9 @@ def read_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> Norm:
     Args:
         layer: A built normalization over the last axis.
         gamma_offset: What the layer adds to its `scale`: 1 in Gemma.
+
+    Raises:
+        ValueError: If it has weights of other names.
     """
     if hasattr(layer, "gamma"):
         gamma = as_floats(layer.gamma)
@@ -98,6 +101,8 @@ def read_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> Norm:
     epsilon = layer.epsilon if hasattr(layer, "epsilon") else layer.eps
     scale = getattr(layer, "scale", None)
     if not isinstance(scale, keras.Variable):
+        if layer.weights:
+            raise ValueError(f"{layer.path} has weights, and none is its `gamma` or `scale`.")
         return Norm(layer.path, "rms", None, float(epsilon))
     return Norm(layer.path, "rms", np.float32(gamma_offset) + as_floats(scale), float(epsilon))
 

@@ -24,11 +24,16 @@ def bundle_builder(module: str) -> ModuleType:
         module: Its name in `litert_lm_builder`.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If it is not installed, or another version has no such module.
     """
     try:
         return importlib.import_module(f"{_PACKAGE}.{module}")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != _PACKAGE:
+            raise ImportError(
+                f"The installed litert-lm-builder lacks {error.name}. Bundles were tried with the "
+                "version that `pip install 'tfgptopt[litertlm]'` brings."
+            ) from error
         raise ImportError(
             "Bundles for LiteRT-LM (.litertlm) need the package litert-lm-builder: "
             "pip install 'tfgptopt[litertlm]'."

@@ -30,6 +30,15 @@ _THREADS = min(4, os.cpu_count() or 1)
 _IDENTITY = ("st_dev", "st_ino", "st_size", "st_mtime_ns")
 
 
+def file_identity(path: str | Path) -> tuple[int, ...] | None:
+    """Returns what tells a file from another in its place, or `None` if there is none."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    return tuple(getattr(stat, fact) for fact in _IDENTITY)
+
+
 @dataclass(frozen=True)
 class Container:
     """A file that was found whole.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from tfgptopt.file.container import read_container
 from tfgptopt.file.metadata import Metadata
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.engine import Engine
-from tfgptopt.generation.guessing import Speculation
+from tfgptopt.generation.guessing import Draft, Guesser, Repeats, Small, Speculation, check_tokens
 from tfgptopt.generation.speculating import Pace, Statistics, speculated_tokens
 
 
@@ -21,20 +24,37 @@ class Decoding:
         engine: The model.
         metadata: What its file says of itself.
         speculation: Where guesses come from, or `None` for none.
+        num_threads: Threads for the kernels of a draft.
+        folder: Where packed weights of a draft are kept, or `None`.
 
     Attributes:
         engine: The model.
 
     Raises:
+        FileNotFoundError: If there is no file of the draft.
         ValueError: If the guesses would be of other tokens.
     """
 
-    def __init__(self, engine: Engine, metadata: Metadata, speculation: Speculation | None) -> None:
-        if speculation is not None:
-            speculation.check(metadata)
+    def __init__(
+        self,
+        engine: Engine,
+        metadata: Metadata,
+        speculation: Speculation | None,
+        num_threads: int,
+        folder: Path | None,
+    ) -> None:
         self.engine = engine
         self._speculation = speculation
+        self._draft: Engine | None = None
+        if isinstance(speculation, Draft):
+            path = Path(speculation.path)
+            container = read_container(path, folder)
+            check_tokens(speculation, container.metadata, metadata)
+            threads = speculation.num_threads or num_threads
+            self._draft = Engine(path, container, threads, folder)
         self._pace: Pace | None = None
+        self._spare: list[Cache] = []
+        self._lock = threading.Lock()
 
     def tokens(
         self,
@@ -58,16 +78,42 @@ class Decoding:
             matcher: What the text is held to, before `chain`; guesses are not. Defaults to `None`.
         """
         counts = Statistics() if statistics is None else statistics
-        guessed, chain = chain, chain if matcher is None else (matcher, *chain)
+        held = chain if matcher is None else (matcher, *chain)
         if self._speculation is None:
-            return self._plain(cache, prompt, length, chain, seed, counts)
-        guesser = self._speculation.guesser(guessed)
+            return self._plain(cache, prompt, length, held, seed, counts)
+        return self._guessing(cache, prompt, length, chain, held, seed, counts)
+
+    def _guessing(
+        self,
+        cache: Cache,
+        prompt: Sequence[int],
+        length: int,
+        chain: Sequence[samplers.Sampler],
+        held: Sequence[samplers.Sampler],
+        seed: int | None,
+        counts: Statistics,
+    ) -> Iterator[int]:
+        settings, spare = self._speculation, None
+        assert settings is not None
+        guesser: Guesser
+        if self._draft is not None:
+            with self._lock:  # The cache of the text before may know the beginning of this one.
+                spare = self._spare.pop() if self._spare else None
+            spare = spare or self._draft.new_cache()
+            guesser = Small(self._draft, spare, chain, seed)
+        else:
+            assert not isinstance(settings, Draft)
+            guesser = Repeats(settings)
         if self._pace is None:  # What was learned of this machine serves the next text, too.
-            lengths = self.engine.verified_at_once
-            self._pace = Pace(lengths, self._speculation.num_tokens, guesser.free)
-        return speculated_tokens(
-            self.engine, cache, prompt, length, chain, seed, guesser, self._pace, counts
-        )
+            self._pace = Pace(self.engine.verified_at_once, settings.num_tokens, guesser.free)
+        try:
+            yield from speculated_tokens(
+                self.engine, cache, prompt, length, held, seed, guesser, self._pace, counts
+            )
+        finally:
+            if spare is not None:
+                with self._lock:
+                    self._spare.append(spare)
 
     def _plain(
         self,

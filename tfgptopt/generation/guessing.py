@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tfgptopt.file.container import read_container
 from tfgptopt.file.metadata import Metadata
 from tfgptopt.generation import samplers
+from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.engine import Engine
-from tfgptopt.generation.weight_cache import cache_folder
 
 
 class Guess(NamedTuple):
@@ -38,6 +36,9 @@ class Guesser(Protocol):
     """
 
     free: bool
+
+    def follow(self, tokens: list[int]) -> None:
+        """Reads what is new of the text, before a guess."""
 
     def guess(self, tokens: list[int], count: int) -> Guess:
         """Returns at most so many tokens that may follow, possibly none.
@@ -91,16 +92,13 @@ class NGram:
                 f"{self.max_ngram}"
             )
 
-    def check(self, target: Metadata) -> None:
-        """Raises nothing: it guesses for any model."""
 
-    def guesser(self, chain: Sequence[samplers.Sampler]) -> Guesser:
-        """Returns what guesses for one text."""
-        return _Repeats(self)
+class Repeats:
+    """Remembers where each sequence of tokens stood last.
 
-
-class _Repeats:
-    """Remembers where each sequence of tokens stood last."""
+    Args:
+        settings: How long sequences are.
+    """
 
     free = True
 
@@ -111,14 +109,15 @@ class _Repeats:
         self._known = 0
 
     def guess(self, tokens: list[int], count: int) -> Guess:
-        self._learn(tokens)
+        """Returns what followed the longest end of the text the last time."""
         for size in self._sizes:
             ends = self._ends.get(tuple(tokens[-size:])) if size <= len(tokens) else None
             if ends is not None and ends[1]:
                 return Guess(tokens[ends[1] : ends[1] + count], None)
         return Guess([], None)
 
-    def _learn(self, tokens: list[int]) -> None:
+    def follow(self, tokens: list[int]) -> None:
+        """Learns where the sequences of new tokens stand."""
         for end in range(self._known + 1, len(tokens) + 1):
             for size in self._sizes:
                 if size <= end:
@@ -135,7 +134,7 @@ class Draft:
     Args:
         path: A file that `tfgptopt.export` wrote. It is loaded at the first use.
         num_tokens: int. Most tokens to guess at once. Defaults to `7`.
-        num_threads: int. Threads for its kernels. Defaults to `None`: all cores.
+        num_threads: int. Threads for its kernels. Defaults to `None`: as many as the model has.
 
     Raises:
         ValueError: If a number is below 1. When it is used: if the file has another tokenizer or
@@ -159,69 +158,66 @@ class Draft:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
         _check_count("num_tokens", self.num_tokens)
         if self.num_threads is not None:
             _check_count("num_threads", self.num_threads)
 
-    def check(self, target: Metadata) -> None:
-        """Raises if a file does not have the same tokens as the draft.
 
-        Args:
-            target: What the file says of itself.
+def check_tokens(draft: Draft, own: Metadata, target: Metadata) -> None:
+    """Raises if a draft does not have the tokens of the file that it guesses for.
 
-        Raises:
-            ValueError: If it does not.
-        """
-        _, own = self._loaded()
-        for name, mine, its in (
-            ("vocabulary", own.decoder.vocabulary_size, target.decoder.vocabulary_size),
-            ("tokenizer", own.tokenizer, target.tokenizer),
-            ("tokenizer", own.sentencepiece, target.sentencepiece),
-        ):
-            if mine != its:
-                raise ValueError(
-                    f"The draft '{self.path}' has another {name} than the model that it guesses "
-                    "for. Export a model of the same tokens: one that was shrunk from it, or is of "
-                    "the same family."
-                )
+    Args:
+        draft: The settings.
+        own: What the draft's file says of itself.
+        target: The same of the other file.
 
-    def guesser(self, chain: Sequence[samplers.Sampler]) -> Guesser:
-        """Returns what guesses for one text.
-
-        Args:
-            chain: How its tokens are chosen.
-        """
-        return _Model(self._loaded()[0], chain)
-
-    def _loaded(self) -> tuple[Engine, Metadata]:
-        """Returns the model of the file, which stays loaded as long as these settings do."""
-        if "_model" not in self.__dict__:
-            folder = cache_folder(True)
-            container = read_container(self.path, folder)
-            threads = self.num_threads or os.cpu_count() or 1
-            engine = Engine(Path(self.path), container, threads, folder)
-            object.__setattr__(self, "_model", (engine, container.metadata))
-        found: tuple[Engine, Metadata] = self.__dict__["_model"]
-        return found
+    Raises:
+        ValueError: If it does not.
+    """
+    for name, mine, its in (
+        ("vocabulary", own.decoder.vocabulary_size, target.decoder.vocabulary_size),
+        ("tokenizer", own.tokenizer, target.tokenizer),
+        ("tokenizer", own.sentencepiece, target.sentencepiece),
+    ):
+        if mine != its:
+            raise ValueError(
+                f"The draft '{draft.path}' has another {name} than the model that it guesses for. "
+                "Export a model of the same tokens: one that was shrunk from it, or is of the same "
+                "family."
+            )
 
 
-class _Model:
-    """Continues a text with a model of its own, which has a cache of its own."""
+class Small:
+    """Continues a text with a smaller model.
+
+    Args:
+        engine: The model.
+        cache: A cache of it.
+        chain: How a token is chosen.
+        seed: Of the samplers; `None` for another guess each time.
+    """
 
     free = False
 
-    def __init__(self, engine: Engine, chain: Sequence[samplers.Sampler]) -> None:
-        self._engine, self._chain = engine, chain
-        self._cache = engine.new_cache()
+    def __init__(
+        self, engine: Engine, cache: Cache, chain: Sequence[samplers.Sampler], seed: int | None
+    ) -> None:
+        self._engine, self._cache, self._chain = engine, cache, chain
         self._greedy = isinstance(chain[-1], samplers.Greedy)
-        self._generator = np.random.default_rng(0)
+        # A stream of its own: guesses must not know what they are judged with.
+        self._generator = np.random.default_rng(None if seed is None else [seed, 1])
+
+    def follow(self, tokens: list[int]) -> None:
+        """Reads what is new of the text, as far as its own context reaches."""
+        if len(tokens) <= self._engine.context_length:
+            self._engine.read(self._cache, tokens[:-1])
 
     def guess(self, tokens: list[int], count: int) -> Guess:
+        """Returns what the model says."""
         count = min(count, self._engine.context_length - len(tokens))
-        if count < 1:
-            return Guess([], None)
-        self._engine.read(self._cache, tokens[:-1])
-        text, chances = list(tokens), []
+        text: list[int] = list(tokens)
+        chances: list[np.ndarray] = []
         for _ in range(count):
             logits = self._engine.decode(self._cache, text[-1])
             if self._greedy:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tfgptopt.file.container import read_container
+from tfgptopt.file.container import file_identity, read_container
 from tfgptopt.generation import guessing, samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.chat import Chat
@@ -22,7 +22,7 @@ from tfgptopt.generation.constraints import Constraint, Matcher, Matchers
 from tfgptopt.generation.continuing import Continuation
 from tfgptopt.generation.decoding import Decoding
 from tfgptopt.generation.engine import Engine
-from tfgptopt.generation.guessing import Speculation
+from tfgptopt.generation.guessing import Draft, Speculation
 from tfgptopt.generation.session import Session
 from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.templates import KNOWN, ChatTemplate, get_template
@@ -71,13 +71,14 @@ class TFLiteCausalLM:
         if num_threads is not None and (not isinstance(num_threads, int) or num_threads < 1):
             raise ValueError(f"`num_threads` must be an int >= 1. Received: {num_threads!r}")
         self.path = Path(path)
-        folder = cache_folder(weight_cache)
+        self._folder = folder = cache_folder(weight_cache)
         container = read_container(path, folder)
         self.metadata = container.metadata
         self._codec = Codec(self.metadata)
-        threads = num_threads or os.cpu_count() or 1
-        self._engine = Engine(self.path, container, threads, folder)
-        self._decodings: dict[Speculation | None, Decoding] = {}
+        self._num_threads = num_threads or os.cpu_count() or 1
+        self._engine = Engine(self.path, container, self._num_threads, folder)
+        # By settings, and by which file a draft is: another may take its place.
+        self._decodings: dict[object, Decoding] = {}
         self._idle: Cache | None = None
         # Reentrant: a stream that is thrown away gives its cache back whenever Python collects it.
         self._idle_lock = threading.RLock()
@@ -291,9 +292,12 @@ class TFLiteCausalLM:
     def _decoding(self, speculative: Speculation | str | None) -> Decoding:
         """Returns how tokens are made; what it learned of this machine is kept."""
         settings = guessing.get(speculative)
-        if settings not in self._decodings:
-            self._decodings[settings] = Decoding(self._engine, self.metadata, settings)
-        return self._decodings[settings]
+        key = settings, file_identity(settings.path) if isinstance(settings, Draft) else None
+        if key not in self._decodings:
+            self._decodings[key] = Decoding(
+                self._engine, self.metadata, settings, self._num_threads, self._folder
+            )
+        return self._decodings[key]
 
     @functools.cached_property
     def _matchers(self) -> Matchers:

@@ -16,7 +16,7 @@ import numpy as np
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.engine import Engine
-from tfgptopt.generation.guessing import Guesser
+from tfgptopt.generation.guessing import Guess, Guesser
 
 # Of what was measured before, how much counts when the next is measured.
 _MEMORY_OF_TIMES, _MEMORY_OF_GUESSES = 0.7, 0.9
@@ -31,10 +31,10 @@ class Statistics:
     """How a text came about.
 
     Attributes:
-        tokens: Tokens that were made.
+        tokens: Tokens that were made, one that stops the text included.
         calls: Calls of the model for them.
         guessed: Tokens that were guessed and read.
-        accepted: Those of them that were kept.
+        accepted: Those of `tokens` that were guessed.
         seconds: Time of all, prompts included.
     """
 
@@ -68,6 +68,7 @@ class Pace:
         self._lengths, self._free = sorted(lengths), free
         self._most = min(most, max(lengths, default=1) - 1)
         self._seconds: dict[int, float] = {}  # Of a call, by the tokens that it reads.
+        self._warm: set[int] = set()
         self._guessing = 0.0  # Seconds for each token.
         self._right = 0.6  # Share of guesses, until there were some.
         self._since = 0
@@ -89,9 +90,10 @@ class Pace:
         gain, count = max(gains)
         self._since += 1
         if gain < _WORTH:
-            if self._free or self._since < _AGAIN:
+            if self._since < _AGAIN:
                 return 0
-            self._since, count = 0, 1
+            count = count if self._free else 1  # What was bad once is tried again.
+        self._since = 0
         return count
 
     def _gain(self, count: int) -> float:
@@ -113,8 +115,11 @@ class Pace:
 
     def took(self, length: int, seconds: float) -> None:
         """Says how long a call took that read so many tokens."""
+        if length not in self._warm:  # The first call makes buffers.
+            self._warm.add(length)
+            return
         old = self._seconds.get(length)
-        # A call may make buffers, or wait for another process: twice the usual counts as that.
+        # A call may wait for another process: twice the usual counts as that.
         new = seconds if old is None else min(seconds, 2 * old)
         self._seconds[length] = _mixed(old, new, _MEMORY_OF_TIMES)
 
@@ -166,23 +171,35 @@ def speculated_tokens(
     while len(tokens) < length:
         before = len(tokens)
         count = pace.count(min(length - before - 1, engine.room(cache) - 1))
-        began = time.perf_counter()
-        # Where guesses are free, they are compared with what comes even if they are not read.
-        guess = guesser.guess(tokens, count or int(guesser.free))
-        pace.guessed(len(guess.tokens) if count else 0, time.perf_counter() - began)
+        guess = _guess(guesser, tokens, count, pace)
         read = guess.tokens if count else []
+        kept = []
         for token, right in _checked(
             _logits(engine, cache, tokens[-1], read, pace), tokens, guess, read, chain, generator
         ):
             tokens.append(token)
+            kept.append(bool(right and read))
             if right is not None:
                 pace.fared(right)
-                statistics.accepted += right if read else 0
         del cache.tokens[len(tokens) - 1 :]
         statistics.calls += 1
         statistics.guessed += len(read)
-        statistics.tokens += len(tokens) - before
-        yield from tokens[before:]
+        for token, guessed in zip(tokens[before:], kept, strict=True):
+            statistics.tokens += 1  # As they are taken: what stops a text may stand among them.
+            statistics.accepted += guessed
+            yield token
+
+
+def _guess(guesser: Guesser, tokens: list[int], count: int, pace: Pace) -> Guess:
+    """Returns a guess of so many tokens; where it is free, of one to compare with what comes."""
+    if not count and not guesser.free:
+        return Guess([], None)
+    guesser.follow(tokens)
+    began = time.perf_counter()
+    guess = guesser.guess(tokens, count or 1)
+    if count:
+        pace.guessed(len(guess.tokens), time.perf_counter() - began)
+    return guess
 
 
 def _logits(engine: Engine, cache: Cache, last: int, guesses: list[int], pace: Pace) -> np.ndarray:
@@ -200,7 +217,7 @@ def _logits(engine: Engine, cache: Cache, last: int, guesses: list[int], pace: P
 def _checked(
     rows: np.ndarray,
     tokens: list[int],
-    guess: tuple[list[int], list[np.ndarray] | None],
+    guess: Guess,
     read: list[int],
     chain: Sequence[samplers.Sampler],
     generator: np.random.Generator,

@@ -69,6 +69,20 @@ def without_adapters(layer: keras.Layer) -> Iterator[None]:
             object.__setattr__(layer, "lora_enabled", True)
 
 
+def check_mergeable(model: keras.Layer) -> None:
+    """Raises if LoRA adapters of a model lie beside weights that they cannot be added to.
+
+    Raises:
+        ValueError: If Keras' own `quantize` made integers of one.
+    """
+    for layer in model._flatten_layers():
+        if has_adapters(layer) and getattr(layer, "quantization_mode", None) is not None:
+            raise ValueError(
+                f"{layer.path} was quantized by Keras, so that its LoRA adapters cannot be merged: "
+                "its weight is integers. Load it unquantized, and quantize with tfgptopt."
+            )
+
+
 def merge_adapters(layer: keras.Layer) -> None:
     """Adds the LoRA adapters of a layer to its weight, and takes them off."""
     variable = getattr(layer, f"_{_kind(layer)}")
@@ -78,6 +92,7 @@ def merge_adapters(layer: keras.Layer) -> None:
 
 def merged_weights(model: keras.Layer) -> list[np.ndarray]:
     """Returns weights in the order of `set_weights` of a copy that has no LoRA adapters."""
+    check_mergeable(model)
     merged: dict[int, np.ndarray] = {}
     adapters: set[int] = set()
     for layer in model._flatten_layers():

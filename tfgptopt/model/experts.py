@@ -23,6 +23,17 @@ _IN, _OUT = "th,ehm->etm", "etm,emh->eth"
 class ExpertProduct(keras.layers.EinsumDense):
     """A product with the matrix of each expert, whose kernel belongs to the bank of experts."""
 
+    def enable_lora(self, *args: object, **kwargs: object) -> None:
+        """Refuses adapters, which no checkpoint of the bank would hold.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            f"{self.path} has the matrices of experts, which take no LoRA adapters: a checkpoint "
+            "of the mixture would lose them. Train adapters of its attention."
+        )
+
     def save_own_variables(self, store: Any) -> None:
         """Writes nothing: the bank writes the kernel."""
 

@@ -10,6 +10,7 @@ of no other, when this is imported: an object of a class of our own would be sav
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import keras
@@ -110,7 +111,9 @@ def _gemma3n_embedding(self: Any, inputs: Any, reverse: bool = False) -> Any:
     if hasattr(table, "as_head"):
         logits = table.as_head(inputs)
     else:
-        logits = ops.matmul(inputs, ops.transpose(ops.cast(table.embeddings, inputs.dtype)))
+        # In its own precision, as KerasHub multiplies: logits are float32 in mixed precision.
+        held = ops.convert_to_tensor(table.embeddings._value)
+        logits = ops.matmul(ops.cast(inputs, held.dtype), ops.transpose(held))
     if self.final_logit_soft_cap is None:
         return logits
     return ops.tanh(logits / self.final_logit_soft_cap) * self.final_logit_soft_cap
@@ -129,7 +132,11 @@ def never_called(layer: keras.Layer) -> tuple[keras.Layer, ...]:
 
 
 def _mend(owner: type, name: str, method: Any) -> None:
-    setattr(owner, name, functools.wraps(getattr(owner, name))(method))
+    # Keras asks a call what it takes; what is replaced may say only that it takes anything.
+    signature = inspect.signature(method)
+    made: Any = functools.wraps(getattr(owner, name))(method)
+    made.__signature__ = signature
+    setattr(owner, name, made)
 
 
 def _mend_all() -> None:

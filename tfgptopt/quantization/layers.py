@@ -101,8 +101,10 @@ class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
 
     def as_head(self, inputs: tf.Tensor) -> tf.Tensor:
         """Returns logits, for models that multiply with a table whose class gives none."""
-        table = keras.ops.cast(self.rounded(), inputs.dtype)
-        return keras.ops.matmul(self._round_rows(inputs), keras.ops.transpose(table))
+        found = quantizers.quantizers_of(self)[0]  # type: ignore[arg-type]
+        rows = self._round_rows(keras.ops.cast(inputs, "float32"))
+        logits = keras.ops.matmul(rows, keras.ops.transpose(self.rounded(found)))
+        return keras.ops.cast(logits, found.variable._dtype)
 
 
 def _round_looked_up(quantizer: Quantizer, rows: tf.Tensor, ids: Any) -> tf.Tensor:

@@ -102,6 +102,7 @@ def quantize(
     check_plain([target for target, _ in chosen])
     if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
+    data = None if data is None else batches_of(data)  # Read once: a generator serves, too.
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     with changing(model), showing(verbose):
         try:

@@ -6,7 +6,7 @@ import keras
 
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
-from tfgptopt.model.current import has_adapters, merge_adapters
+from tfgptopt.model.current import check_mergeable, has_adapters, merge_adapters
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.history import rewrite
 from tfgptopt.model.techniques import techniques_of
@@ -18,7 +18,8 @@ def finalize(model: keras.Layer) -> keras.Layer:
     """Turns a dressed model back into plain layers that hold what was trained.
 
     Pruned weights are exactly zero, quantized weights lie exactly on their grid, LoRA adapters are
-    merged, every layer has its own class again. `tfgptopt.export` still knows how the weights were
+    merged, every layer has its own class again; only the experts of a mixture go on computing
+    through layers, with the same numbers. `tfgptopt.export` still knows how the weights were
     rounded.
 
     Args:
@@ -49,6 +50,7 @@ def finalize(model: keras.Layer) -> keras.Layer:
             f"The model '{model.name}' was neither pruned nor made quantize-aware and has no LoRA "
             "adapters, or it was finalized already. There is nothing to finalize."
         )
+    check_mergeable(model)
     check_finite_weights(model)
     if dressed or held:
         rewrite(model, techniques_of(model))

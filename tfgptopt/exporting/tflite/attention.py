@@ -74,12 +74,21 @@ def _norm_of_both(attention: Attention) -> Norm | None:
         ValueError: If they are of two kinds.
     """
     first, second = attention.query_norm, attention.key_norm
-    if first is None or first.gamma is None:
+    if attention.key is not None and (
+        (first is None) is not (second is None)
+        or (first and second and (first.gamma is None) is not (second.gamma is None))
+    ):
+        raise ValueError(
+            f"Queries and keys must be normed alike, with a scale or without. Received: {first} "
+            f"and {second}"
+        )
+    if first is None:
         return None
+    if first.gamma is None:
+        return first
     gammas = [first.gamma] * attention.num_heads
     if attention.key is not None:
-        if second is None or second.gamma is None:
-            return None
+        assert second is not None and second.gamma is not None
         if (first.kind, first.epsilon) != (second.kind, second.epsilon):
             raise ValueError(f"{first.name} and {second.name} must have the same kind and epsilon.")
         gammas += [second.gamma] * attention.num_key_value_heads
