@@ -20,10 +20,6 @@ tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 
-# Tests trace hundreds of training steps and run each a few times: optimizing a graph costs more
-# than it saves. The examples of the documents run in processes of their own, with it.
-tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-
 # Files that take longest begin, so that no worker is left alone with one of them at the end.
 _LONGEST = ("test_documents", "test_examples", "test_cli", "test_own_model", "test_optimizing",
             "callbacks", "test_number_type_plugin", "test_converting")  # fmt: skip

@@ -53,7 +53,7 @@ def test_a_consumer_without_this_package_generates_the_same_text(trained, tmp_pa
 
 def test_the_examples_of_generation(trained, tmp_path):
     tfgptopt.export(trained, tmp_path / "gpt.tflite")
-    code, _ = blocks("docs/generation.md")  # The other one needs a model for chats.
+    code, *_ = blocks("docs/generation.md")  # The others run with a model for chats.
     small = re.sub(r"max_length=\d+", "max_length=24", code)
     printed = run("import sys; sys.modules['keras'] = None\n" + small, tmp_path).stdout
     assert printed.startswith("import os\n")

@@ -29,18 +29,9 @@ def fit(model, callbacks, **kwargs):
     return model.fit(*random_batch(rows=48), callbacks=callbacks, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        keras.optimizers.AdamW(1e-2, weight_decay=0.1),
-        keras.optimizers.SGD(1e-2, momentum=0.9, clipnorm=1.0),
-        keras.optimizers.Adam(1e-2, use_ema=True, ema_overwrite_frequency=2),
-    ],
-    ids=["adamw", "momentum", "ema"],
-)
-def test_zeros_hold_after_every_batch(optimizer):
+def test_zeros_hold_after_every_batch():
     model = make_gpt()
-    model.compile(optimizer=optimizer)
+    model.compile(optimizer=keras.optimizers.Adam(1e-2, use_ema=True, ema_overwrite_frequency=2))
     zeros = ZerosAfterEveryBatch()
     fit(model, [Pruning(ConstantSparsity(0.5, 0, frequency=1000)), zeros])
     assert np.allclose(zeros.shares, 0.5, atol=0.002)

@@ -43,10 +43,8 @@ def fit(model, callbacks, **kwargs):
 
 
 OPTIMIZERS = {
-    "adam": lambda: keras.optimizers.Adam(1e-2),
     "adamw": lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1),
     "momentum": lambda: keras.optimizers.SGD(1e-2, momentum=0.9, clipnorm=1.0),
-    "rmsprop": lambda: keras.optimizers.RMSprop(1e-2, global_clipnorm=1.0),
     "lion": lambda: keras.optimizers.Lion(1e-3, weight_decay=0.1, clipvalue=0.5),
     "ema": lambda: keras.optimizers.Adam(1e-2, use_ema=True, ema_overwrite_frequency=2),
     "accumulation": lambda: keras.optimizers.Adam(1e-2, gradient_accumulation_steps=2),

@@ -8,22 +8,15 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-import tensorflow as tf
 from cli.test_cli import assert_refused, run
 from conftest import make_gpt
-from decoder.families import logits
 
 import tfgptopt
-from tfgptopt.data import load_corpus, load_preset, tokens_as_input
-from tfgptopt.distillation.technique import Distill
+from tfgptopt.data import load_corpus, load_preset
 from tfgptopt.evaluation.loss import tflite_loss
-from tfgptopt.job.optimizing import optimize
-from tfgptopt.model.current import has_adapters
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.quantization.post_training import _automatic
 from tfgptopt.quantization.specs import parse_spec
-from tfgptopt.recipe import Recipe
-from tfgptopt.training.planning import Training, compile_model
 
 
 @pytest.fixture(scope="module")
@@ -170,19 +163,3 @@ def test_a_preset_without_tokenizer_can_be_exported_and_not_read_text(text_files
         assert_refused(run(*command), "has no tokenizer")
     assert list(tmp_path.iterdir()) == [folder]
     assert run("quantize", folder, tmp_path / "a.tflite").returncode == 0
-
-
-def test_adapters_of_a_job_without_rounding_are_merged(preset, corpus, tmp_path):
-    recipe = Recipe((Distill(2),))
-    model = load_preset(preset)
-    training = Training(0, 2, 1e-3, dense_run=False, lora=2)
-    compile_model(model, training)
-    optimize(model, corpus, recipe, training, tmp_path / "out")
-    again = load_preset(tmp_path / "out" / "model")
-    assert not any(has_adapters(layer) for layer in again._flatten_layers())
-    lm = tfgptopt.TFLiteCausalLM(tmp_path / "out" / "model.tflite")
-    tokens = [5, 17, 200, 31, 8]
-    with tokens_as_input(again):
-        logs = tf.nn.log_softmax(logits(again, tokens[:-1]))
-    expected = [logs[i, token] for i, token in enumerate(tokens[1:])]
-    np.testing.assert_allclose(lm.score(tokens), expected, atol=1e-4)

@@ -27,6 +27,7 @@ _DEMO_SHAPE = {
     "intermediate_dim": 768,
     "max_sequence_length": 64,
 }
+_QUICK_FILES = 60
 
 
 def demo(
@@ -42,7 +43,7 @@ def demo(
     The text is the source of Python's standard library, which every machine has.
     """
     load_libraries()
-    from tfgptopt.data import load_corpus
+    from tfgptopt.data import load_corpus, standard_library
     from tfgptopt.file.replacing import check_target
     from tfgptopt.job.optimizing import optimize, small_gpt
     from tfgptopt.quantization.specs import parse_spec
@@ -56,8 +57,9 @@ def demo(
     spec = parse_spec(f"int{bits}")
     recipe = default_recipe(training.shared_steps, training.steps, sparsity, spec)
     with console.status("Reading Python's standard library, training a tokenizer"):
+        files = [file.path for file in standard_library()[:_QUICK_FILES]] if quick else None
         corpus = load_corpus(
-            vocabulary_size=288, sequence_length=64, batch_size=16, validation_share=0.015
+            files, vocabulary_size=288, sequence_length=64, batch_size=16, validation_share=0.015
         )
     print_corpus(corpus)
     import keras
