@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cli.test_cli import assert_refused, run
 from conftest import make_gpt
+from data.chatty import CHATS, gemma_tokenizer
 
 import tfgptopt
 from tfgptopt.data import load_corpus, load_preset
@@ -78,16 +79,29 @@ def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(preset, tmp_path
     assert not path.exists()
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    backbone = keras_hub.models.GemmaBackbone(400, 2, 2, 1, 16, 32, 8)
+    preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(
+        gemma_tokenizer(), sequence_length=160
+    )
+    folder = tmp_path_factory.mktemp("gemma") / "preset"
+    model = keras_hub.models.GemmaCausalLM(backbone=backbone, preprocessor=preprocessor)
+    model.save_to_preset(str(folder))
+    return folder
+
+
 @pytest.mark.slow
-def test_optimize_with_adapters_on_chats(preset, tmp_path):
-    records = [{"prompt": f"say {i}", "response": f"{'abc' * (i % 3 + 1)} {i}"} for i in range(40)]
-    data = tmp_path / "chats.jsonl"
-    data.write_text("\n".join(map(json.dumps, records)))
-    out = tmp_path / "out"
+def test_the_whole_job_on_a_gemma_with_sentence_pieces_adapters_and_chats(gemma, tmp_path):
+    preset, data, out = gemma, tmp_path / "chats.jsonl", tmp_path / "out"
+    data.write_text("\n".join(json.dumps({"messages": chat}) for chat in CHATS))
     result = run("optimize", data, "--preset", preset, "--lora", 2, "--out", out, "--steps", 4,
-                 "--sequence-length", 48, "--batch-size", 4)  # fmt: skip
+                 "--sequence-length", 128, "--batch-size", 4)  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert "12 records" in result.stdout or "records" in result.stdout
     lm = tfgptopt.TFLiteCausalLM(out / "model.tflite")
+    assert "<start_of_turn>" in lm.metadata.chat.template
+    assert isinstance(lm.chat().generate("What is 1 plus 1?", max_new_tokens=6), str)
     kinds = [technique["name"] for technique in lm.metadata.recipe["techniques"]]
     assert kinds == ["quantize_aware"]  # Nothing is pruned unless it is asked for.
     assert lm.metadata.weights.nonzero > 0.95 * lm.metadata.weights.parameters

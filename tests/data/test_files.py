@@ -42,8 +42,8 @@ def test_no_file_is_in_both_parts_and_the_split_is_stable():
     share = sum(f.size for f in validation) / sum(f.size for f in files)
     assert 0.2 <= share < 0.23
     assert split_files(files[::-1], 0.2)[1] == validation[::-1]
-    with pytest.raises(ValueError, match=r"in \(0, 1\)"):
-        split_files(files, 1.0)
+    with pytest.raises(ValueError, match=r"in \(0, 1\]"):
+        split_files(files, 1.5)
 
 
 def test_a_single_file_is_cut_at_a_line_end(tmp_path):
