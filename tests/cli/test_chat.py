@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import subprocess
 import sys
 
@@ -48,22 +49,30 @@ def test_a_template_that_does_not_compile_is_one_sentence(file, tmp_path):
 def test_a_terminal_has_a_prompt_and_ends_with_ctrl_c_and_ctrl_d(file):
     for end in (b"\x03", b"\x04", b"/quit\n"):
         ours, theirs = pty.openpty()
-        command = [*COMMAND, str(file), "--max-new-tokens", "2"]
+        # The child takes the terminal itself: code between fork and exec could wait for a thread
+        # of this process for ever.
+        code = (
+            "import fcntl, sys, termios\n"
+            "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+            "from tfgptopt.cli.main import main\n"
+            f"sys.argv = ['tfgptopt', 'chat', {str(file)!r}, '--max-new-tokens', '2']\n"
+            "main()\n"
+        )
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", code],
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
         )
         os.close(theirs)
         seen = b""
         while b"> " not in seen:
+            assert select.select([ours], [], [], 60)[0], seen
             seen += os.read(ours, 1024)
         os.write(ours, end)
         try:
-            while piece := os.read(ours, 1024):
+            while select.select([ours], [], [], 60)[0] and (piece := os.read(ours, 1024)):
                 seen += piece
         except OSError:  # The other end was closed.
             pass

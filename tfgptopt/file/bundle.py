@@ -27,17 +27,19 @@ def bundle_builder(module: str) -> ModuleType:
         ImportError: If it is not installed, or another version has no such module.
     """
     try:
-        return importlib.import_module(f"{_PACKAGE}.{module}")
-    except ModuleNotFoundError as error:
-        if error.name != _PACKAGE:
-            raise ImportError(
-                f"The installed litert-lm-builder lacks {error.name}. Bundles were tried with the "
-                "version that `pip install 'tfgptopt[litertlm]'` brings."
-            ) from error
+        importlib.import_module(_PACKAGE)
+    except ModuleNotFoundError:
         raise ImportError(
             "Bundles for LiteRT-LM (.litertlm) need the package litert-lm-builder: "
             "pip install 'tfgptopt[litertlm]'."
         ) from None
+    try:
+        return importlib.import_module(f"{_PACKAGE}.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"The installed litert-lm-builder lacks {error.name}. Bundles were tried with the "
+            "version that `pip install 'tfgptopt[litertlm]'` brings."
+        ) from error
 
 
 @dataclass(frozen=True)
