@@ -50,9 +50,10 @@ def test_a_terminal_has_a_prompt_and_ends_with_ctrl_c_and_ctrl_d(file):
     for end in (b"\x03", b"\x04", b"/quit\n"):
         ours, theirs = pty.openpty()
         # The child takes the terminal itself: code between fork and exec could wait for a thread
-        # of this process for ever.
+        # of this process for ever. And it hears Ctrl-C, which a shell in the background ignores.
         code = (
-            "import fcntl, sys, termios\n"
+            "import fcntl, signal, sys, termios\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
             "from tfgptopt.cli.main import main\n"
             f"sys.argv = ['tfgptopt', 'chat', {str(file)!r}, '--max-new-tokens', '2']\n"
