@@ -7,7 +7,7 @@ from conftest import make_gpt, random_batch
 import tfgptopt
 from tfgptopt.decoder import read_decoder
 from tfgptopt.model.targets import select
-from tfgptopt.pruning import NM, SparseGPT
+from tfgptopt.pruning import NM, SparseGPT, Wanda
 from tfgptopt.quantization import BitAllocation, Int4, Int8, allocate, report
 
 
@@ -88,6 +88,20 @@ def test_a_generator_of_batches_serves_all_methods():
         tfgptopt.quantize(model, Int4(), ("awq", "gptq"), given)
     for one, other in zip(*(model.get_weights() for model in models), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["gptq", ("smoothquant", "gptq")])
+def test_inputs_may_be_a_tuple(method):
+    a, b = keras.Input((8,)), keras.Input((8,))
+    x = keras.layers.Dense(8)(a) + keras.layers.Dense(8)(b)
+    model = keras.Model((a, b), keras.layers.Dense(4)(x))
+    generator = np.random.default_rng(0)
+    inputs = tuple(generator.normal(0, 1, (80, 8)).astype(np.float32) for _ in range(2))
+    exact = np.asarray(model(inputs))
+    data = tf.data.Dataset.from_tensors((inputs, np.zeros(80, np.float32))).repeat(2)
+    tfgptopt.quantize(model, Int8(), method, data)
+    assert np.abs(np.asarray(model(inputs)) - exact).max() < 0.05 * exact.std()
+    tfgptopt.prune(model, 0.5, score=Wanda(data))
 
 
 def test_bad_input_changes_nothing():

@@ -13,20 +13,27 @@ from tfgptopt.model.types import Data
 _SHORT = 24
 
 
-def batches_of(data: Data) -> list[Any]:
+class Batches(list[Any]):
+    """Inputs of a model, batch by batch: what `batches_of` has read already."""
+
+
+def batches_of(data: Data) -> Batches:
     """Returns the inputs of each batch of a dataset, without labels and weights.
 
     Args:
         data: A `tf.data.Dataset` or another iterable of batches, or arrays, which are cut into
             batches of 32: `inputs`, or a tuple `(inputs, labels, weights)`, as a batch may be too.
-            Inputs are an array or a dictionary of arrays.
+            Inputs are an array, or a dictionary or a tuple of arrays. What this function returned
+            is returned as it is.
 
     Returns:
-        List of model inputs.
+        The inputs of the model.
 
     Raises:
         ValueError: If there is no batch, a batch has no rows, or the dataset never ends.
     """
+    if isinstance(data, Batches):
+        return data
     if isinstance(data, tf.data.Dataset) and data.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError(
             "The calibration dataset repeats forever. Give a finite one: `dataset.take(16)`."
@@ -39,7 +46,7 @@ def batches_of(data: Data) -> list[Any]:
         inputs = [batch[0] if isinstance(batch, tuple) else batch for batch in data]
     if not inputs or any(0 in tf.shape(leaf) for x in inputs for leaf in tf.nest.flatten(x)):
         raise ValueError(f"The calibration data is empty. Received: {data!r}")
-    return inputs
+    return Batches(inputs)
 
 
 def first_row(batch: Data) -> Any:
@@ -53,9 +60,10 @@ def first_row(batch: Data) -> Any:
 
 
 def rows_of(batch: Data) -> int:
-    """Returns how many tokens a batch has, or rows where it has no tokens."""
-    shape = np.shape(tf.nest.flatten(batch)[0])
-    return int(np.prod(shape[:2]))
+    """Returns how many tokens a batch has, or vectors where it has floats."""
+    leaf = tf.convert_to_tensor(tf.nest.flatten(batch)[0])
+    shape = leaf.shape if leaf.dtype.is_integer else leaf.shape[:-1]
+    return int(np.prod(shape))
 
 
 def _cut(arrays: Any) -> list[Any]:

@@ -9,9 +9,6 @@ import tensorflow as tf
 
 from tfgptopt.model.targets import Target
 
-# How much dearer double precision is, and what each input costs beside; measured.
-_OF_FACTOR, _OF_INPUT = 6.0, 2500.0
-
 
 class Grams:
     """Sums the products of inputs with each other, `X^T X`, for each target.
@@ -60,15 +57,6 @@ def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:
     diagonal += damping * diagonal.mean()
     diagonal[diagonal == 0] = 1.0  # Inputs that are always zero.
     return np.linalg.cholesky(np.linalg.inv(gram)).T
-
-
-def correction_work(shape: tuple[int, int]) -> float:
-    """Returns what it costs to go through a matrix input by input, correcting the rest.
-
-    It is counted in multiplications as a product of floats does them, for the time left.
-    """
-    inputs, outputs = shape
-    return _OF_FACTOR * inputs**3 + _OF_INPUT * inputs * outputs + inputs**2 * outputs
 
 
 class SquaredSums:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import keras
 import tensorflow as tf
 
-from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.batches import Batches, batches_of
 from tfgptopt.calibration.statistics import SquaredSums
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
@@ -116,7 +116,7 @@ class _WandaMeter(Meter):
     def __init__(self, model: keras.Layer, chosen: list[Target], data: Data) -> None:
         # Read once, so that a generator serves every firing, and tried now rather than then.
         self._model, self._targets, self._data = model, chosen, batches_of(data)
-        observe_all(model, chosen, self._data[:1], lambda target, rows: None)
+        observe_all(model, chosen, Batches(self._data[:1]), lambda target, rows: None)
         self._norms = [tf.Variable(tf.zeros(t.matrix_shape[0]), trainable=False) for t in chosen]
 
     def prepare(self) -> None:

@@ -9,14 +9,11 @@ from typing import ClassVar
 import keras
 import numpy as np
 
-from tfgptopt.calibration.batches import batches_of, rows_of
-from tfgptopt.calibration.blocks import block_by_block, targets_by_block
-from tfgptopt.calibration.statistics import Grams, correction_work, inverse_factor
-from tfgptopt.calibration.watching import advancing
+from tfgptopt.calibration.correcting import grams_by_block
+from tfgptopt.calibration.statistics import inverse_factor
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Data
 from tfgptopt.pruning.patterns import Pattern
-from tfgptopt.terminal.progress import stage
 
 
 @dataclass(frozen=True)
@@ -77,25 +74,12 @@ class SparseGPT:
             Each target with its mask, a bool array of the shape of the variable, after its weights
             were changed.
         """
-        blocks, batches = len(targets_by_block(model, chosen)), batches_of(self.data)
-        rows = sum(rows_of(batch) for batch in batches)
-
-        def reading(target: Target) -> float:
-            return target.size + target.matrix_shape[0] ** 2
-
-        work = sum(rows * reading(t) + correction_work(t.matrix_shape) for t in chosen)
-        with stage("SparseGPT", work) as shown:
-            for i, (members, run) in enumerate(block_by_block(model, chosen, batches), 1):
-                shown.say(f"SparseGPT, block {i} of {blocks}")
-                grams = Grams()
-                run(advancing(grams, shown, reading))
-                for target in members:
-                    matrix = target.to_matrix(target.variable.value).numpy().astype(np.float64)
-                    factor = inverse_factor(grams.of(target), self.damping)
-                    kept = self._prune_matrix(matrix, factor, shares[id(target.variable)], pattern)
-                    target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
-                    shown.advance(correction_work(target.matrix_shape))
-                    yield target, target.from_matrix(kept).numpy()
+        for target, gram in grams_by_block(model, chosen, self.data, "SparseGPT"):
+            matrix = target.to_matrix(target.variable.value).numpy().astype(np.float64)
+            factor = inverse_factor(gram, self.damping)
+            kept = self._prune_matrix(matrix, factor, shares[id(target.variable)], pattern)
+            target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
+            yield target, target.from_matrix(kept).numpy()
 
     def _prune_matrix(
         self, matrix: np.ndarray, factor: np.ndarray, sparsity: float, pattern: Pattern

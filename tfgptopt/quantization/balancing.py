@@ -25,8 +25,8 @@ Balance = Literal["awq", "smoothquant"]
 _ROWS = 512
 _EXPONENTS = tuple(i / 12 for i in range(13))
 _NAMES = {"awq": "AWQ", "smoothquant": "SmoothQuant"}
-# What trying all exponents costs, in products of a row with the weights that a pair scales.
-_TRIES = len(_EXPONENTS) * (_ROWS + 60)
+# What trying all exponents costs about, in products of a row with the weights that a pair scales.
+_TRIES = len(_EXPONENTS) * _ROWS
 
 
 class _Inputs:

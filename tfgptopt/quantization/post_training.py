@@ -10,13 +10,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration.batches import batches_of, rows_of
-from tfgptopt.calibration.blocks import block_by_block, targets_by_block
-from tfgptopt.calibration.statistics import Grams, correction_work
-from tfgptopt.calibration.watching import advancing, observe_all
+from tfgptopt.calibration.batches import Batches, batches_of
+from tfgptopt.calibration.correcting import grams_by_block
+from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
-from tfgptopt.model.current import current
+from tfgptopt.model.current import current, has_adapters
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.model.types import Data
@@ -157,7 +156,7 @@ def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Dat
 
     batches = batches_of(data)
     for batch in batches:
-        observe_all(model, kernels[:1], [batch], count)
+        observe_all(model, kernels[:1], Batches([batch]), count)
         if seen[0] >= max(target.matrix_shape[0] for target in kernels):
             return
     if seen[0] < _FEWEST_TOKENS:
@@ -214,30 +213,14 @@ def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
 
 def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:
     """Rounds kernels by GPTQ; each block sees what the rounded ones before it give."""
-    if not chosen:
-        return
     specs = {id(target.variable): spec for target, spec in chosen}
-    targets = [target for target, _ in chosen]
-    batches = batches_of(data)
-    rows = sum(rows_of(batch) for batch in batches)
-    count = len(targets_by_block(model, targets))
-
-    def reading(target: Target) -> float:
-        return target.size + target.matrix_shape[0] ** 2
-
-    work = sum(rows * reading(t) + correction_work(t.matrix_shape) for t in targets)
-    with stage("GPTQ", work) as shown:
-        for i, (members, run) in enumerate(block_by_block(model, targets, batches), 1):
-            shown.say(f"GPTQ, block {i} of {count}")
-            grams = Grams()
-            run(advancing(grams, shown, reading))
-            for target in members:
-                _round_kernel(target, specs[id(target.variable)], grams.of(target))
-                shown.advance(correction_work(target.matrix_shape))
+    if chosen:
+        for target, gram in grams_by_block(model, [t for t, _ in chosen], data, "GPTQ"):
+            _round_kernel(target, specs[id(target.variable)], gram)
 
 
 def _round_kernel(target: Target, spec: Spec, gram: np.ndarray) -> None:
-    if getattr(target.layer, "lora_enabled", False):
+    if has_adapters(target.layer):
         raise ValueError(
             f"{target.path} has LoRA adapters, which GPTQ cannot move. Merge them first, or use "
             'the method "mse".'

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.model import carrying
-from tfgptopt.model.current import current
+from tfgptopt.model.current import current, has_adapters
 from tfgptopt.model.targets import Target
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.rounding import Grid
@@ -192,7 +192,7 @@ def check_fits(chosen: list[Target], spec: Spec) -> None:
     for target in chosen:
         if not np.isfinite(keras.ops.convert_to_numpy(target.variable.value)).all():
             raise ValueError(f"{target.path} is NaN or infinite, so it has no scale.")
-        if spec.scale == "learned" and getattr(target.layer, "lora_enabled", False):
+        if spec.scale == "learned" and has_adapters(target.layer):
             raise ValueError(
                 f"{target.path} has LoRA adapters, and a learned scale needs the gradient of the "
                 'weight itself. Use `scale="mse"`, or merge the adapters first.'

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from tfgptopt.calibration.blocks import recorded_calls, targets_by_block
 from tfgptopt.calibration.watching import short
+from tfgptopt.model.current import has_adapters
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.model.types import Data
 
@@ -164,7 +165,7 @@ def find_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[Pa
     Returns:
         Pairs that leave what the model computes as it is, each of which was tried.
     """
-    chosen = [t for t in chosen if not getattr(t.layer, "lora_enabled", False)]
+    chosen = [t for t in chosen if not has_adapters(t.layer)]
     batch = short(model, batch)
     probe = _Probe(model, batch)
     norms = _norm_pairs(model, chosen, batch)
