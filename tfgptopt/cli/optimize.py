@@ -64,7 +64,7 @@ def optimize(
 ) -> None:
     """Optimize your own model on your own text or chats: fine-tune, quantize, export, measure."""
     load_libraries()
-    from tfgptopt.data.presets import tokenizer_of
+    from tfgptopt.data.presets import reading_tokenizer
     from tfgptopt.file.replacing import check_target
     from tfgptopt.job.optimizing import check_causal_lm
     from tfgptopt.job.optimizing import optimize as run
@@ -82,7 +82,7 @@ def optimize(
     with chosen.scope():
         model = load(preset, dtype)
         check_causal_lm(model)
-        tokenizer_of(model, preset)
+        reading_tokenizer(model, preset)
         compile_model(model, training)
     corpus = read_text(text, model, preset, sequence_length, batch_size)
     print_corpus(corpus)

@@ -74,9 +74,9 @@ def read_text(
         ValueError: If the model has no tokenizer, or the text cannot be used.
     """
     from tfgptopt.data import load_corpus, template_of
-    from tfgptopt.data.presets import tokenizer_of
+    from tfgptopt.data.presets import reading_tokenizer
 
-    tokenizer = tokenizer_of(model, preset)
+    tokenizer = reading_tokenizer(model, preset)
     with console.status("Reading text"):
         return load_corpus(
             sources,

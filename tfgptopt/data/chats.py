@@ -11,7 +11,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from tfgptopt.data.encoding import special_id
+from tfgptopt.data.encoding import special_id, tokenizer_of
 from tfgptopt.data.portable import text_tokenizer
 from tfgptopt.generation.templates import (
     KNOWN,
@@ -60,7 +60,7 @@ def template_of(model: keras.Model) -> ChatTemplate | None:
         given = getattr(owner, _ATTRIBUTE, None)
         if given is not None:
             return get_template(given)
-    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     return None if tokenizer is None else template_for(tokenizer)
 
 

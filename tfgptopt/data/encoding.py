@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
+import keras
 import keras_hub
 import numpy as np
 
 # Texts that a tokenizer gets at once: byte-pair and SentencePiece tokenizers share them out among
 # threads.
 _TEXTS = 16
+
+
+def tokenizer_of(model: keras.Model) -> Any:
+    """Returns the tokenizer of a KerasHub model, or `None`."""
+    return getattr(getattr(model, "preprocessor", None), "tokenizer", None)
 
 
 def encode_texts(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import keras
 import keras_hub
 
 from tfgptopt.data.chats import load_template, set_template, template_of
+from tfgptopt.data.encoding import tokenizer_of
 
 _WEIGHTS = ("*.weights.h5", "*.weights.json", "*.safetensors")
 
@@ -60,13 +62,13 @@ def load_preset(preset: str | Path, dtype: str | None = None) -> keras.Model:
     return model
 
 
-def tokenizer_of(model: keras.Model, preset: str | Path) -> keras_hub.tokenizers.Tokenizer:
-    """Returns the tokenizer of a model that was loaded from a preset.
+def reading_tokenizer(model: keras.Model, preset: str | Path) -> Any:
+    """Returns the tokenizer of a model that was loaded from a preset, to read text with.
 
     Raises:
         ValueError: If it has none.
     """
-    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     if tokenizer is None:
         raise ValueError(
             f"The preset '{preset}' has no tokenizer, so no text can be read with it. Save it with "

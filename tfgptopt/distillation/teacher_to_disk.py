@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.data.corpus import tokens_as_input
+from tfgptopt.data.encoding import tokenizer_of
 from tfgptopt.data.text import as_tokens, is_text
 from tfgptopt.distillation.divergences import log_softmax
 from tfgptopt.distillation.losses import check_temperature
@@ -27,7 +28,7 @@ from tfgptopt.distillation.recording import (
     row_type,
     window_keys,
 )
-from tfgptopt.distillation.teachers import check_built, tokenizer_hash, tokenizer_of
+from tfgptopt.distillation.teachers import check_built, tokenizer_hash
 from tfgptopt.model.types import Data
 from tfgptopt.terminal.progress import Verbose, check_verbose, showing, track
 

@@ -12,6 +12,7 @@ import keras
 import keras_hub
 import tensorflow as tf
 
+from tfgptopt.data.encoding import tokenizer_of
 from tfgptopt.distillation.features import AttentionMaps, HiddenStates
 from tfgptopt.distillation.recording import Recording
 from tfgptopt.distillation.views import View, look
@@ -134,11 +135,6 @@ def vocabulary_size(model: keras.Model) -> int | None:
         return None
     size = outputs[0].shape[-1]
     return None if size is None else int(size)
-
-
-def tokenizer_of(model: keras.Model) -> Any:
-    """Returns the tokenizer of a KerasHub model, or `None`."""
-    return getattr(getattr(model, "preprocessor", None), "tokenizer", None)
 
 
 def tokenizer_hash(tokenizer: keras_hub.tokenizers.Tokenizer) -> str | None:

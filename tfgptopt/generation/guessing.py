@@ -49,11 +49,6 @@ class Guesser(Protocol):
         """
 
 
-def _check_count(name: str, value: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` must be an int >= {least}. Received: {value!r}")
-
-
 @dataclass(frozen=True)
 class NGram:
     """Guesses that a text goes on as it did before, after the same few tokens.
@@ -85,7 +80,7 @@ class NGram:
 
     def __post_init__(self) -> None:
         for name in ("max_ngram", "min_ngram", "num_tokens"):
-            _check_count(name, getattr(self, name))
+            samplers.check_count(name, getattr(self, name))
         if self.min_ngram > self.max_ngram:
             raise ValueError(
                 f"`min_ngram` must not be above `max_ngram`. Received: {self.min_ngram} and "
@@ -159,9 +154,9 @@ class Draft:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
-        _check_count("num_tokens", self.num_tokens)
+        samplers.check_count("num_tokens", self.num_tokens)
         if self.num_threads is not None:
-            _check_count("num_threads", self.num_threads)
+            samplers.check_count("num_threads", self.num_threads)
 
 
 def check_tokens(draft: Draft, own: Metadata, target: Metadata) -> None:

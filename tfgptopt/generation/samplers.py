@@ -36,7 +36,7 @@ def _check_share(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must lie in (0, 1]. Received: {name}={value!r}")
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
     """Checks an integer from 1 on.
 
     Raises:
@@ -111,7 +111,7 @@ class TopK:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_count("k", self.k)
+        check_count("k", self.k)
         _check_positive("temperature", self.temperature)
 
     def __call__(self, logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
@@ -144,7 +144,7 @@ class TopP:
         _check_share("p", self.p)
         _check_positive("temperature", self.temperature)
         if self.k is not None:
-            _check_count("k", self.k)
+            check_count("k", self.k)
 
     def __call__(self, logits: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
         if self.k is not None:

@@ -32,11 +32,20 @@ def _kind(layer: keras.Layer) -> str:
     return "embeddings" if isinstance(layer, keras.layers.Embedding) else "kernel"
 
 
+def _weight(layer: keras.Layer) -> keras.Variable:
+    """Returns the weight of a layer that adapters lie beside."""
+    variable: keras.Variable = getattr(layer, f"_{_kind(layer)}")
+    return variable
+
+
+def _factors(layer: keras.Layer) -> list[keras.Variable]:
+    """Returns the LoRA adapters of a layer, whose product is added to its weight."""
+    return [getattr(layer, f"lora_{_kind(layer)}_{part}") for part in ("a", "b")]
+
+
 def _adapters(layer: keras.Layer) -> tf.Tensor:
     """Returns what the LoRA adapters of a layer add to its weight."""
-    first, second = (
-        full_precision(getattr(layer, f"lora_{_kind(layer)}_{part}")) for part in ("a", "b")
-    )
+    first, second = map(full_precision, _factors(layer))
     return (layer.lora_alpha / layer.lora_rank) * tf.matmul(first, second)
 
 
@@ -51,7 +60,7 @@ def current(layer: keras.Layer, variable: keras.Variable) -> tf.Tensor:
         float32 tensor of the shape of the variable.
     """
     values = full_precision(variable)
-    if has_adapters(layer) and variable is getattr(layer, f"_{_kind(layer)}"):
+    if has_adapters(layer) and variable is _weight(layer):
         values = values + _adapters(layer)
     return variable.constraint.zeroed(values) if masks.masked(variable) else values
 
@@ -85,7 +94,7 @@ def check_mergeable(model: keras.Layer) -> None:
 
 def merge_adapters(layer: keras.Layer) -> None:
     """Adds the LoRA adapters of a layer to its weight, and takes them off."""
-    variable = getattr(layer, f"_{_kind(layer)}")
+    variable = _weight(layer)
     variable.assign(tf.cast(current(layer, variable), variable._dtype))
     drop_adapters(layer)
 
@@ -97,10 +106,9 @@ def merged_weights(model: keras.Layer) -> list[np.ndarray]:
     adapters: set[int] = set()
     for layer in model._flatten_layers():
         if has_adapters(layer):
-            kind = _kind(layer)
-            variable = getattr(layer, f"_{kind}")
+            variable = _weight(layer)
             merged[id(variable)] = current(layer, variable).numpy()
-            adapters |= {id(getattr(layer, f"lora_{kind}_{part}")) for part in ("a", "b")}
+            adapters |= {id(factor) for factor in _factors(layer)}
     return [
         merged[id(v)] if id(v) in merged else keras.ops.convert_to_numpy(v)
         for v in model.weights

@@ -19,7 +19,7 @@ from tfgptopt.shrinking.search import search
 from tfgptopt.shrinking.shapes import Shape, resolve, shape_of
 from tfgptopt.shrinking.surgery import build, choose, operate
 from tfgptopt.shrinking.technique import Shrink
-from tfgptopt.shrinking.vocabularies import choose_tokens, shrink_preprocessor, tokenizer_of
+from tfgptopt.shrinking.vocabularies import choose_tokens, rewritable_tokenizer, shrink_preprocessor
 from tfgptopt.terminal.progress import Verbose, showing
 
 # Cuts that depend on what the data shows.
@@ -133,7 +133,7 @@ def _shrunk(model: keras.Model, request: Shrink, calibration: Data) -> Any:
         return search(model, found, calibration, *request.budget, shrink_to)
     shape = resolve(model, **request.cuts())
     if request.vocabulary is not None:
-        tokenizer_of(model)  # Raises if there is none to rewrite.
+        rewritable_tokenizer(model)  # Raises if there is none to rewrite.
     return shrink_to(model, shape, _importance_for(model, request, calibration))
 
 
@@ -191,7 +191,7 @@ def shrink_to(model: keras.Model, shape: Shape, found: Importance | None) -> Any
     tokens, preprocessor = None, getattr(model, "preprocessor", None)
     if shape.vocabulary != shape_of(model).vocabulary:
         assert found is not None
-        tokens = choose_tokens(tokenizer_of(model), found.vocabulary, shape.vocabulary)
+        tokens = choose_tokens(rewritable_tokenizer(model), found.vocabulary, shape.vocabulary)
     preprocessor = shrink_preprocessor(preprocessor, tokens, shape.context)
     cut = choose(model, shape, found, tokens)
     with strategy_scope(model):

@@ -10,19 +10,21 @@ import keras_hub
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
 
+from tfgptopt.data.encoding import tokenizer_of
+
 _SCHEMA: Any = sentencepiece_model_pb2  # Its classes are made at run time.
 
 # Gives the two tokens that a token is merged from, or `None` for one that stands by itself.
 Split = Callable[[str], tuple[str, str] | None]
 
 
-def tokenizer_of(model: keras.Model) -> Any:
+def rewritable_tokenizer(model: keras.Model) -> Any:
     """Returns the tokenizer of a model, of a kind that can be rewritten.
 
     Raises:
         ValueError: If there is none, or it is of another kind.
     """
-    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    tokenizer = tokenizer_of(model)
     kinds = keras_hub.tokenizers.BytePairTokenizer | keras_hub.tokenizers.SentencePieceTokenizer
     if not isinstance(tokenizer, kinds):
         raise ValueError(

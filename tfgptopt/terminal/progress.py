@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
@@ -24,15 +24,15 @@ _Item = TypeVar("_Item")
 _BETWEEN_LINES = 15.0
 
 
-class _Looker:
-    """Who looks at progress: a console, and 1 for bars or 2 for lines."""
+class _Looker(NamedTuple):
+    """Who looks at progress: a console, and 0 for nothing, 1 for bars or 2 for lines."""
 
-    def __init__(self, console: Console, level: int) -> None:
-        self.console, self.level = console, level
+    console: Console
+    level: int
 
 
+# `None` where no call has said yet who looks.
 _looker: ContextVar[_Looker | None] = ContextVar("looker", default=None)
-_decided: ContextVar[bool] = ContextVar("decided", default=False)
 
 
 def check_verbose(verbose: Verbose) -> None:
@@ -62,7 +62,7 @@ def showing(verbose: Verbose, console: Console | None = None) -> Iterator[None]:
         ValueError: If `verbose` is unknown.
     """
     check_verbose(verbose)
-    if verbose == "auto" and _decided.get():
+    if verbose == "auto" and _looker.get() is not None:
         yield
         return
     console = console or Console(highlight=False)
@@ -70,12 +70,11 @@ def showing(verbose: Verbose, console: Console | None = None) -> Iterator[None]:
     level = int(seen) if verbose == "auto" else int(verbose)
     if level == 1 and not seen:
         level = 2  # A file cannot move a bar.
-    looker, decided = _looker.set(_Looker(console, level) if level else None), _decided.set(True)
+    before = _looker.set(_Looker(console, level))
     try:
         yield
     finally:
-        _looker.reset(looker)
-        _decided.reset(decided)
+        _looker.reset(before)
 
 
 class Stage:
@@ -187,7 +186,7 @@ def stage(description: str, total: float | None = None) -> Iterator[Stage]:
         total: Amount of work, in any unit. Defaults to `None`: it is not known.
     """
     looker = _looker.get()
-    if looker is None:
+    if looker is None or not looker.level:
         yield Stage(description, total)
         return
     kind = _Bar if looker.level == 1 else _Lines
