@@ -4,7 +4,8 @@
     python benchmarks/quantize_gemma.py --gptq           # GPTQ on 16 windows of 512 tokens
     python benchmarks/quantize_gemma.py --auto           # smoothquant, awq and gptq, likewise
 
-The model has the shape of Gemma 3 270M and random weights. `tfgptopt quantize` runs in a process of
+The model has the shape of Gemma 3 270M, random weights, and a SentencePiece tokenizer of 262,144
+made-up words. `tfgptopt quantize` runs in a process of
 its own, loading and writing included. The first run makes the preset and its tokenizer, which is
 not counted.
 """
@@ -12,8 +13,6 @@ not counted.
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import platform
 import resource
 import subprocess
@@ -39,35 +38,13 @@ SHAPE = {
 }
 
 
-def proto() -> bytes:
-    """Returns a SentencePiece model of a few hundred pieces: ids need not reach the vocabulary."""
-    import sentencepiece
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(Path(json.__file__).read_text("utf-8").splitlines()),
-        model_writer=out,
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
-        minloglevel=2,
-    )
-    return out.getvalue()
-
-
 def make(folder: Path, layers: int) -> None:
     """Writes a preset with random weights."""
     import keras_hub
+    from tokenizing import large_proto
 
     backbone = keras_hub.models.Gemma3Backbone(**{**SHAPE, "num_layers": layers})
-    tokenizer = keras_hub.models.Gemma3Tokenizer(proto(), has_vision_tokens=False)
+    tokenizer = keras_hub.models.Gemma3Tokenizer(large_proto(), has_vision_tokens=False)
     preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer, sequence_length=512)
     model = keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
     model.save_to_preset(str(folder))
@@ -115,7 +92,7 @@ def main() -> None:
         started = time.perf_counter()
         subprocess.run(command, check=True)
         seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     print(f"{platform.processor() or platform.machine()}: {seconds:.1f} s, peak {peak:.2f} GB")
 
 

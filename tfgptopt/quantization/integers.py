@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import keras
@@ -12,6 +13,9 @@ import tensorflow as tf
 from tfgptopt.model.current import current
 from tfgptopt.quantization import layers, quantizers, rounding
 from tfgptopt.quantization.rounding import Grid
+
+# Numbers that are rounded together.
+_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,8 @@ def read_integers(layer: keras.Layer) -> list[Integers]:
             scale = attached[i].compute_scale(values)
         else:
             scale = rounding.found_scale(values, grid)
-        integers, used = rounding.quantize(values, grid, scale)
+        used = rounding.absmax_scale(values, grid) if scale is None else scale
+        integers = _encoded(values, used, grid)
         if scale is None or not (
             layers.is_dressed(layer) or _gives(variable, integers, used, grid)
         ):
@@ -58,12 +63,39 @@ def read_integers(layer: keras.Layer) -> list[Integers]:
                 "again, which it was not trained for.",
                 stacklevel=3,
             )
-        found.append(Integers(variable, integers.numpy().astype(np.int8), used.numpy(), grid))
+        found.append(Integers(variable, integers, used.numpy(), grid))
     return found
 
 
-def _gives(variable: keras.Variable, integers: tf.Tensor, scale: tf.Tensor, grid: Grid) -> bool:
+def _parts(shape: Sequence[int], grid: Grid) -> Iterator[tuple[slice, ...]]:
+    """Yields parts of a weight that have scales of their own, all together the whole.
+
+    A table of many tokens is large, and would be held several times while it is rounded.
+    """
+    axis = next((i for i in range(len(shape)) if i not in grid.axes), None)
+    if axis is None or grid.block_size is not None:
+        yield (slice(None),) * len(shape)
+        return
+    step = max(1, _AT_ONCE * shape[axis] // max(1, int(np.prod(shape))))
+    for begin in range(0, shape[axis], step):
+        yield (slice(None),) * axis + (slice(begin, begin + step),)
+
+
+def _encoded(values: tf.Tensor, scale: tf.Tensor, grid: Grid) -> np.ndarray:
+    """Returns the integers of a weight, int8 of its shape."""
+    found = np.empty(values.shape, np.int8)
+    for part in _parts(values.shape, grid):
+        one = scale if grid.block_size is not None else scale[part]
+        found[part] = grid.encode(values[part], one).numpy()
+    return found
+
+
+def _gives(variable: keras.Variable, integers: np.ndarray, scale: tf.Tensor, grid: Grid) -> bool:
     """Returns whether integers and scales are what a variable holds, in its own precision."""
     values = tf.convert_to_tensor(variable.value)
-    expected = tf.cast(rounding.dequantize(integers, scale, grid), values.dtype)
-    return bool(tf.reduce_all(tf.equal(values, expected)))
+    for part in _parts(values.shape, grid):
+        one = scale if grid.block_size is not None else scale[part]
+        floats = rounding.dequantize(tf.cast(integers[part], tf.float32), one, grid)
+        if not bool(tf.reduce_all(values[part] == tf.cast(floats, values.dtype))):
+            return False
+    return True
