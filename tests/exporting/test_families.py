@@ -48,15 +48,17 @@ def test_float32_file_is_the_keras_model(name, tmp_path):
     model = make(name)
     model.compile(sampler="greedy")
     lm = tfgptopt.TFLiteCausalLM(
-        tfgptopt.export(model, tmp_path / "gpt.tflite", TFLite(context_length=CONTEXT))
+        tfgptopt.export(model, tmp_path / "gpt.tflite", TFLite(CONTEXT, batch_sizes=(2,)))
     )
     generate = slow_generate if name in _BROKEN_CACHE else keras_generate
+    texts = {}
     for length in (1, 31, 86):
-        expected = generate(model, prompt(length))
+        expected = texts[length] = generate(model, prompt(length))
         assert lm.generate(prompt(length), max_length=CONTEXT, stop=None) == expected
         np.testing.assert_allclose(
             file_logits(lm, expected), logits(model, expected), atol=1e-4, rtol=0
         )
+    assert lm.generate([prompt(length) for length in texts], stop=None) == list(texts.values())
 
 
 _EYES = {

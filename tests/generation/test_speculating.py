@@ -246,12 +246,12 @@ def test_settings_stay_settings_and_another_file_is_another_draft(files, lm, tmp
     assert way == Draft(str(files / "small.tflite")) and hash(way) == hash(copy.deepcopy(way))
     path = tmp_path / "draft.tflite"
     path.write_bytes((files / "small.tflite").read_bytes())
-    first = lm._decoding(Draft(path))
-    assert lm._decoding(Draft(str(path))) is first
+    first = lm._decodings.get(Draft(path))
+    assert lm._decodings.get(Draft(str(path))) is first
     path.unlink()
     path.write_bytes((files / "large.tflite").read_bytes())
-    assert lm._decoding(Draft(path)) is not first
-    assert lm._decoding(Draft(path))._draft.context_length == CONTEXT
+    assert lm._decodings.get(Draft(path)) is not first
+    assert lm._decodings.get(Draft(path))._draft.context_length == CONTEXT
 
 
 def test_statistics_count_what_is_taken(files, lm, monkeypatch):
@@ -266,7 +266,7 @@ def test_statistics_count_what_is_taken(files, lm, monkeypatch):
 
 def test_a_draft_reads_a_conversation_once(files, lm, monkeypatch):
     monkeypatch.setattr("tfgptopt.generation.decoding.Pace", Eager)
-    decoding = lm._decoding(Draft(files / "small.tflite"))
+    decoding = lm._decodings.get(Draft(files / "small.tflite"))
     start = prompt(20)
     lm.generate(start, max_length=24, stop=None, speculative=Draft(files / "small.tflite"))
     (spare,) = decoding._spare

@@ -51,10 +51,10 @@ def test_only_whole_characters_are_shown(lm):
 
 def test_a_last_character_that_is_not_whole_is_shown_by_streams_too(lm, monkeypatch):
     half = lm.tokenize("a漢")[:-1]
-    made = Continuation(iter(half), lm._codec, lm.tokenize("x"), Stop())
-    assert "".join(made.pieces()) == "a\ufffd"
-    found = Continuation(iter(half), lm._codec, lm.tokenize("x"), Stop(texts=("\ufffd",)))
-    assert "".join(found.pieces()) == "a"
+    made = Continuation(lm._codec, lm.tokenize("x"), Stop())
+    assert "".join(made.pieces(iter(half))) == "a\ufffd"
+    found = Continuation(lm._codec, lm.tokenize("x"), Stop(texts=("\ufffd",)))
+    assert "".join(found.pieces(iter(half))) == "a"
     logits = np.eye(lm.vocabulary_size, dtype=np.float32)[half]
 
     def decode(cache, token):
@@ -84,8 +84,8 @@ def test_a_last_character_that_is_not_whole_is_shown_by_streams_too(lm, monkeypa
 )
 def test_tokens_and_tail_are_what_lies_before_the_stop(lm, text, stop, expected):
     tokens = lm.tokenize(text)
-    made = Continuation(iter(tokens), lm._codec, lm.tokenize("x\n"), Stop(texts=(stop,)))
-    assert "".join(made.pieces()) == expected
+    made = Continuation(lm._codec, lm.tokenize("x\n"), Stop(texts=(stop,)))
+    assert "".join(made.pieces(iter(tokens))) == expected
     assert lm.detokenize(made.tokens) + made.tail == expected
     assert made.tokens == tokens[: len(made.tokens)]
 

@@ -36,11 +36,14 @@ class Signatures:
         decode: Reads one token and gives logits.
         prefill: Read many tokens without logits.
         score: Read many tokens and give the logits of each.
+        batch: Read one token of each of many texts, and give the logits of each. There need not be
+            any.
     """
 
     decode: Signature
     prefill: tuple[Signature, ...]
     score: tuple[Signature, ...]
+    batch: tuple[Signature, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,8 @@ class Metadata:
             "prefill": self.signatures.prefill,
             "score": self.signatures.score,
         }
+        if self.signatures.batch:
+            kinds["batch"] = self.signatures.batch
         source = self.source
         about: Plain = {
             "format_version": self.format_version,
@@ -292,7 +297,8 @@ def _read_signatures(fields: Fields) -> Signatures:
     decode, *others = read("decode")
     if others:
         raise fields.wrong("decode", "one signature")
-    return Signatures(decode, read("prefill"), read("score"))
+    batch = () if fields.get("batch") is None else read("batch")
+    return Signatures(decode, read("prefill"), read("score"), batch)
 
 
 def _read_generation(fields: Fields) -> GenerationDefaults:

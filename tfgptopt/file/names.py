@@ -6,6 +6,8 @@ https://github.com/google-ai-edge/LiteRT-LM.
 
 from __future__ import annotations
 
+import math
+
 from tfgptopt.file.metadata import CacheDtype
 
 TOKENS, POSITIONS, MASK, LOGITS = "tokens", "input_pos", "mask", "logits"
@@ -13,6 +15,11 @@ KEYS, VALUES = "kv_cache_k", "kv_cache_v"
 
 # The signature that appends positions to the cache of a layer, and what it appends.
 GROW, ROOM = "grow", "room"
+
+# The signature that puts the cache of one text, of a layer, into that of a batch.
+PLACE, TEXT, START = "place", "text", "start"
+# One that gives texts of a batch some rows of others.
+PARENTS, ROWS = "parents", "rows"
 
 
 def parts_of(name: str, dtype: CacheDtype) -> tuple[str, ...]:
@@ -28,3 +35,23 @@ def parts_of(name: str, dtype: CacheDtype) -> tuple[str, ...]:
 def in_layer(part: str, layer: int) -> str:
     """Returns the name that a part of the cache has in signatures with all layers."""
     return f"{part}_{layer}"
+
+
+def of_text(name: str, text: int) -> str:
+    """Returns the name of a cache to which so many texts of a batch, and this one, were added."""
+    return f"{name}_{TEXT}_{text}"
+
+
+def of_all_texts(name: str) -> str:
+    """Returns the name of the cache that `of_text` gave a name, or that has this name."""
+    return name.split(f"_{TEXT}_")[0]
+
+
+def moved_rows(context_length: int) -> int:
+    """Returns how many rows are moved at once: every cache has a multiple of them."""
+    return math.gcd(16, context_length)
+
+
+def reorder_of(size: int) -> str:
+    """Returns the name of the signature that reorders the texts of a batch."""
+    return f"reorder_{size}"

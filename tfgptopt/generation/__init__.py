@@ -1,5 +1,6 @@
 """Text from an exported file. Imports neither TensorFlow nor Keras."""
 
+from tfgptopt.generation.beams import Beam, Hypothesis
 from tfgptopt.generation.chat import Chat
 from tfgptopt.generation.constraints import Grammar, JsonSchema, Regex
 from tfgptopt.generation.guessing import Draft, NGram
@@ -17,11 +18,13 @@ from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.templates import ChatTemplate
 
 __all__ = [
+    "Beam",
     "Chat",
     "ChatTemplate",
     "Draft",
     "Grammar",
     "Greedy",
+    "Hypothesis",
     "JsonSchema",
     "MinP",
     "NGram",

@@ -6,14 +6,26 @@ a long cache. Files that cannot be resized have caches of the whole context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from ai_edge_litert.compiled_model import CompiledModel
 from ai_edge_litert.tensor_buffer import TensorBuffer
 
 from tfgptopt.file.metadata import DecoderShape
-from tfgptopt.file.names import GROW, KEYS, POSITIONS, ROOM, TOKENS, in_layer
+from tfgptopt.file.names import (
+    GROW,
+    KEYS,
+    PLACE,
+    POSITIONS,
+    ROOM,
+    START,
+    TEXT,
+    TOKENS,
+    in_layer,
+)
 
 Buffers = dict[str, TensorBuffer]
 
@@ -44,6 +56,37 @@ class Cache:
         )
 
 
+class IdleCache:
+    """Lends a cache, the one that was used last if it is free. Threads may share it.
+
+    Args:
+        create: Makes another one.
+    """
+
+    def __init__(self, create: Callable[[], Cache]) -> None:
+        self._create = create
+        self._idle: Cache | None = None
+        # Reentrant: a stream that is thrown away gives its cache back whenever Python collects it.
+        self._lock = threading.RLock()
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Cache]:
+        """Lends the cache."""
+        with self._lock:
+            cache, self._idle = self._idle, None
+        cache = cache or self._create()
+        try:
+            yield cache
+        finally:
+            with self._lock:
+                self._idle = cache
+
+    def forget(self) -> None:
+        """Forgets what was used last."""
+        with self._lock:
+            self._idle = None
+
+
 class Caches:
     """Makes the caches of a model.
 
@@ -51,17 +94,20 @@ class Caches:
         model: The model.
         name: The signature whose buffers new caches are.
         decoder: What the file says of the decoder.
+
+    Attributes:
+        context_length: Most positions that a cache has.
     """
 
     def __init__(self, model: CompiledModel, name: str, decoder: DecoderShape) -> None:
         self._model = model
         self._name = name
-        self._context_length = decoder.context_length
+        self.context_length = decoder.context_length
         self._resizable = decoder.resizable
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
         # Positions that each signature takes.
-        self._sizes = dict.fromkeys(signatures, self._context_length)
+        self._sizes = dict.fromkeys(signatures, self.context_length)
         # Heads, numbers for each position, and dtype of each part of a cache.
         self._parts: dict[str, tuple[int, int, np.dtype[np.generic]]] = {}
         for key, tensor in model.get_input_tensor_details(name).items():
@@ -76,11 +122,11 @@ class Caches:
     def room_for(self, tokens: int) -> int:
         """Returns how many positions a cache of so many tokens should have."""
         if not self._resizable:
-            return self._context_length
+            return self.context_length
         room = _STEP
         while room < tokens:
             room += max(_STEP, room // 8 // _STEP * _STEP)
-        return min(room, self._context_length)
+        return min(room, self.context_length)
 
     def new(self) -> Cache:
         """Returns an empty cache."""
@@ -115,6 +161,50 @@ class Caches:
             self._grow(cache, max(self.room_for(end), doubled))
         if self._sizes[name] != cache.positions:
             self._resize(name, cache.positions)
+
+    def fit_place(self, layer: int, cache: Cache, texts: int, positions: int) -> int:
+        """Makes the signature that places a text fit a layer of a batch.
+
+        Args:
+            layer: The layer.
+            cache: The cache of the batch.
+            texts: How many it has.
+            positions: Positions of the cache of the text.
+
+        Returns:
+            The heads of a text.
+        """
+        index, heads = self._model.get_signature_index(PLACE), 0
+        for i, name in enumerate(self._inputs[PLACE]):
+            if name != START:
+                part = name.removeprefix(f"{TEXT}_")
+                together, size, _ = self._parts[in_layer(part, layer)]
+                heads = together // texts
+                shape = (together, cache.positions, size)
+                if part != name:
+                    shape = (heads, positions, size)
+                self._model.resize_input_tensor(i, shape, index, strict=False)
+        return heads
+
+    def some(self, cache: Cache, slots: Sequence[int], texts: int, target: Caches) -> Cache:
+        """Returns a cache of a batch of another size, with the texts of some slots.
+
+        Args:
+            cache: A cache of a batch.
+            slots: The slots, of which the first ones are filled.
+            texts: How many slots the batch has.
+            target: Makes caches of the other batch.
+        """
+        other = target._empty(cache.positions)
+        for key, (heads, size, dtype) in self._parts.items():
+            held = cache.buffers[key].read(heads * cache.positions * size, dtype.type)
+            by_text = held.reshape(texts, heads // texts, cache.positions, size)
+            rows = np.zeros((target._parts[key][0], cache.positions, size), dtype)
+            rows[: len(slots) * (heads // texts)] = by_text[list(slots)].reshape(
+                -1, cache.positions, size
+            )
+            other.buffers[key].write(rows)
+        return other
 
     def _grow(self, cache: Cache, positions: int) -> None:
         """Gives a cache more positions, layer by layer, so that little is held twice."""

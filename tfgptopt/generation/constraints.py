@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tfgptopt.file.metadata import Metadata
-from tfgptopt.generation.codec import Codec
+from tfgptopt.generation.codec import Codec, Stop, StopLike
 from tfgptopt.generation.tokenizing import SentencePiece
 
 
@@ -155,6 +155,19 @@ class _Pieces:
 
     def __call__(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, special_tokens=False)
+
+
+def check_ends(ends: Stop, codec: Codec, stop: StopLike) -> None:
+    """Checks that a continuation can end where its form is complete.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not ends.ids & codec.end_token_ids:
+        raise ValueError(
+            "A constraint is complete at the end token, which has to stop the text: leave "
+            f"`stop` at 'auto', or give texts. Received: stop={stop!r}"
+        )
 
 
 class Matchers:

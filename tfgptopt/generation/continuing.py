@@ -80,72 +80,83 @@ class StopFinder:
 
 
 class Continuation:
-    """What a model adds to a prompt.
+    """What a model adds to a prompt, token by token.
 
     Args:
-        source: Sampled tokens.
-        codec: Turns them into text.
+        codec: Turns tokens into text.
         prompt: Tokens before the first one.
         stop: What ends it. Nothing of it is part of the continuation.
+        as_text: bool. Whether the text is wanted; it is made for stop texts in any case. Defaults
+            to `True`.
 
     Attributes:
         tokens: The tokens so far; once it was ended by a stop text, those before that.
         tail: Text that `tokens` do not cover, because a stop text begins within a token.
+        ended: Whether it was stopped.
     """
 
     def __init__(
-        self, source: Iterator[int], codec: Codec, prompt: Sequence[int], stop: Stop
+        self, codec: Codec, prompt: Sequence[int], stop: Stop, as_text: bool = True
     ) -> None:
         self.tokens: list[int] = []
         self.tail = ""
-        self._source = source
-        self._codec = codec
-        self._prompt = prompt
+        self.ended = False
         self._stop = stop
-
-    def run(self) -> list[int]:
-        """Goes on to the end; returns the tokens."""
-        if self._stop.texts:
-            for _ in self.pieces():
-                pass
-        else:
-            self.tokens += self._until_stop_token()
-        return self.tokens
-
-    def pieces(self) -> Iterator[str]:
-        """Yields text as it comes; a last character that is not whole is U+FFFD."""
-        decoder = TextDecoder(self._codec, self._prompt)
-        finder = StopFinder(self._stop.texts)
-        shown: list[str] = []
+        self._decoder = TextDecoder(codec, prompt) if as_text or stop.texts else None
+        self._finder = StopFinder(stop.texts)
+        self._shown: list[str] = []
         # Where tokens end with whole characters: numbers of tokens and of characters.
-        ends = [(0, 0)]
-        for token in self._until_stop_token():
-            self.tokens.append(token)
-            piece, found = finder.add(decoder.add(token))
-            shown.append(piece)
-            if found:
-                self._cut(ends, "".join(shown))
-            elif decoder.whole:
-                ends.append((len(self.tokens), sum(map(len, shown)) + len(finder.held)))
+        self._ends = [(0, 0)]
+
+    @property
+    def text(self) -> str:
+        """The text that was sure so far."""
+        return "".join(self._shown)
+
+    def add(self, token: int) -> str:
+        """Takes a token; returns the text that is sure now, which may be empty."""
+        if token in self._stop.ids:
+            self.ended = True
+            return self.finish()
+        self.tokens.append(token)
+        if self._decoder is None:
+            return ""
+        piece, self.ended = self._finder.add(self._decoder.add(token))
+        self._shown.append(piece)
+        if self.ended:
+            self._cut()
+        elif self._decoder.whole:
+            characters = sum(map(len, self._shown)) + len(self._finder.held)
+            self._ends.append((len(self.tokens), characters))
+        return piece
+
+    def finish(self) -> str:
+        """Returns what is left, once there are no more tokens: halves of characters as U+FFFD."""
+        if self._decoder is None:
+            return ""
+        piece, found = self._finder.add(self._decoder.rest())
+        self._shown.append(piece)
+        if found:
+            self.ended = True
+            self._cut()
+        self._shown.append(self._finder.held)
+        return piece + self._finder.held
+
+    def pieces(self, source: Iterator[int]) -> Iterator[str]:
+        """Yields the text of tokens as they come, until it is stopped or there are no more."""
+        for token in source:
+            piece = self.add(token)
             if piece:
                 yield piece
-            if found:
+            if self.ended:
                 return
-        last, found = finder.add(decoder.rest())
-        if found:
-            self._cut(ends, "".join([*shown, last]))
-        last += finder.held
+        last = self.finish()
         if last:
             yield last
 
-    def _until_stop_token(self) -> Iterator[int]:
-        for token in self._source:
-            if token in self._stop.ids:
-                return
-            yield token
-
-    def _cut(self, ends: list[tuple[int, int]], text: str) -> None:
-        """Keeps the tokens whose text lies before a stop text, which begins behind `text`."""
-        count, size = [end for end in ends if end[1] <= len(text)][-1]
+    def _cut(self) -> None:
+        """Keeps the tokens whose text lies before a stop text, which begins behind what is sure."""
+        text = self.text
+        count, size = [end for end in self._ends if end[1] <= len(text)][-1]
         del self.tokens[count:]
         self.tail = text[size:]

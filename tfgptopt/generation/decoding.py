@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tfgptopt.file.container import read_container
+from tfgptopt.file.container import file_identity, read_container
 from tfgptopt.file.metadata import Metadata
-from tfgptopt.generation import samplers
+from tfgptopt.generation import guessing, samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.guessing import Draft, Guesser, Repeats, Small, Speculation, check_tokens
@@ -134,3 +134,37 @@ class Decoding:
             statistics.calls += 1
             statistics.tokens += 1
             yield tokens[-1]
+
+
+class Decodings:
+    """Keeps the ways to decode with one model: what each learned of this machine serves again.
+
+    Args:
+        engine: The model.
+        metadata: What its file says of itself.
+        num_threads: Threads for the kernels of drafts.
+        folder: Where packed weights of drafts are kept, or `None`.
+    """
+
+    def __init__(
+        self, engine: Engine, metadata: Metadata, num_threads: int, folder: Path | None
+    ) -> None:
+        self._engine, self._metadata = engine, metadata
+        self._num_threads, self._folder = num_threads, folder
+        # By settings, and by which file a draft is: another may take its place.
+        self._made: dict[object, Decoding] = {}
+
+    def get(self, speculative: Speculation | str | None) -> Decoding:
+        """Returns how tokens are made.
+
+        Raises:
+            FileNotFoundError: If there is no file of the draft.
+            ValueError: If the guesses would be of other tokens.
+        """
+        settings = guessing.get(speculative)
+        key = settings, file_identity(settings.path) if isinstance(settings, Draft) else None
+        if key not in self._made:
+            self._made[key] = Decoding(
+                self._engine, self._metadata, settings, self._num_threads, self._folder
+            )
+        return self._made[key]

@@ -18,6 +18,7 @@ from tfgptopt.file.container import Container
 from tfgptopt.file.metadata import Signature
 from tfgptopt.file.names import LOGITS, POSITIONS, TOKENS
 from tfgptopt.generation import weight_cache
+from tfgptopt.generation.batches import Batch
 from tfgptopt.generation.caches import Buffers, Cache, Caches
 from tfgptopt.terminal.quiet import quiet_native_logs
 
@@ -60,6 +61,8 @@ class Engine:
             self._model = weight_cache.load(compiled, container.content_hash, folder)
             self._inputs, self._outputs = self._new_buffers()
         self._caches = Caches(self._model, self._decode.name, decoder)
+        self._decoder, self._batch = decoder, {s.length: s for s in sorted(signatures.batch)}
+        self._batch_caches = {1: self._caches}
 
     def new_cache(self) -> Cache:
         """Returns an empty cache."""
@@ -70,6 +73,24 @@ class Engine:
         """Returns a cache of its own with the same content."""
         with self._lock:
             return self._caches.copy(cache)
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """How many texts can be decoded together, in rising order."""
+        return list(self._batch)
+
+    def new_batch(self, size: int) -> Batch:
+        """Returns empty slots for texts that are decoded together.
+
+        Args:
+            size: One of `batch_sizes`, or 1.
+        """
+        with self._lock:
+            signature = self._batch.get(size, self._decode)
+            if size not in self._batch_caches:  # They know to what the signature was resized.
+                self._batch_caches[size] = Caches(self._model, signature.name, self._decoder)
+            caches = self._batch_caches[size]
+            return Batch(self._model, self._lock, signature, caches, self._decoder)
 
     def read(self, cache: Cache, tokens: Sequence[int]) -> None:
         """Brings the tokens of a text into a cache, as far as it does not hold them."""

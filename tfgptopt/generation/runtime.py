@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,20 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from tfgptopt.file.container import file_identity, read_container
-from tfgptopt.generation import guessing, samplers
-from tfgptopt.generation.caches import Cache
+from tfgptopt.file.container import read_container
+from tfgptopt.generation import samplers
+from tfgptopt.generation.beams import Beam, BeamSearch, Hypothesis, check_alone, names_beams
+from tfgptopt.generation.caches import IdleCache
 from tfgptopt.generation.chat import Chat
 from tfgptopt.generation.codec import Codec, Prompt, Stop, StopLike
-from tfgptopt.generation.constraints import Constraint, Matcher, Matchers
+from tfgptopt.generation.constraints import Constraint, Matcher, Matchers, check_ends
 from tfgptopt.generation.continuing import Continuation
-from tfgptopt.generation.decoding import Decoding
+from tfgptopt.generation.decoding import Decodings
 from tfgptopt.generation.engine import Engine
-from tfgptopt.generation.guessing import Draft, Speculation
+from tfgptopt.generation.feeding import Text, continue_together
+from tfgptopt.generation.guessing import Speculation
+from tfgptopt.generation.prompts import Prompts, is_single
 from tfgptopt.generation.session import Session
 from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.templates import KNOWN, ChatTemplate, get_template
 from tfgptopt.generation.weight_cache import cache_folder
+from tfgptopt.generation.workers import generate_in_processes
 
 
 class TFLiteCausalLM:
@@ -77,11 +79,9 @@ class TFLiteCausalLM:
         self._codec = Codec(self.metadata)
         self._num_threads = num_threads or os.cpu_count() or 1
         self._engine = Engine(self.path, container, self._num_threads, folder)
-        # By settings, and by which file a draft is: another may take its place.
-        self._decodings: dict[object, Decoding] = {}
-        self._idle: Cache | None = None
-        # Reentrant: a stream that is thrown away gives its cache back whenever Python collects it.
-        self._idle_lock = threading.RLock()
+        self._prompts = Prompts(self._codec, self._engine.context_length)
+        self._decodings = Decodings(self._engine, self.metadata, self._num_threads, folder)
+        self._idle = IdleCache(self._engine.new_cache)
 
     @property
     def context_length(self) -> int:
@@ -92,6 +92,11 @@ class TFLiteCausalLM:
     def vocabulary_size(self) -> int:
         """Number of tokens that the model knows."""
         return self._engine.vocabulary_size
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """How many texts the file can decode together, in rising order; often none."""
+        return self._engine.batch_sizes
 
     def tokenize(self, text: str, special_tokens: bool = False) -> list[int]:
         """Returns the token ids of a text, without a start token.
@@ -126,8 +131,9 @@ class TFLiteCausalLM:
         speculative: Speculation | str | None = None,
         constraint: Constraint | None = None,
         return_stats: bool = False,
+        num_workers: int = 1,
     ) -> Any:
-        """Continues prompts.
+        """Continues prompts: of a file with batches, several at once.
 
         Args:
             prompts: A text, a list of token ids, or a list of those. `""` begins with the start
@@ -136,7 +142,8 @@ class TFLiteCausalLM:
                 text gets included. Defaults to `None`: the whole context.
             sampler: `"greedy"`, `"random"`, `"top_k"`, `"top_p"`, `"min_p"`; or a sampler such as
                 `TopK(k=5)`; or several, which are applied one after the other, such as
-                `[RepetitionPenalty(1.2), TopK(40), TopP(0.9)]`. Defaults to `"greedy"`.
+                `[RepetitionPenalty(1.2), TopK(40), TopP(0.9)]`; or `"beam"` or `Beam(num_beams=4)`,
+                of a file with batches. Defaults to `"greedy"`.
             stop: `"auto"` for the tokenizer's end token; `None` to go on to `max_length`; a text
                 or token id, or a list of those. The end token stops too unless ids are given.
                 What stops is not part of the result. Defaults to `"auto"`.
@@ -153,6 +160,9 @@ class TFLiteCausalLM:
                 must be. It ends by itself where that is complete; a text that reaches `max_length`
                 before is cut off there. Needs the extra `constraints`. Defaults to `None`.
             return_stats: bool. Also return `Statistics`. Defaults to `False`.
+            num_workers: int. Processes that share the prompts, and the threads; packed weights are
+                held once, unless `weight_cache` is off. Each takes about a second to begin.
+                Defaults to `1`: this one.
 
         Returns:
             What was given: a text for a text, ids for ids, a list for a list. With `return_stats`,
@@ -162,26 +172,54 @@ class TFLiteCausalLM:
             ValueError: If a prompt is empty, too long or cannot be encoded, an argument is out of
                 range, or a draft has other tokens.
         """
-        chosen, ends = samplers.get(sampler), self._ends(stop, constraint)
-        decoding, statistics = self._decoding(speculative), Statistics()
+        beam, ends = names_beams(sampler), self._ends(stop, constraint)
+        chosen = samplers.get("greedy" if beam else sampler)
+        if beam is not None:
+            check_alone(speculative, constraint, ends)
+        decoding, statistics = self._decodings.get(speculative), Statistics()
+        samplers.check_count("num_workers", num_workers)
         began = time.perf_counter()
-        single = _is_single(prompts)
+        single = is_single(prompts)
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
-        prepared = [self._prepare(prompt, max_length, special_tokens) for prompt in batch]
-        results: list[str | list[int]] = []
+        prepared = self._prompts.prepare_all(batch, max_length, special_tokens)
+        if num_workers > 1 and len(batch) > 1:
+            settings = {
+                "max_length": max_length,
+                "sampler": sampler,
+                "stop": stop,
+                "seed": seed,
+                "strip_prompt": strip_prompt,
+                "special_tokens": special_tokens,
+                "speculative": speculative,
+                "constraint": constraint,
+            }
+            threads = max(1, self._num_threads // num_workers)
+            create = functools.partial(TFLiteCausalLM, self.path, threads, self._folder or False)
+            together = max(self.batch_sizes, default=1)
+            results, counts = generate_in_processes(create, num_workers, batch, settings, together)
+            counts.seconds = time.perf_counter() - began
+            return (results, counts) if return_stats else results
+        texts = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
-            with self._cache() as cache:
-                matcher = self._matcher(constraint, ids)
-                new = decoding.tokens(cache, ids, length, chosen, seed, statistics, matcher)
-                continuation = Continuation(new, self._codec, ids, ends)
-                if isinstance(prompt, str):
-                    text = "".join(continuation.pieces())
-                    results.append(text if strip_prompt else prompt + text)
-                else:
-                    tokens = continuation.run()
-                    results.append(tokens if strip_prompt else ids + tokens)
-        result = results[0] if single else results
+            made = Continuation(self._codec, ids, ends, isinstance(prompt, str))
+            matcher = self._matcher(constraint, ids)
+            texts.append(Text(ids, length, chosen, seed, made, matcher))
+        if beam is not None:
+            for text in texts:
+                with self._idle.lent() as cache:
+                    BeamSearch(self._engine, beam, ends.ids).continue_text(text, cache, statistics)
+        elif speculative is None and len(texts) > 1 and self._engine.batch_sizes:
+            with self._idle.lent() as cache:
+                continue_together(self._engine, cache, texts, statistics)
+        else:
+            for text in texts:
+                with self._idle.lent() as cache:
+                    text.continue_alone(decoding, cache, statistics)
+        results = [
+            text.result(given, strip_prompt) for given, text in zip(batch, texts, strict=True)
+        ]
         statistics.seconds = time.perf_counter() - began
+        result = results[0] if single else results
         return (result, statistics) if return_stats else result
 
     def stream(
@@ -211,16 +249,59 @@ class TFLiteCausalLM:
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
         chosen, ends = samplers.get(sampler), self._ends(stop, constraint)
-        decoding = self._decoding(speculative)
-        ids, length = self._prepare(prompt, max_length, special_tokens)
+        decoding = self._decodings.get(speculative)
+        ids, length = self._prompts.prepare(prompt, max_length, special_tokens)
         matcher = self._matcher(constraint, ids)
 
         def pieces() -> Iterator[str]:
-            with self._cache() as cache:
+            with self._idle.lent() as cache:
                 new = decoding.tokens(cache, ids, length, chosen, seed, None, matcher)
-                yield from Continuation(new, self._codec, ids, ends).pieces()
+                yield from Continuation(self._codec, ids, ends).pieces(new)
 
         return pieces()
+
+    def beam_search(
+        self,
+        prompt: Prompt,
+        max_length: int | None = None,
+        beam: Beam | None = None,
+        num_return_sequences: int = 1,
+        stop: StopLike = "auto",
+        special_tokens: bool = False,
+    ) -> list[Hypothesis]:
+        """Returns the likeliest continuations as a whole, as far as beams find them.
+
+        Args:
+            prompt: A text or a list of token ids.
+            max_length, special_tokens: As for `generate`.
+            beam: `Beam(...)`. Defaults to `None`: four beams.
+            num_return_sequences: int. How many to return, at most one for each beam. Defaults to
+                `1`.
+            stop: As for `generate`, without texts.
+
+        Returns:
+            List of `Hypothesis`, the best first: `tokens`, `score`, and `text` of prompt and
+            continuation for a text.
+
+        Raises:
+            ValueError: As `generate`, and if the file has no batch of so many, or more are asked
+                for than there are beams.
+        """
+        settings, ends = beam or Beam(), self._ends(stop, None)
+        check_alone(None, None, ends)
+        samplers.check_count("num_return_sequences", num_return_sequences)
+        if num_return_sequences > settings.num_beams:
+            raise ValueError(
+                f"{settings.num_beams} beams find as many continuations. Received: "
+                f"num_return_sequences={num_return_sequences}"
+            )
+        ids, length = self._prompts.prepare(prompt, max_length, special_tokens)
+        search = BeamSearch(self._engine, settings, ends.ids)
+        with self._idle.lent() as cache:
+            found = search.run(cache, ids, length, Statistics())[:num_return_sequences]
+        if not isinstance(prompt, str):
+            return found
+        return [one.with_text(prompt, Continuation(self._codec, ids, Stop())) for one in found]
 
     def score(self, prompt: Prompt, special_tokens: bool = False) -> np.ndarray:
         """Returns how likely each token of a text is, given those before it.
@@ -238,8 +319,8 @@ class TFLiteCausalLM:
             ValueError: If the prompt is empty, too long or cannot be encoded.
         """
         ids = self._codec.encode(prompt, special_tokens=special_tokens)
-        self._check_length(ids, self.context_length + 1)
-        with self._cache() as cache:
+        self._prompts.check_length(ids, self.context_length + 1)
+        with self._idle.lent() as cache:
             logits = self._engine.score(cache, ids[:-1])
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(ids) - 1), ids[1:]]
@@ -253,7 +334,7 @@ class TFLiteCausalLM:
         Args:
             speculative: As for `generate`. Defaults to `None`.
         """
-        decoding = self._decoding(speculative)
+        decoding = self._decodings.get(speculative)
         return Session(decoding, self._codec, self._engine.new_cache(), [])
 
     def chat(
@@ -286,18 +367,7 @@ class TFLiteCausalLM:
 
     def reset(self) -> None:
         """Forgets the last prompt, which is kept for the next one that begins like it."""
-        with self._idle_lock:
-            self._idle = None
-
-    def _decoding(self, speculative: Speculation | str | None) -> Decoding:
-        """Returns how tokens are made; what it learned of this machine is kept."""
-        settings = guessing.get(speculative)
-        key = settings, file_identity(settings.path) if isinstance(settings, Draft) else None
-        if key not in self._decodings:
-            self._decodings[key] = Decoding(
-                self._engine, self.metadata, settings, self._num_threads, self._folder
-            )
-        return self._decodings[key]
+        self._idle.forget()
 
     @functools.cached_property
     def _matchers(self) -> Matchers:
@@ -314,59 +384,6 @@ class TFLiteCausalLM:
             ValueError: If it could not end where its form is complete.
         """
         ends = self._codec.stop(stop)
-        if constraint is not None and not ends.ids & self._codec.end_token_ids:
-            raise ValueError(
-                "A constraint is complete at the end token, which has to stop the text: leave "
-                f"`stop` at 'auto', or give texts. Received: stop={stop!r}"
-            )
+        if constraint is not None:
+            check_ends(ends, self._codec, stop)
         return ends
-
-    @contextlib.contextmanager
-    def _cache(self) -> Iterator[Cache]:
-        """Lends a cache, the one that was used last if it is free."""
-        with self._idle_lock:
-            cache, self._idle = self._idle, None
-        cache = cache or self._engine.new_cache()
-        try:
-            yield cache
-        finally:
-            with self._idle_lock:
-                self._idle = cache
-
-    def _check_length(self, ids: list[int], most: int) -> None:
-        """Checks that a prompt fits.
-
-        Raises:
-            ValueError: If it has more tokens than `most`.
-        """
-        if len(ids) > most:
-            raise ValueError(
-                f"The prompt has {len(ids)} tokens, and the model's context has "
-                f"{self.context_length}. Shorten the prompt."
-            )
-
-    def _prepare(
-        self, prompt: Prompt, max_length: int | None, special_tokens: bool
-    ) -> tuple[list[int], int]:
-        """Checks a prompt and returns its ids and the length to stop at.
-
-        Raises:
-            ValueError: If it cannot be encoded, or the length is out of range.
-        """
-        ids = self._codec.encode(prompt, special_tokens=special_tokens)
-        self._check_length(ids, self.context_length)
-        length = self.context_length if max_length is None else max_length
-        if not len(ids) <= length <= self.context_length:
-            raise ValueError(
-                f"`max_length` counts the prompt too: it must lie between the prompt's {len(ids)} "
-                f"tokens and the context of {self.context_length}. Received: {max_length}"
-            )
-        return ids, length
-
-
-def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Returns whether `prompts` is one prompt rather than a list of them."""
-    if isinstance(prompts, str | bytes):
-        return True
-    items = list(prompts)
-    return not items or not isinstance(items[0], str | bytes | Sequence | np.ndarray)

@@ -235,9 +235,11 @@ def get(sampler: str | Sampler | Sequence[Sampler]) -> tuple[Sampler, ...]:
         return tuple(one for entry in sampler for one in get(entry))
     elif callable(sampler) and not isinstance(sampler, type):
         return (sampler,)
+    beams = sampler == "beam" or hasattr(sampler, "num_beams")
+    only = " Beams are for `generate` and `beam_search` only, and alone." if beams else ""
     raise ValueError(
         f"`sampler` must be one of {', '.join(_NAMES)}, a sampler such as TopK(k=5), or a list of "
-        f"samplers. Received: {sampler!r}"
+        f"samplers. Received: {sampler!r}.{only}"
     )
 
 

@@ -146,8 +146,8 @@ class Session:
         length = self._length(len(tokens), max_new_tokens)
         new = self._decoding.tokens(self._cache, tokens, length, sampler, seed)
         self._tokens = tokens
-        self._continuation = Continuation(new, self._codec, tokens, stop)
-        self._turn = self._continuation.pieces()
+        self._continuation = Continuation(self._codec, tokens, stop)
+        self._turn = self._continuation.pieces(new)
         return self._turn
 
     def reset(self) -> None:

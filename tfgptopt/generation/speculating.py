@@ -44,6 +44,13 @@ class Statistics:
     accepted: int = 0
     seconds: float = 0.0
 
+    def add(self, other: Statistics) -> None:
+        """Adds the counts of other texts, without their time."""
+        self.tokens += other.tokens
+        self.calls += other.calls
+        self.guessed += other.guessed
+        self.accepted += other.accepted
+
     @property
     def acceptance(self) -> float:
         """Share of the guesses that were kept."""

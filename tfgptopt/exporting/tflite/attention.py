@@ -103,17 +103,19 @@ class Positions:
         length: Tokens read in one call.
         keys: Keys of a layer, `(key-value heads, positions, head_dim)`.
         any_length: Whether `length` stands for any number, found when the graph runs.
+        apart: Whether each token belongs to a text of its own.
     """
 
-    def __init__(self, graph: Graph, length: int, keys: Tensor, any_length: bool) -> None:
+    def __init__(
+        self, graph: Graph, length: int, keys: Tensor, any_length: bool, apart: bool
+    ) -> None:
         self.any_length = any_length
+        self.apart = apart
         free = (0,) if any_length else ()
         self.indices = graph.input(names.POSITIONS, (length,), np.int32, free)
-        # Rows follow each other from the first on, whatever the positions of padding are.
-        first = op.slice_(graph, self.indices, (0,), (1,))
-        self.start = op.pad_vector(graph, first, 1, 1)
         self._graph = graph
         self._keys = keys
+        self._starts: dict[int, list[Tensor]] = {}
         self._biases: dict[object, Tensor] = {}
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -121,11 +123,21 @@ class Positions:
         """Returns an axis of `length`, if that is found when the graph runs, or `None`."""
         return axis if self.any_length else None
 
+    def starts(self, heads: int) -> list[Tensor]:
+        """Returns where the new rows of each text begin, in a cache of so many heads a text."""
+        if heads not in self._starts:
+            # Rows follow each other from the first on, whatever the positions of padding are.
+            texts = self.indices.shape[0] if self.apart else 1
+            starts = [op.row_start(self._graph, self.indices, i, i * heads) for i in range(texts)]
+            self._starts[heads] = starts
+        return self._starts[heads]
+
     def bias(self, attention: Attention) -> Tensor:
         """Returns what is added to the scores: very negative where a token may not look.
 
         The shape is `(1, length, positions)`, or `(heads, length, positions)` with ALiBi. For any
-        length it is repeated along the second axis for each head that shares keys.
+        length it is repeated along the second axis for each head that shares keys. For texts apart
+        it is `(length, 1, positions)`, with ALiBi `(length, heads, positions)`.
         """
         alibi = attention.alibi
         copies = attention.num_heads // attention.num_key_value_heads if self.any_length else 1
@@ -139,7 +151,8 @@ class Positions:
     def _make_biases(self, attention: Attention, copies: int) -> list[Tensor]:
         graph, length = self._graph, self.indices.shape[0]
         rows = op.cast_to_float(graph, self.indices)
-        rows = op.reshape(graph, rows, (1, length, 1), self.free(1))
+        by_row = (length, 1, 1) if self.apart else (1, length, 1)
+        rows = op.reshape(graph, rows, by_row, self.free(1))
         shape = (1, 1, self._keys.shape[1])
         columns = op.reshape(graph, op.indices(graph, self._keys, 1), shape, free=2)
         distance = op.binary(graph, "SUB", rows, columns)
@@ -150,7 +163,8 @@ class Positions:
         bias = op.binary(graph, "MUL", refused, op.scalar(graph, _MASKED))
         if attention.alibi is None:
             return [bias] * copies
-        slopes = [-attention.alibi[i::copies].reshape(-1, 1, 1) for i in range(copies)]
+        by_head = (1, -1, 1) if self.apart else (-1, 1, 1)
+        slopes = [-attention.alibi[i::copies].reshape(by_head) for i in range(copies)]
         steps = [op.binary(graph, "MUL", distance, graph.constant(one)) for one in slopes]
         return [op.binary(graph, "ADD", step, bias) for step in steps]
 
@@ -231,23 +245,30 @@ def attend(
     graph: Graph, attention: Attention, query: Tensor, cache: list[Held], positions: Positions
 ) -> Tensor:
     """Returns the attended values, `(length, heads * head_dim)`."""
-    heads, length, _ = query.shape
+    num_heads, tokens, size = query.shape
+    if positions.apart:  # Texts are more heads, each with one token.
+        query = op.transpose(graph, query, (1, 0, 2))
+        query = op.reshape(graph, query, (tokens * num_heads, 1, size))
     keys, values = (held.rows() for held in cache)
     cap, scale = attention.logit_soft_cap, attention.scale
     factor = scale / cap if cap else scale
     if factor != 1.0:
         query = op.binary(graph, "MUL", query, op.scalar(graph, factor))
-    alone = length == 1 and heads == attention.num_key_value_heads
+    alone = query.shape[1] == 1 and num_heads == attention.num_key_value_heads
     if alone:
         scores = _scores_of_one(graph, query, keys)
     else:
         scores = _scores_of_many(graph, query, keys, positions)
     if cap:
         scores = op.binary(graph, "MUL", op.unary(graph, "TANH", scores), op.scalar(graph, cap))
+    if positions.apart:
+        scores = op.reshape(graph, scores, (tokens, num_heads, scores.shape[2]), free=2)
     weights = op.softmax(graph, op.binary(graph, "ADD", scores, positions.bias(attention)))
     if alone:
-        return _mix_of_one(graph, weights, values)
-    return _mix_of_many(graph, weights, values, query.shape, positions)
+        mixed = _mix_of_one(graph, weights, values)
+    else:
+        mixed = _mix_of_many(graph, weights, values, query.shape, positions)
+    return op.reshape(graph, mixed, (tokens, num_heads * size)) if positions.apart else mixed
 
 
 def _scores_of_one(graph: Graph, query: Tensor, keys: Rows) -> Tensor:

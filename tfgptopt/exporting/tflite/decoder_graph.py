@@ -6,7 +6,7 @@ compute logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.attention import Positions, Projection, attend, project
 from tfgptopt.exporting.tflite.builder import Graph, Model, Tensor
 from tfgptopt.exporting.tflite.feedforward import feedforward
-from tfgptopt.exporting.tflite.kv_cache import Held, add_growth
+from tfgptopt.exporting.tflite.kv_cache import Held, add_growth, add_placing, add_reordering
 from tfgptopt.exporting.tflite.streams import (
     add_laurel,
     correct,
@@ -42,16 +42,23 @@ class Step:
         growing: Whether the file says that caches may have any number of positions and, unless
             one token is read, that any number may be read. LiteRT-LM makes caches grow then, of
             files that have a mask as input.
+        apart: Whether each token belongs to a text of its own, at a position of its own.
     """
 
     name: str
     length: int
     logits: bool
     growing: bool = False
+    apart: bool = False
+
+    @property
+    def texts(self) -> int:
+        """How many texts are read in one call."""
+        return self.length if self.apart else 1
 
 
 def add_signatures(
-    model: Model, spec: DecoderSpec, steps: Iterable[Step], cache_dtype: CacheDtype = "float32"
+    model: Model, spec: DecoderSpec, steps: Sequence[Step], cache_dtype: CacheDtype = "float32"
 ) -> None:
     """Adds signatures to a model, which share every weight.
 
@@ -62,6 +69,12 @@ def add_signatures(
     same names, and `logits` float32 `(1, length, vocabulary)`. All caches together may be resized
     to fewer positions. One more signature, `grow`, appends positions to the cache of a layer of any
     shape.
+
+    A step that reads texts apart has their caches one behind the other along the first axis, and
+    `logits` float32 `(length, 1, vocabulary)`. What it writes for one text after the other are
+    outputs too, `kv_cache_k_i_text_t`: where a runtime gives one buffer for all of them and the
+    input, nothing is copied. With such steps go `place`, which puts the cache of one text into that
+    of a batch, and for each size `reorder_B`, which gives texts the rows of others.
 
     Args:
         model: The file.
@@ -76,7 +89,13 @@ def add_signatures(
     ]
     for step in steps:
         _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
-    add_growth(model.graph(names.GROW), next(iter(spec.caches.values())), cache_dtype)
+    caches = list(spec.caches.values())
+    add_growth(model.graph(names.GROW), caches[0], cache_dtype)
+    batches = [step.texts for step in steps if step.apart]
+    if batches:
+        add_placing(model.graph(names.PLACE), caches[0], batches[0], cache_dtype)
+    for texts in batches:
+        add_reordering(model.graph(names.reorder_of(texts)), caches, texts, cache_dtype)
 
 
 def _add_signature(
@@ -91,12 +110,12 @@ def _add_signature(
     tokens = graph.input(names.TOKENS, (step.length,), np.int32, free)
     caches = {
         block: [
-            Held(graph, name, i, shape, cache_dtype, step.growing)
+            Held(graph, name, i, shape, cache_dtype, step.growing, step.texts)
             for name in (names.KEYS, names.VALUES)
         ]
         for i, (block, shape) in enumerate(spec.caches.items())
     }
-    positions = Positions(graph, step.length, caches[0][0].tensor, any_length)
+    positions = Positions(graph, step.length, caches[0][0].tensor, any_length, step.apart)
     if step.growing:
         # Nothing reads it: positions say as much.
         mask = (1, 1, step.length, spec.caches[0][1])
@@ -114,7 +133,7 @@ def _add_signature(
         query, *new = project(graph, attention, projection, normed, positions)
         cache = caches[i if attention.shared_with is None else attention.shared_with]
         for held, rows in zip(cache, new, strict=bool(new)):
-            held.write(rows, positions.start)
+            held.write(rows, positions.starts(block.attention.num_key_value_heads))
         if not step.logits and i == max(caches):
             return  # Nothing behind the last cache is needed.
         mixed = attend(graph, attention, query, cache, positions)
@@ -131,7 +150,8 @@ def _add_signature(
     logits = op.fully_connected(graph, x, spec.head or spec.token_embedding)
     if spec.logit_soft_cap is not None:
         logits = op.soft_cap(graph, logits, spec.logit_soft_cap)
-    graph.output(names.LOGITS, op.reshape(graph, logits, (1, *logits.shape)))
+    shape = (step.length, 1) if step.apart else (1, step.length)
+    graph.output(names.LOGITS, op.reshape(graph, logits, (*shape, logits.shape[1])))
 
 
 def _branches(graph: Graph, block: Block, x: Tensor, normed: Tensor, attended: Tensor) -> Tensor:

@@ -30,17 +30,20 @@ from tfgptopt.families import layout_of
 from tfgptopt.file.metadata import DecoderShape, Metadata
 
 
-def described_file(model: keras.Model, settings: Settings) -> memoryview:
+def described_file(
+    model: keras.Model, settings: Settings, batch_sizes: Sequence[int] = ()
+) -> memoryview:
     """Returns the file of a model whose family has a reader.
 
     Args:
         model: A causal LM.
         settings: The format.
+        batch_sizes: How many texts are decoded together. Defaults to none.
 
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
     """
-    file, about = described_model(model, settings)
+    file, about = described_model(model, settings, batch_sizes=batch_sizes)
     for name, data in about.entries().items():
         file.metadata(name, data)
     return file.pack()
@@ -51,6 +54,7 @@ def described_model(
     settings: Settings,
     prefill: Sequence[int] = PREFILL_LENGTHS,
     growing: bool = False,
+    batch_sizes: Sequence[int] = (),
 ) -> tuple[Model, Metadata]:
     """Returns the graphs of a model whose family has a reader, and what is to be said of them.
 
@@ -60,6 +64,7 @@ def described_model(
         prefill: Lengths of prefill. Defaults to those of a `.tflite` file.
         growing: Whether there are signatures with which LiteRT-LM makes caches grow, too.
             Defaults to `False`.
+        batch_sizes: How many texts are decoded together. Defaults to none.
 
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
@@ -74,7 +79,8 @@ def described_model(
             f"`growing_cache` is not for {type(model).__name__}: caches grow for families with one "
             "stream and no experts. Leave it at False."
         )
-    spec, signatures = spec.with_context(context), plan_signatures(context, prefill, growing)
+    spec = spec.with_context(context)
+    signatures = plan_signatures(context, prefill, growing, batch_sizes)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
     steps = steps_of(signatures) + (growing_steps() if growing else [])
     add_signatures(file, spec, steps, settings.cache_dtype)

@@ -36,6 +36,8 @@ _DEFAULT_CONTEXT = 1024
 PREFILL_LENGTHS = (32, 128)
 # For guesses of the next tokens, which are read at once.
 VERIFY_LENGTHS = (4, 8)
+# Of texts that are decoded together, each of which adds operators to the file.
+_LARGEST_BATCH = 64
 
 
 class Settings(Protocol):
@@ -66,8 +68,30 @@ def check_settings(context_length: object, cache_dtype: object) -> None:
         raise ValueError(f"`cache_dtype` must be one of {CACHE_DTYPES}. Received: {cache_dtype!r}")
 
 
+def check_batch_sizes(batch_sizes: object) -> None:
+    """Raises where numbers of texts that are decoded together are out of range.
+
+    Raises:
+        ValueError: If they are.
+    """
+    sizes = batch_sizes
+    if not isinstance(sizes, tuple) or not all(
+        isinstance(size, int) and not isinstance(size, bool) and 2 <= size <= _LARGEST_BATCH
+        for size in sizes
+    ):
+        raise ValueError(
+            f"`batch_sizes` must be a tuple of ints from 2 to {_LARGEST_BATCH}, such as (4, 8). "
+            f"Received: {sizes!r}"
+        )
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"`batch_sizes` names a size twice. Received: {sizes!r}")
+
+
 def plan_signatures(
-    context_length: int, prefill: Sequence[int], growing: bool = False
+    context_length: int,
+    prefill: Sequence[int],
+    growing: bool = False,
+    batch_sizes: Sequence[int] = (),
 ) -> Signatures:
     """Returns the signatures of a file. They are few: each takes time to load, and memory.
 
@@ -76,6 +100,7 @@ def plan_signatures(
         prefill: Lengths of prefill, the largest last. None is longer than the context.
         growing: Whether the names have to differ from those of `growing_steps`. Defaults to
             `False`.
+        batch_sizes: How many texts are decoded together. Defaults to none.
     """
     chunk = min(context_length, prefill[-1])
     lengths = [*(length for length in prefill if length < chunk), chunk]
@@ -87,6 +112,7 @@ def plan_signatures(
             Signature(length, f"score_{length}")
             for length in sorted({*(n for n in VERIFY_LENGTHS if n < chunk), chunk})
         ),
+        batch=tuple(Signature(size, f"decode_{size}") for size in sorted(batch_sizes)),
     )
 
 
@@ -94,7 +120,8 @@ def steps_of(signatures: Signatures) -> list[Step]:
     """Returns signatures as the steps that a graph is made of."""
     with_logits = (signatures.decode, *signatures.score)
     found = (signatures.decode, *signatures.prefill, *signatures.score)
-    return [Step(s.name, s.length, s in with_logits) for s in found]
+    steps = [Step(s.name, s.length, s in with_logits) for s in found]
+    return steps + [Step(s.name, s.length, logits=True, apart=True) for s in signatures.batch]
 
 
 def growing_steps() -> list[Step]:

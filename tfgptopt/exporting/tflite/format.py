@@ -11,7 +11,7 @@ import keras
 from tfgptopt.decoder import is_decoder_only, why_unreadable
 from tfgptopt.exporting.tflite.converted import converted_causal_lm_file, converted_file
 from tfgptopt.exporting.tflite.described import described_file
-from tfgptopt.exporting.tflite.describing import check_settings
+from tfgptopt.exporting.tflite.describing import check_batch_sizes, check_settings
 from tfgptopt.file.container import seal
 from tfgptopt.file.metadata import CacheDtype
 
@@ -45,6 +45,9 @@ class TFLite:
         sparse: bool. Leave out the empty blocks of float32 weights that were pruned with
             `Block(4, 1)`: a smaller file, and one that decodes faster from about 60 % of zeros on.
             Defaults to `False`.
+        batch_sizes: tuple of ints. How many texts can be decoded together, such as `(4, 8)`: for
+            lists of prompts and beams, since weights are read once for all of them. Each adds some
+            hundred kB to a file, and time to load. Defaults to `()`: one text after the other.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -59,6 +62,7 @@ class TFLite:
     context_length: int | None = None
     cache_dtype: CacheDtype = "float32"
     sparse: bool = False
+    batch_sizes: tuple[int, ...] = ()
 
     suffix: ClassVar[str] = ".tflite"
 
@@ -66,6 +70,7 @@ class TFLite:
         check_settings(self.context_length, self.cache_dtype)
         if not isinstance(self.sparse, bool):
             raise ValueError(f"`sparse` must be a bool. Received: {self.sparse!r}")
+        check_batch_sizes(self.batch_sizes)
 
     def write(self, model: keras.Model, target: Path) -> None:
         """Writes a built model, dressed or plain.
@@ -78,13 +83,16 @@ class TFLite:
             ValueError: If the model cannot be exported, or a setting does not fit it.
         """
         known = why_unreadable(model) is None
-        for setting in ["sparse=True"] * self.sparse + ["cache_dtype='int8'"] * (
-            self.cache_dtype == "int8"
-        ):
-            if not known:
+        asked = {
+            "sparse=True": self.sparse,
+            "cache_dtype='int8'": self.cache_dtype == "int8",
+            f"batch_sizes={self.batch_sizes}": self.batch_sizes,
+        }
+        for setting, is_asked in asked.items():
+            if is_asked and not known:
                 raise ValueError(f"`{setting}` needs a reader for {type(model).__name__}.")
         if known:
-            data = described_file(model, self)
+            data = described_file(model, self, self.batch_sizes)
         elif is_decoder_only(model):
             data = converted_causal_lm_file(model, self)
         else:

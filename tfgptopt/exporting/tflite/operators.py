@@ -261,6 +261,22 @@ def indices(graph: Graph, x: Tensor, axis: int) -> Tensor:
     return cast_to_float(graph, found)
 
 
+def row_start(graph: Graph, positions: Tensor, index: int, head: int) -> Tensor:
+    """Adds where rows begin in a cache: a head, one of the positions, the first number."""
+    position = slice_(graph, positions, (index,), (1,))
+    if head == 0:
+        return pad_vector(graph, position, 1, 1)
+    before, after = (graph.constant(np.asarray([n], np.int32)) for n in (head, 0))
+    return concatenate(graph, [before, position, after], 0)
+
+
+def gather(graph: Graph, x: Tensor, indices: Tensor, axis: int) -> Tensor:
+    """Adds a choice of parts along an axis, in the order of their indices."""
+    shape = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    options = schema.GatherOptionsT(axis=axis)
+    return graph.add_operator("GATHER", [x, indices], shape, x.dtype, options)
+
+
 def pad_vector(graph: Graph, x: Tensor, before: int, after: int) -> Tensor:
     """Adds zeros around a vector."""
     paddings = graph.constant(np.asarray([[before, after]], np.int32))

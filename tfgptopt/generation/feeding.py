@@ -1,0 +1,207 @@
+"""Continuous batching: a slot whose text is finished takes the next prompt at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from tfgptopt.generation import samplers
+from tfgptopt.generation.caches import Cache
+from tfgptopt.generation.codec import Prompt
+from tfgptopt.generation.continuing import Continuation
+from tfgptopt.generation.decoding import Decoding
+from tfgptopt.generation.engine import Engine
+from tfgptopt.generation.speculating import Statistics
+
+# Steps for which a server keeps a batch that is larger than it needs: to change takes as long.
+_PATIENCE = 16
+
+
+class Text:
+    """A prompt that is being continued.
+
+    Args:
+        prompt: Its tokens.
+        length: Tokens of prompt and continuation together.
+        chain: How a token is chosen.
+        seed: Of the samplers; `None` for another text each time.
+        continuation: Takes the tokens.
+        matcher: What the text is held to, before `chain`. Defaults to `None`.
+
+    Attributes:
+        prompt: Its tokens.
+        tokens: The tokens so far, prompt included.
+        error: Why it could not be continued, or `None`.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        length: int,
+        chain: Sequence[samplers.Sampler],
+        seed: int | None,
+        continuation: Continuation,
+        matcher: samplers.Sampler | None = None,
+    ) -> None:
+        self.prompt = list(prompt)
+        self.error: Exception | None = None
+        self.tokens = list(prompt)
+        self.length = length
+        self.continuation = continuation
+        self._chain, self._seed, self._matcher = chain, seed, matcher
+        self._generator = np.random.default_rng(seed)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing more comes."""
+        ended = self.continuation.ended or self.error is not None
+        return ended or len(self.tokens) >= self.length
+
+    def take(self, logits: np.ndarray) -> str:
+        """Chooses the next token; returns the text that is sure now.
+
+        Where none can be chosen, the text is finished, and the others are not concerned.
+        """
+        chain = self._chain if self._matcher is None else (self._matcher, *self._chain)
+        try:
+            token = samplers.choose(logits, self.tokens, chain, self._generator)
+        except Exception as error:
+            self.error = error
+            return ""
+        self.tokens.append(token)
+        piece = self.continuation.add(token)
+        if self.finished and not self.continuation.ended:
+            piece += self.continuation.finish()
+        return piece
+
+    def continue_alone(self, decoding: Decoding, cache: Cache, statistics: Statistics) -> None:
+        """Continues it to its end, by guesses where there are any.
+
+        Args:
+            decoding: How tokens are made.
+            cache: A cache of the model.
+            statistics: Counts calls and tokens.
+        """
+        new = decoding.tokens(
+            cache, self.prompt, self.length, self._chain, self._seed, statistics, self._matcher
+        )
+        for _ in self.continuation.pieces(new):
+            pass
+
+    def result(self, prompt: Prompt, strip_prompt: bool) -> str | list[int]:
+        """Returns what a prompt became, as text or ids, as it was given.
+
+        Args:
+            prompt: The prompt as it was given.
+            strip_prompt: Whether only what is new is wanted.
+        """
+        made = self.continuation
+        if isinstance(prompt, str):
+            return made.text if strip_prompt else prompt + made.text
+        return made.tokens if strip_prompt else self.prompt + made.tokens
+
+
+class Feeder:
+    """Continues texts together, as many at once as the file allows. One thread uses it.
+
+    Args:
+        engine: The model.
+        cache: A cache, in which prompts are read one after the other.
+        serving: bool. Whether texts come at any time: then one prompt is read between two steps,
+            so that others do not wait for long, and a batch that is too large is kept for a
+            while. Defaults to `False`.
+
+    Attributes:
+        waiting: Texts that have no slot yet.
+    """
+
+    def __init__(self, engine: Engine, cache: Cache, serving: bool = False) -> None:
+        self.waiting: deque[Text] = deque()
+        self._engine, self._cache = engine, cache
+        self._sizes = [1, *engine.batch_sizes]
+        self._batch = engine.new_batch(1)
+        self._slots: dict[int, Text] = {}
+        self._at_once = 1 if serving else self._sizes[-1]
+        self._patience = _PATIENCE if serving else 0
+        self._too_large = 0  # Steps since the batch is.
+
+    @property
+    def busy(self) -> bool:
+        """Whether there are texts to go on with."""
+        return bool(self.waiting or self._slots)
+
+    @property
+    def running(self) -> list[Text]:
+        """The texts that have a slot."""
+        return list(self._slots.values())
+
+    def remove(self, text: Text) -> None:
+        """Gives up a text, wherever it is."""
+        if text in self.waiting:
+            self.waiting.remove(text)
+        self._slots = {slot: one for slot, one in self._slots.items() if one is not text}
+
+    def step(self, statistics: Statistics) -> list[tuple[Text, str]]:
+        """Makes one token more of each text; returns each with the piece of text that is sure.
+
+        Args:
+            statistics: Counts calls and tokens.
+        """
+        full = [text for text in self.waiting if text.finished]  # Prompts that leave no room.
+        self.waiting = deque(text for text in self.waiting if not text.finished)
+        self._choose_size()
+        self._fill()
+        pieces = [(text, "") for text in full]
+        if self._slots:
+            last = {slot: text.tokens[-1] for slot, text in self._slots.items()}
+            expected = max(text.length for text in self._slots.values())
+            logits = self._batch.decode(last, expected)
+            statistics.calls += 1
+            statistics.tokens += len(last)
+            pieces += [(text, text.take(logits[slot])) for slot, text in self._slots.items()]
+            self._slots = {slot: text for slot, text in self._slots.items() if not text.finished}
+        return pieces
+
+    def _fill(self) -> None:
+        """Reads the prompts of waiting texts into the slots that are free."""
+        free = [slot for slot in range(self._batch.size) if slot not in self._slots]
+        for slot in free[: self._at_once]:
+            if self.waiting:
+                text = self.waiting.popleft()
+                self._engine.read(self._cache, text.tokens[:-1])
+                self._batch.place(slot, self._cache, text.length)
+                self._slots[slot] = text
+
+    def _choose_size(self) -> None:
+        """Goes on with a batch of the size that there are texts for."""
+        count = len(self._slots) + len(self.waiting)
+        size = next((size for size in self._sizes if size >= count), self._sizes[-1])
+        self._too_large = self._too_large + 1 if size < self._batch.size else 0
+        if size > self._batch.size or self._too_large > self._patience:
+            batch = self._engine.new_batch(size)
+            if self._slots:
+                batch.take_over(self._batch, list(self._slots))
+            self._slots = dict(enumerate(self._slots.values()))
+            self._batch, self._too_large = batch, 0
+
+
+def continue_together(
+    engine: Engine, cache: Cache, texts: Sequence[Text], statistics: Statistics
+) -> None:
+    """Continues texts to their ends.
+
+    Args:
+        engine: The model.
+        cache: A cache, in which prompts are read.
+        texts: The texts.
+        statistics: Counts calls and tokens.
+    """
+    feeder = Feeder(engine, cache)
+    feeder.waiting.extend(texts)
+    while feeder.busy:
+        feeder.step(statistics)
+    for number, text in enumerate(texts):
+        if text.error is not None:
+            raise ValueError(f"Prompt {number} of {len(texts)}: {text.error}") from text.error
