@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 # Top floor first. Rooms of one line may know each other's, as long as no circle comes of it.
 FLOORS = [
     {"cli"},
-    {"job"},
+    {"job", "serving"},
     {"callbacks"},
     {"recipe"},
     {"shrinking"},

@@ -79,13 +79,23 @@ def generate(
     json_schema: Annotated[
         Path | None, typer.Option(help="The same: a file with a JSON schema.")
     ] = None,
+    beams: Annotated[
+        int | None, typer.Option(help="Find the likeliest text as a whole with so many beams.")
+    ] = None,
 ) -> None:
     """Continue a text with an exported file. Needs neither TensorFlow nor Keras."""
-    from tfgptopt.generation import TFLiteCausalLM
+    from tfgptopt.generation import Beam, TFLiteCausalLM
 
     chain = chain_of(sampler, temperature, top_k, top_p, min_p, repetition_penalty)
     constraint = constraint_of(regex, json_schema)
     lm = TFLiteCausalLM(file, threads)
+    if beams is not None:
+        if chain != chain_of(None, None, None, None, None, None) or constraint or speculative:
+            raise ValueError("Give --beams without a sampler, a form or guesses: they go alone.")
+        best = lm.generate(prompt, max_length, Beam(beams), stop or "auto",
+                           special_tokens=special_tokens)  # fmt: skip
+        sys.stdout.write(best + "\n")
+        return
     pieces = lm.stream(prompt, max_length, chain, stop or "auto", seed, special_tokens,
                        speculation_of(speculative), constraint)  # fmt: skip
     sys.stdout.write(prompt)

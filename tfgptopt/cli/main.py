@@ -20,6 +20,7 @@ from tfgptopt.cli.generate import generate
 from tfgptopt.cli.inspect import inspect
 from tfgptopt.cli.optimize import optimize
 from tfgptopt.cli.quantize import quantize
+from tfgptopt.cli.serve import serve
 from tfgptopt.cli.shrink import shrink
 
 app = typer.Typer(
@@ -39,6 +40,7 @@ for command in (
     inspect,
     generate,
     chat,
+    serve,
     bench,
 ):
     app.command()(command)

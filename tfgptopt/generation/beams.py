@@ -11,9 +11,9 @@ from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Stop
 from tfgptopt.generation.continuing import Continuation
 from tfgptopt.generation.engine import Engine
-from tfgptopt.generation.feeding import Text
 from tfgptopt.generation.samplers import check_count
 from tfgptopt.generation.speculating import Statistics
+from tfgptopt.generation.texts import Text
 
 # Blocks of scores whose largest say which scores need not be looked at.
 _BLOCK = 128
@@ -134,7 +134,7 @@ class BeamSearch:
             raise ValueError(
                 f"Beam search with {count} beams decodes {count} texts together, and the file has "
                 f"{has}. Export it with `TFLite(batch_sizes=({count},))`, on the command line "
-                f"`--batch-sizes {count}`."
+                f"`--batch-size {count}`."
             )
         if 2 * count > engine.vocabulary_size:
             raise ValueError(

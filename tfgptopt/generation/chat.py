@@ -103,7 +103,7 @@ class Chat:
             self._turn = None
         new = [{"role": "user", "content": message}] if isinstance(message, str) else message
         messages = [*self.messages, *check_messages(new)]
-        chosen, ends = samplers.get(sampler), self._ends(stop)
+        chosen, ends = samplers.get(sampler), answer_ends(self._codec, self._template, stop)
         prompt = self._template.render(shielded(messages), add_generation_prompt=True)
         tokens = self._encoded(prompt)
         answer = self._session.begin(tokens, max_new_tokens, chosen, ends, seed)
@@ -136,16 +136,22 @@ class Chat:
         # The template writes earlier turns in another way now: what is alike is not read again.
         return encode_written(tokenizer, prompt)
 
-    def _ends(self, stop: StopLike) -> Stop:
-        """Returns what ends an answer: for `"auto"`, the template's tokens too."""
-        ends = self._codec.stop(stop)
-        if not (isinstance(stop, str) and stop == "auto"):
-            return ends
-        ids = [self._tokenizer.token_to_id(name) for name in self._template.stop_tokens]
-        # A model whose vocabulary has no such token writes the name out.
-        texts = [
-            name
-            for name, token in zip(self._template.stop_tokens, ids, strict=True)
-            if token is None
-        ]
-        return Stop(ends.ids | {token for token in ids if token is not None}, tuple(texts))
+
+def answer_ends(codec: Codec, template: ChatTemplate, stop: StopLike) -> Stop:
+    """Returns what ends an answer: for `"auto"`, the template's tokens too.
+
+    Args:
+        codec: Knows the tokenizer.
+        template: Writes the messages.
+        stop: As for `TFLiteCausalLM.generate`.
+
+    Raises:
+        ValueError: If `stop` is none.
+    """
+    ends = codec.stop(stop)
+    if not (isinstance(stop, str) and stop == "auto"):
+        return ends
+    ids = [codec.tokenizer.token_to_id(name) for name in template.stop_tokens]
+    # A model whose vocabulary has no such token writes the name out.
+    texts = [name for name, token in zip(template.stop_tokens, ids, strict=True) if token is None]
+    return Stop(ends.ids | {token for token in ids if token is not None}, tuple(texts))

@@ -5,102 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-import numpy as np
-
-from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
-from tfgptopt.generation.codec import Prompt
-from tfgptopt.generation.continuing import Continuation
-from tfgptopt.generation.decoding import Decoding
 from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.speculating import Statistics
+from tfgptopt.generation.texts import Text
 
 # Steps for which a server keeps a batch that is larger than it needs: to change takes as long.
 _PATIENCE = 16
-
-
-class Text:
-    """A prompt that is being continued.
-
-    Args:
-        prompt: Its tokens.
-        length: Tokens of prompt and continuation together.
-        chain: How a token is chosen.
-        seed: Of the samplers; `None` for another text each time.
-        continuation: Takes the tokens.
-        matcher: What the text is held to, before `chain`. Defaults to `None`.
-
-    Attributes:
-        prompt: Its tokens.
-        tokens: The tokens so far, prompt included.
-        error: Why it could not be continued, or `None`.
-    """
-
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        length: int,
-        chain: Sequence[samplers.Sampler],
-        seed: int | None,
-        continuation: Continuation,
-        matcher: samplers.Sampler | None = None,
-    ) -> None:
-        self.prompt = list(prompt)
-        self.error: Exception | None = None
-        self.tokens = list(prompt)
-        self.length = length
-        self.continuation = continuation
-        self._chain, self._seed, self._matcher = chain, seed, matcher
-        self._generator = np.random.default_rng(seed)
-
-    @property
-    def finished(self) -> bool:
-        """Whether nothing more comes."""
-        ended = self.continuation.ended or self.error is not None
-        return ended or len(self.tokens) >= self.length
-
-    def take(self, logits: np.ndarray) -> str:
-        """Chooses the next token; returns the text that is sure now.
-
-        Where none can be chosen, the text is finished, and the others are not concerned.
-        """
-        chain = self._chain if self._matcher is None else (self._matcher, *self._chain)
-        try:
-            token = samplers.choose(logits, self.tokens, chain, self._generator)
-        except Exception as error:
-            self.error = error
-            return ""
-        self.tokens.append(token)
-        piece = self.continuation.add(token)
-        if self.finished and not self.continuation.ended:
-            piece += self.continuation.finish()
-        return piece
-
-    def continue_alone(self, decoding: Decoding, cache: Cache, statistics: Statistics) -> None:
-        """Continues it to its end, by guesses where there are any.
-
-        Args:
-            decoding: How tokens are made.
-            cache: A cache of the model.
-            statistics: Counts calls and tokens.
-        """
-        new = decoding.tokens(
-            cache, self.prompt, self.length, self._chain, self._seed, statistics, self._matcher
-        )
-        for _ in self.continuation.pieces(new):
-            pass
-
-    def result(self, prompt: Prompt, strip_prompt: bool) -> str | list[int]:
-        """Returns what a prompt became, as text or ids, as it was given.
-
-        Args:
-            prompt: The prompt as it was given.
-            strip_prompt: Whether only what is new is wanted.
-        """
-        made = self.continuation
-        if isinstance(prompt, str):
-            return made.text if strip_prompt else prompt + made.text
-        return made.tokens if strip_prompt else self.prompt + made.tokens
 
 
 class Feeder:

@@ -17,16 +17,17 @@ from tfgptopt.generation.beams import Beam, BeamSearch, Hypothesis, check_alone,
 from tfgptopt.generation.caches import IdleCache
 from tfgptopt.generation.chat import Chat
 from tfgptopt.generation.codec import Codec, Prompt, Stop, StopLike
-from tfgptopt.generation.constraints import Constraint, Matcher, Matchers, check_ends
+from tfgptopt.generation.constraints import Constraint
 from tfgptopt.generation.continuing import Continuation
 from tfgptopt.generation.decoding import Decodings
 from tfgptopt.generation.engine import Engine
-from tfgptopt.generation.feeding import Text, continue_together
+from tfgptopt.generation.feeding import Feeder, continue_together
 from tfgptopt.generation.guessing import Speculation
-from tfgptopt.generation.prompts import Prompts, is_single
+from tfgptopt.generation.prompts import is_single
 from tfgptopt.generation.session import Session
 from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.templates import KNOWN, ChatTemplate, get_template
+from tfgptopt.generation.texts import TextMaker
 from tfgptopt.generation.weight_cache import cache_folder
 from tfgptopt.generation.workers import generate_in_processes
 
@@ -47,6 +48,10 @@ class TFLiteCausalLM:
             in an instant the second time; `False` for none. Defaults to `True`: the folder that
             the environment variable `TFGPTOPT_WEIGHT_CACHE` names (`off` for none), else
             `tfgptopt` in the user's cache folder. A folder that cannot be written is no error.
+
+    Attributes:
+        metadata: What the file says of itself.
+        texts: Makes texts for `feeder`, as a server needs them.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -79,7 +84,7 @@ class TFLiteCausalLM:
         self._codec = Codec(self.metadata)
         self._num_threads = num_threads or os.cpu_count() or 1
         self._engine = Engine(self.path, container, self._num_threads, folder)
-        self._prompts = Prompts(self._codec, self._engine.context_length)
+        self.texts = TextMaker(self._codec, self.metadata)
         self._decodings = Decodings(self._engine, self.metadata, self._num_threads, folder)
         self._idle = IdleCache(self._engine.new_cache)
 
@@ -123,7 +128,7 @@ class TFLiteCausalLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         max_length: int | None = None,
-        sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
+        sampler: str | samplers.Sampler | Sequence[samplers.Sampler] | Beam = "greedy",
         stop: StopLike = "auto",
         strip_prompt: bool = False,
         seed: int | None = None,
@@ -172,8 +177,8 @@ class TFLiteCausalLM:
             ValueError: If a prompt is empty, too long or cannot be encoded, an argument is out of
                 range, or a draft has other tokens.
         """
-        beam, ends = names_beams(sampler), self._ends(stop, constraint)
-        chosen = samplers.get("greedy" if beam else sampler)
+        beam, ends = names_beams(sampler), self.texts.ends(stop, constraint)
+        chosen = samplers.get("greedy" if isinstance(sampler, Beam) or beam else sampler)
         if beam is not None:
             check_alone(speculative, constraint, ends)
         decoding, statistics = self._decodings.get(speculative), Statistics()
@@ -181,7 +186,7 @@ class TFLiteCausalLM:
         began = time.perf_counter()
         single = is_single(prompts)
         batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item,arg-type]
-        prepared = self._prompts.prepare_all(batch, max_length, special_tokens)
+        prepared = self.texts.prompts.prepare_all(batch, max_length, special_tokens)
         if num_workers > 1 and len(batch) > 1:
             settings = {
                 "max_length": max_length,
@@ -201,9 +206,8 @@ class TFLiteCausalLM:
             return (results, counts) if return_stats else results
         texts = []
         for prompt, (ids, length) in zip(batch, prepared, strict=True):
-            made = Continuation(self._codec, ids, ends, isinstance(prompt, str))
-            matcher = self._matcher(constraint, ids)
-            texts.append(Text(ids, length, chosen, seed, made, matcher))
+            as_text = isinstance(prompt, str)
+            texts.append(self.texts.make(ids, length, chosen, ends, seed, constraint, as_text))
         if beam is not None:
             for text in texts:
                 with self._idle.lent() as cache:
@@ -248,15 +252,14 @@ class TFLiteCausalLM:
         """
         if not isinstance(prompt, str):
             raise ValueError(f"`stream` continues a text. Received: {type(prompt).__name__}")
-        chosen, ends = samplers.get(sampler), self._ends(stop, constraint)
+        chosen, ends = samplers.get(sampler), self.texts.ends(stop, constraint)
         decoding = self._decodings.get(speculative)
-        ids, length = self._prompts.prepare(prompt, max_length, special_tokens)
-        matcher = self._matcher(constraint, ids)
+        ids, length = self.texts.prompts.prepare(prompt, max_length, special_tokens)
+        text = self.texts.make(ids, length, chosen, ends, seed, constraint)
 
         def pieces() -> Iterator[str]:
             with self._idle.lent() as cache:
-                new = decoding.tokens(cache, ids, length, chosen, seed, None, matcher)
-                yield from Continuation(self._codec, ids, ends).pieces(new)
+                yield from text.pieces(decoding, cache, Statistics())
 
         return pieces()
 
@@ -287,7 +290,7 @@ class TFLiteCausalLM:
             ValueError: As `generate`, and if the file has no batch of so many, or more are asked
                 for than there are beams.
         """
-        settings, ends = beam or Beam(), self._ends(stop, None)
+        settings, ends = beam or Beam(), self.texts.ends(stop, None)
         check_alone(None, None, ends)
         samplers.check_count("num_return_sequences", num_return_sequences)
         if num_return_sequences > settings.num_beams:
@@ -295,7 +298,7 @@ class TFLiteCausalLM:
                 f"{settings.num_beams} beams find as many continuations. Received: "
                 f"num_return_sequences={num_return_sequences}"
             )
-        ids, length = self._prompts.prepare(prompt, max_length, special_tokens)
+        ids, length = self.texts.prompts.prepare(prompt, max_length, special_tokens)
         search = BeamSearch(self._engine, settings, ends.ids)
         with self._idle.lent() as cache:
             found = search.run(cache, ids, length, Statistics())[:num_return_sequences]
@@ -319,7 +322,7 @@ class TFLiteCausalLM:
             ValueError: If the prompt is empty, too long or cannot be encoded.
         """
         ids = self._codec.encode(prompt, special_tokens=special_tokens)
-        self._prompts.check_length(ids, self.context_length + 1)
+        self.texts.prompts.check_length(ids, self.context_length + 1)
         with self._idle.lent() as cache:
             logits = self._engine.score(cache, ids[:-1])
         logits -= logits.max(axis=-1, keepdims=True)
@@ -365,25 +368,10 @@ class TFLiteCausalLM:
         written = get_template(template or own or "")
         return Chat(self.session(speculative), self._codec, written, system)
 
+    def feeder(self) -> Feeder:
+        """Returns what continues texts of `texts` together, as they come."""
+        return Feeder(self._engine, self._engine.new_cache(), serving=True)
+
     def reset(self) -> None:
         """Forgets the last prompt, which is kept for the next one that begins like it."""
         self._idle.forget()
-
-    @functools.cached_property
-    def _matchers(self) -> Matchers:
-        return Matchers(self._codec, self.metadata)
-
-    def _matcher(self, constraint: Constraint | None, ids: list[int]) -> Matcher | None:
-        """Returns what holds the continuation of a prompt to a constraint."""
-        return None if constraint is None else self._matchers.matcher(constraint, ids)
-
-    def _ends(self, stop: StopLike, constraint: Constraint | None) -> Stop:
-        """Returns what ends a continuation.
-
-        Raises:
-            ValueError: If it could not end where its form is complete.
-        """
-        ends = self._codec.stop(stop)
-        if constraint is not None:
-            check_ends(ends, self._codec, stop)
-        return ends
