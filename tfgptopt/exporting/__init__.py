@@ -8,7 +8,7 @@ import keras
 
 from tfgptopt.exporting.formats import Format, check_format, format_of, register_format
 from tfgptopt.exporting.litertlm.format import LiteRTLM
-from tfgptopt.exporting.saved_model import SavedModel
+from tfgptopt.exporting.saved_model.format import SavedModel
 from tfgptopt.exporting.tflite.format import TFLite
 from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.model.finite import check_finite_weights

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import keras
-import keras_hub
 import numpy as np
 import tensorflow as tf
 
 from tfgptopt.decoder import is_decoder_only
+from tfgptopt.exporting.saved_model.generating import generating_endpoints
+from tfgptopt.exporting.saved_model.text import text_tokenizer
 from tfgptopt.exporting.signatures import input_signature
-from tfgptopt.exporting.tokenizers import end_token_ids
 from tfgptopt.model.retracing import retrace
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import Integers, read_integers
@@ -57,6 +57,7 @@ class _Weights(tf.Module):
         self._variables_of = [[one.variable for one in found] for found in read]
         replaced = {id(variable) for found in self._variables_of for variable in found}
         self.others = [v.value for v in model.variables if id(v) not in replaced]
+        self.tokenizer: tf.Module | None = None  # Tracked here, where texts are read.
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -88,32 +89,35 @@ class _Weights(tf.Module):
         return run
 
 
-def _generate_function(model: keras_hub.models.CausalLM) -> Callable[..., dict[str, tf.Tensor]]:
-    """Returns greedy generation as a TensorFlow function of padded prompts."""
-    sampler = keras_hub.samplers.GreedySampler()
-    stop = tuple(end_token_ids(getattr(model.preprocessor, "tokenizer", None))) or None
-
-    def generate(token_ids: tf.Tensor, padding_mask: tf.Tensor) -> dict[str, tf.Tensor]:
-        previous = getattr(model, "sampler", None)
-        model.sampler = sampler
-        try:
-            inputs = {"token_ids": token_ids, "padding_mask": tf.cast(padding_mask, tf.bool)}
-            outputs = model.generate_step(inputs, stop_token_ids=stop)
-        finally:
-            model.sampler = previous
-        return {
-            "token_ids": tf.cast(outputs["token_ids"], tf.int32),
-            "padding_mask": tf.cast(outputs["padding_mask"], tf.int32),
-        }
-
-    return generate
-
-
 @dataclass(frozen=True)
 class SavedModel:
     """A folder that TensorFlow loads and calls without Keras, rounded weights as integers.
 
-    It has the signature `serve`, and `generate` for a causal LM.
+    Of any model it has the signature `serve`, which is `serving_default`. Of a causal LM of
+    KerasHub also, with any batch size and length:
+
+    - `generate(token_ids, padding_mask)`: greedy, prefill, KV cache and the loop over tokens in
+      one graph. Prompts are padded to the length that the texts are to have.
+    - `sample(token_ids, padding_mask, seed, temperature, top_k, top_p)`: the same, with tokens that
+      are drawn; `top_k=0` and `top_p=1.0` keep all. A seed gives the same texts again.
+    - `prefill(token_ids)` gives the `cache` of padded prompts, and `decode(token_ids, cache,
+      cache_update_index)` the `logits` behind one token more of each, and the cache: for loops of
+      one's own. The weights are made floats at each call, so that `generate` is faster.
+    - `generate_text(prompts, max_length)`: texts in and out, for tokenizers that are SentencePiece
+      models. Whoever loads the folder imports tensorflow-text first.
+
+    Signatures compile with XLA: `tf.function(loaded.generate, jit_compile=True)`, but for
+    `generate_text` as a whole.
+
+    Example:
+
+    ```python
+    tfgptopt.export(gpt, "saved", SavedModel())
+    loaded = tf.saved_model.load("saved")
+    prompt = np.array([[17, 5, 3, 0, 0, 0, 0, 0]], np.int32)
+    mask = np.array([[1, 1, 1, 0, 0, 0, 0, 0]], np.int32)
+    print(loaded.generate(prompt, mask)["token_ids"])
+    ```
     """
 
     suffix: ClassVar[str] = ""
@@ -139,8 +143,10 @@ class SavedModel:
             names = ("token_ids", "padding_mask")
             spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
             archive.add_endpoint("serve", weights.using(serve), [spec])
-            generate = weights.using(_generate_function(model))
-            archive.add_endpoint("generate", generate, list(spec.values()))
+            weights.tokenizer = text_tokenizer(model)
+            for endpoint in generating_endpoints(model, weights.tokenizer):
+                function = weights.using(endpoint.function)
+                archive.add_endpoint(endpoint.name, function, endpoint.signature)
         else:
             archive.add_endpoint("serve", weights.using(serve), input_signature(model))
         archive.write_out(str(target), verbose=False)
