@@ -17,7 +17,7 @@ from tfgptopt.generation import Draft, NGram, TFLiteCausalLM, TopK
 from tfgptopt.generation.guessing import Repeats
 from tfgptopt.generation.samplers import Random, distribution
 from tfgptopt.generation.speculating import Pace, accept
-from tfgptopt.quantization import Int8
+from tfgptopt.quantization import Int4, Int8
 
 tokens_of_few = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
@@ -271,3 +271,42 @@ def test_a_draft_reads_a_conversation_once(files, lm, monkeypatch):
     lm.generate(start, max_length=24, stop=None, speculative=Draft(files / "small.tflite"))
     (spare,) = decoding._spare
     assert spare.shared_with(start) >= 20
+
+
+@pytest.mark.parametrize("spec", [None, Int8(), Int4(block_size=16)], ids=str)
+def test_a_file_carries_its_draft_and_what_both_have_once(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("tfgptopt.generation.decoding.Pace", Eager)
+    model = make("Llama", hidden_dim=32)
+    tokens = np.asarray([prompt(40, seed) for seed in range(4)], np.int32)
+    text = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    student = tfgptopt.shrink(model, depth=1, calibration=[(text, tokens)])
+    for one in (model, student) if spec else ():
+        tfgptopt.quantize(one, spec)
+    plain = tfgptopt.export(model, tmp_path / "plain.tflite", TFLite(CONTEXT))
+    both = tfgptopt.export(model, tmp_path / "both.tflite", TFLite(CONTEXT), draft=student)
+    alone = tfgptopt.export(student, tmp_path / "alone.tflite", TFLite(CONTEXT))
+    added = both.stat().st_size - plain.stat().st_size
+    held = sum(weight.shape.num_elements() for weight in student.weights)
+    assert 0 < added < alone.stat().st_size - held * (1 if spec == Int8() else 0.5)
+    lm, start = TFLiteCausalLM(both), prompt(9)
+    expected = TFLiteCausalLM(plain).generate(start, stop=None)
+    for way in ("auto", Draft(), Draft(alone)):
+        found, counts = lm.generate(start, stop=None, speculative=way, return_stats=True)
+        assert found == expected and counts.guessed > 0
+    assert lm.metadata.draft is not None and lm.metadata.draft.decoder.num_layers == 1
+    guesses = [
+        lm._decodings.get(way)._draft.decode(lm._decodings.get(way)._draft.new_cache(), 5)
+        for way in (Draft(), Draft(alone))
+    ]
+    np.testing.assert_allclose(*guesses, atol=1e-6)
+
+
+def test_drafts_that_cannot_be_carried(lm, tmp_path):
+    with pytest.raises(ValueError, match="The file carries no draft"):
+        lm.generate([1], speculative=Draft())
+    model, other = make("GPT2"), make("GPT2", vocabulary_size=100)
+    with pytest.raises(ValueError, match="The draft knows 100 tokens"):
+        tfgptopt.export(model, tmp_path / "gpt.tflite", draft=other)
+    with pytest.raises(ValueError, match="A `draft` is for"):
+        tfgptopt.export(model, tmp_path / "saved", draft=model)
+    assert not list(tmp_path.iterdir())

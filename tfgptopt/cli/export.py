@@ -31,6 +31,10 @@ def export(
         list[int] | None,
         typer.Option(help="TFLite: texts that can be decoded together; several times for more."),
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="TFLite: preset of a smaller model that guesses, in the same file."),
+    ] = None,
     growing_cache: Annotated[
         bool, typer.Option("--growing-cache", help="LiteRTLM: the cache grows with a text.")
     ] = False,
@@ -56,5 +60,5 @@ def export(
     model = load(preset)
     if loaded:
         loaded.replay(model)
-    tfgptopt.export(model, path, format, force)
+    tfgptopt.export(model, path, format, force, draft=load(draft) if draft else None)
     print_size(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -27,6 +28,7 @@ def export(
     format: Format | None = None,
     overwrite: bool = False,
     verbose: Verbose = "auto",
+    draft: keras.Model | None = None,
 ) -> Path:
     """Exports a model as TFLite (a name that ends with `.tflite`), LiteRT-LM (`.litertlm`) or
     SavedModel (a folder).
@@ -42,6 +44,9 @@ def export(
         overwrite: bool. Replace an existing file or folder. Defaults to `False`.
         verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
             terminals and notebooks.
+        draft: A smaller model of the same tokens, which a `.tflite` file carries to guess what the
+            model says: `generate(prompt, speculative="auto")`. Weights that both have are in the
+            file once, so that one with fewer layers of the same adds little. Defaults to `None`.
 
     Returns:
         `path`, as a `pathlib.Path`.
@@ -68,6 +73,13 @@ def export(
     if not getattr(model, "built", False):
         raise ValueError(f"The model {model!r} is not built, so there are no weights to export.")
     check_finite_weights(model)
+    if draft is None:
+        write = partial(chosen.write, model)
+    elif isinstance(chosen, TFLite):
+        check_finite_weights(draft)
+        write = partial(chosen.write, model, draft=draft)
+    else:
+        raise ValueError(f"A `draft` is for `.tflite` files. Received: '{target}'")
     with showing(verbose), stage(f"Writing {target.name}"), replacing(target) as temporary:
-        chosen.write(model, temporary)
+        write(temporary)
     return target

@@ -72,6 +72,19 @@ class DecoderShape:
 
 
 @dataclass(frozen=True)
+class Carried:
+    """A smaller model in the same file, which guesses what the other one says.
+
+    Attributes:
+        decoder: What a runtime must know of it.
+        signatures: What a runtime can call; there are none that score.
+    """
+
+    decoder: DecoderShape
+    signatures: Signatures
+
+
+@dataclass(frozen=True)
 class GenerationDefaults:
     """Special tokens.
 
@@ -150,6 +163,7 @@ class Metadata:
         sentencepiece: A SentencePiece model, or `None`; a file has this or `tokenizer`.
         special_tokens: Names of tokens that are no text, as far as the tokenizer does not say.
         chat: How a chat is written out, or `None`.
+        draft: A smaller model in the same file, or `None`.
     """
 
     versions: Mapping[str, str]
@@ -164,6 +178,7 @@ class Metadata:
     sentencepiece: bytes | None = None
     special_tokens: tuple[str, ...] = ()
     chat: Chat | None = None
+    draft: Carried | None = None
 
     def entries(self) -> dict[str, bytes]:
         """Returns the metadata as a file holds them, by name."""
@@ -173,13 +188,6 @@ class Metadata:
         return found
 
     def _to_json(self) -> bytes:
-        kinds = {
-            "decode": (self.signatures.decode,),
-            "prefill": self.signatures.prefill,
-            "score": self.signatures.score,
-        }
-        if self.signatures.batch:
-            kinds["batch"] = self.signatures.batch
         source = self.source
         about: Plain = {
             "format_version": self.format_version,
@@ -190,10 +198,7 @@ class Metadata:
                 "config": source.config,
             },
             "decoder": asdict(self.decoder),
-            "signatures": {
-                kind: {signature.name: signature.length for signature in found}
-                for kind, found in kinds.items()
-            },
+            "signatures": _signatures_as_json(self.signatures),
             "generation": asdict(self.generation),
             "recipe": self.recipe,
             "weights": asdict(self.weights),
@@ -203,6 +208,11 @@ class Metadata:
             about["special_tokens"] = self.special_tokens
         if self.chat is not None:
             about["chat"] = asdict(self.chat)
+        if self.draft is not None:
+            about["draft"] = {
+                "decoder": asdict(self.draft.decoder),
+                "signatures": _signatures_as_json(self.draft.signatures),
+            }
         return json.dumps(about, ensure_ascii=False).encode()
 
     @classmethod
@@ -239,6 +249,7 @@ class Metadata:
             sentencepiece=entries.get(SENTENCEPIECE_NAME),
             special_tokens=about.texts("special_tokens"),
             chat=_read_chat(about.section("chat")) if about.get("chat") is not None else None,
+            draft=_read_carried(about.section("draft")) if about.get("draft") is not None else None,
         )
 
 
@@ -280,8 +291,31 @@ def _read_decoder(fields: Fields) -> DecoderShape:
     )
 
 
-def _read_signatures(fields: Fields) -> Signatures:
+def _signatures_as_json(signatures: Signatures) -> dict[str, dict[str, int]]:
+    kinds = {
+        "decode": (signatures.decode,),
+        "prefill": signatures.prefill,
+        "score": signatures.score,
+        "batch": signatures.batch,
+    }
+    return {
+        kind: {signature.name: signature.length for signature in found}
+        for kind, found in kinds.items()
+        if found
+    }
+
+
+def _read_carried(fields: Fields) -> Carried:
+    decoder = _read_decoder(fields.section("decoder"))
+    return Carried(decoder, _read_signatures(fields.section("signatures"), scoring=False))
+
+
+def _read_signatures(fields: Fields, scoring: bool = True) -> Signatures:
     """Returns what can be called.
+
+    Args:
+        fields: The fields.
+        scoring: Whether some have to score. Defaults to `True`.
 
     Raises:
         ValueError: If a kind is missing, or there is more than one `decode`.
@@ -298,7 +332,7 @@ def _read_signatures(fields: Fields) -> Signatures:
     if others:
         raise fields.wrong("decode", "one signature")
     batch = () if fields.get("batch") is None else read("batch")
-    return Signatures(decode, read("prefill"), read("score"), batch)
+    return Signatures(decode, read("prefill"), read("score") if scoring else (), batch)
 
 
 def _read_generation(fields: Fields) -> GenerationDefaults:

@@ -16,6 +16,9 @@ KEYS, VALUES = "kv_cache_k", "kv_cache_v"
 # The signature that appends positions to the cache of a layer, and what it appends.
 GROW, ROOM = "grow", "room"
 
+# What the signatures of a smaller model in the same file begin with.
+DRAFT = "draft"
+
 # The signature that puts the cache of one text, of a layer, into that of a batch.
 PLACE, TEXT, START = "place", "text", "start"
 # One that gives texts of a batch some rows of others.

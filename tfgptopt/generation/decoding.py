@@ -46,12 +46,19 @@ class Decoding:
         self.engine = engine
         self._speculation = speculation
         self._draft: Engine | None = None
-        if isinstance(speculation, Draft):
-            path = Path(speculation.path)
+        if isinstance(speculation, Draft) and speculation.path is None:
+            if metadata.draft is None:
+                raise ValueError(
+                    "The file carries no draft. Write one into it, `tfgptopt.export(gpt, path, "
+                    "draft=student)`, or give the draft's own file: `Draft(path)`."
+                )
+            self._draft = engine.carried(metadata.draft)
+        elif isinstance(speculation, Draft):
+            path = Path(speculation.path or "")
             container = read_container(path, folder)
             check_tokens(speculation, container.metadata, metadata)
             threads = speculation.num_threads or num_threads
-            self._draft = Engine(path, container, threads, folder)
+            self._draft = Engine.load(path, container, threads, folder)
         self._pace: Pace | None = None
         self._spare: list[Cache] = []
         self._lock = threading.Lock()
@@ -161,8 +168,9 @@ class Decodings:
             FileNotFoundError: If there is no file of the draft.
             ValueError: If the guesses would be of other tokens.
         """
-        settings = guessing.get(speculative)
-        key = settings, file_identity(settings.path) if isinstance(settings, Draft) else None
+        settings = guessing.get(speculative, self._metadata.draft is not None)
+        path = settings.path if isinstance(settings, Draft) else None
+        key = settings, None if path is None else file_identity(path)
         if key not in self._made:
             self._made[key] = Decoding(
                 self._engine, self._metadata, settings, self._num_threads, self._folder

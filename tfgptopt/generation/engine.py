@@ -15,7 +15,7 @@ from ai_edge_litert.environment import Environment, EnvironmentOptions
 from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from tfgptopt.file.container import Container
-from tfgptopt.file.metadata import Signature
+from tfgptopt.file.metadata import Carried, DecoderShape, Signature, Signatures
 from tfgptopt.file.names import LOGITS, POSITIONS, TOKENS
 from tfgptopt.generation import weight_cache
 from tfgptopt.generation.batches import Batch
@@ -30,25 +30,45 @@ class Engine:
     """Reads tokens into caches and gives logits. Threads may share it: they take turns.
 
     Args:
-        path: The `.tflite` or `.litertlm` file.
-        container: What it says of itself.
-        num_threads: Threads for the kernels.
-        folder: Where packed weights are kept, or `None`.
-
-    Raises:
-        ValueError: If another file took the place of the one that was checked.
+        model: What LiteRT loaded. `load` does it.
+        lock: Held while it runs.
+        decoder: What the file says of the decoder.
+        signatures: What can be called.
     """
 
     def __init__(
-        self, path: Path, container: Container, num_threads: int, folder: Path | None
+        self,
+        model: CompiledModel,
+        lock: threading.Lock,
+        decoder: DecoderShape,
+        signatures: Signatures,
     ) -> None:
-        decoder, signatures = container.metadata.decoder, container.metadata.signatures
         self.context_length = decoder.context_length
         self.vocabulary_size = decoder.vocabulary_size
         self._decode = signatures.decode
         self._prefill, self._score = sorted(signatures.prefill), sorted(signatures.score)
-        self._lock = threading.Lock()
+        self._lock, self._model = lock, model
+        with quiet_native_logs():
+            self._inputs, self._outputs = self._new_buffers()
+        self._caches = Caches(self._model, self._decode.name, decoder)
+        self._decoder, self._batch = decoder, {s.length: s for s in sorted(signatures.batch)}
+        self._batch_caches = {1: self._caches}
 
+    @classmethod
+    def load(
+        cls, path: Path, container: Container, num_threads: int, folder: Path | None
+    ) -> Engine:
+        """Returns the model of a file.
+
+        Args:
+            path: The `.tflite` or `.litertlm` file.
+            container: What it says of itself.
+            num_threads: Threads for the kernels.
+            folder: Where packed weights are kept, or `None`.
+
+        Raises:
+            ValueError: If another file took the place of the one that was checked.
+        """
         with weight_cache.model_file(path, container, folder) as file, quiet_native_logs():
 
             def compiled(weights: str) -> CompiledModel:
@@ -58,11 +78,13 @@ class Engine:
                 container.check_unchanged(path)
                 return model
 
-            self._model = weight_cache.load(compiled, container.content_hash, folder)
-            self._inputs, self._outputs = self._new_buffers()
-        self._caches = Caches(self._model, self._decode.name, decoder)
-        self._decoder, self._batch = decoder, {s.length: s for s in sorted(signatures.batch)}
-        self._batch_caches = {1: self._caches}
+            model = weight_cache.load(compiled, container.content_hash, folder)
+        about = container.metadata
+        return cls(model, threading.Lock(), about.decoder, about.signatures)
+
+    def carried(self, draft: Carried) -> Engine:
+        """Returns the smaller model that the same file carries."""
+        return Engine(self._model, self._lock, draft.decoder, draft.signatures)
 
     def new_cache(self) -> Cache:
         """Returns an empty cache."""

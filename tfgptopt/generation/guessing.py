@@ -127,13 +127,15 @@ class Draft:
     """Guesses with a smaller model of the same tokens: one that was shrunk and distilled, say.
 
     Args:
-        path: A file that `tfgptopt.export` wrote. It is loaded at the first use.
+        path: A file that `tfgptopt.export` wrote. It is loaded at the first use. Defaults to
+            `None`: the draft that the model's own file carries, as `export(gpt, path,
+            draft=student)` writes it.
         num_tokens: int. Most tokens to guess at once. Defaults to `7`.
         num_threads: int. Threads for its kernels. Defaults to `None`: as many as the model has.
 
     Raises:
         ValueError: If a number is below 1. When it is used: if the file has another tokenizer or
-            vocabulary than the model that it guesses for.
+            vocabulary than the model that it guesses for, or carries no draft.
         FileNotFoundError: When it is used, if there is no such file.
 
     Example:
@@ -148,12 +150,13 @@ class Draft:
     (https://arxiv.org/abs/2211.17192).
     """
 
-    path: str | Path
+    path: str | Path | None = None
     num_tokens: int = 7
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "path", Path(self.path))
+        if self.path is not None:
+            object.__setattr__(self, "path", Path(self.path))
         samplers.check_count("num_tokens", self.num_tokens)
         if self.num_threads is not None:
             samplers.check_count("num_threads", self.num_threads)
@@ -227,8 +230,13 @@ class Small:
 Speculation = NGram | Draft
 
 
-def get(speculative: Speculation | str | None) -> Speculation | None:
+def get(speculative: Speculation | str | None, carried: bool = False) -> Speculation | None:
     """Returns settings from what a user gave.
+
+    Args:
+        speculative: `None`, `"auto"` or settings.
+        carried: Whether the file carries a draft, which is what `"auto"` takes then. Defaults to
+            `False`.
 
     Raises:
         ValueError: If it is neither `None`, `"auto"` nor settings.
@@ -236,7 +244,7 @@ def get(speculative: Speculation | str | None) -> Speculation | None:
     if speculative is None or isinstance(speculative, NGram | Draft):
         return speculative
     if speculative == "auto":
-        return NGram()
+        return Draft() if carried else NGram()
     raise ValueError(
         f"`speculative` must be None, 'auto', NGram(...) or Draft(path). Received: {speculative!r}"
     )

@@ -83,7 +83,7 @@ class TFLiteCausalLM:
         self.metadata = container.metadata
         self._codec = Codec(self.metadata)
         self._num_threads = num_threads or os.cpu_count() or 1
-        self._engine = Engine(self.path, container, self._num_threads, folder)
+        self._engine = Engine.load(self.path, container, self._num_threads, folder)
         self.texts = TextMaker(self._codec, self.metadata)
         self._decodings = Decodings(self._engine, self.metadata, self._num_threads, folder)
         self._idle = IdleCache(self._engine.new_cache)

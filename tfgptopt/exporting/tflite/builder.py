@@ -8,6 +8,7 @@ Reference: the TFLite schema (tensorflow/compiler/mlir/lite/schema/schema.fbs).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 
@@ -35,9 +36,17 @@ _UNIT = np.asarray([1 / 127], np.float32)
 
 
 class Model:
-    """The file: shared buffers, operator codes, graphs with signatures, metadata."""
+    """The file: shared buffers, operator codes, graphs with signatures, metadata.
 
-    def __init__(self, description: str, sparse: bool = False) -> None:
+    Args:
+        description: Of the file.
+        sparse: Whether empty blocks of weights are left out. Defaults to `False`.
+        share_equal: Whether weights of equal content share their bytes, as those of two models
+            may. Defaults to `False`: it takes time to compare them.
+    """
+
+    def __init__(self, description: str, sparse: bool = False, share_equal: bool = False) -> None:
+        self._share_equal = share_equal
         self._description = description
         self._sparse = sparse
         self._sparsities: dict[int, tuple[np.ndarray, tuple[int, SharedSparsity] | None]] = {}
@@ -64,8 +73,9 @@ class Model:
         """Adds a weight once, however many graphs ask, and returns the index of its buffer."""
         if id(values) not in self._weights:
             data = np.ascontiguousarray(values) if bits is None else number_type(bits).pack(values)
+            key = hashlib.sha256(data.data).digest() if self._share_equal else None
             # The array is kept, so that no other one can get its id.
-            self._weights[id(values)] = (values, self.buffer(data))
+            self._weights[id(values)] = (values, self.buffer(data, key))
         return self._weights[id(values)][1]
 
     def sparse_weight(self, values: np.ndarray) -> tuple[int, SharedSparsity] | None:

@@ -58,7 +58,11 @@ class Step:
 
 
 def add_signatures(
-    model: Model, spec: DecoderSpec, steps: Sequence[Step], cache_dtype: CacheDtype = "float32"
+    model: Model,
+    spec: DecoderSpec,
+    steps: Sequence[Step],
+    cache_dtype: CacheDtype = "float32",
+    growth: bool = True,
 ) -> None:
     """Adds signatures to a model, which share every weight.
 
@@ -81,6 +85,7 @@ def add_signatures(
         spec: A decoder with a context length.
         steps: The signatures.
         cache_dtype: `"float32"` or `"int8"`. Defaults to `"float32"`.
+        growth: Whether `grow` is added, which a file has once. Defaults to `True`.
     """
     assert spec.context_length is not None
     tables: dict[bytes, np.ndarray] = {}
@@ -90,7 +95,8 @@ def add_signatures(
     for step in steps:
         _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
     caches = list(spec.caches.values())
-    add_growth(model.graph(names.GROW), caches[0], cache_dtype)
+    if growth:
+        add_growth(model.graph(names.GROW), caches[0], cache_dtype)
     batches = [step.texts for step in steps if step.apart]
     if batches:
         add_placing(model.graph(names.PLACE), caches[0], batches[0], cache_dtype)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import keras
 import numpy as np
@@ -27,11 +28,22 @@ from tfgptopt.exporting.tflite.describing import (
 )
 from tfgptopt.exporting.tflite.sparsity import LOWEST_SPARSITY, kept_blocks
 from tfgptopt.families import layout_of
-from tfgptopt.file.metadata import DecoderShape, Metadata
+from tfgptopt.file.metadata import (
+    CacheDtype,
+    Carried,
+    DecoderShape,
+    Metadata,
+    Signature,
+    Signatures,
+)
+from tfgptopt.file.names import DRAFT
 
 
 def described_file(
-    model: keras.Model, settings: Settings, batch_sizes: Sequence[int] = ()
+    model: keras.Model,
+    settings: Settings,
+    batch_sizes: Sequence[int] = (),
+    draft: keras.Model | None = None,
 ) -> memoryview:
     """Returns the file of a model whose family has a reader.
 
@@ -39,11 +51,17 @@ def described_file(
         model: A causal LM.
         settings: The format.
         batch_sizes: How many texts are decoded together. Defaults to none.
+        draft: A smaller model of the same tokens that the file carries, too. Defaults to `None`.
 
     Raises:
-        ValueError: If its configuration cannot be exported, or the settings do not fit it.
+        ValueError: If its configuration cannot be exported, or the settings or the draft do not
+            fit it.
     """
-    file, about = described_model(model, settings, batch_sizes=batch_sizes)
+    file, about = described_model(
+        model, settings, batch_sizes=batch_sizes, share_equal=draft is not None
+    )
+    if draft is not None:
+        about = replace(about, draft=add_draft(file, draft, about.decoder))
     for name, data in about.entries().items():
         file.metadata(name, data)
     return file.pack()
@@ -55,6 +73,7 @@ def described_model(
     prefill: Sequence[int] = PREFILL_LENGTHS,
     growing: bool = False,
     batch_sizes: Sequence[int] = (),
+    share_equal: bool = False,
 ) -> tuple[Model, Metadata]:
     """Returns the graphs of a model whose family has a reader, and what is to be said of them.
 
@@ -65,6 +84,7 @@ def described_model(
         growing: Whether there are signatures with which LiteRT-LM makes caches grow, too.
             Defaults to `False`.
         batch_sizes: How many texts are decoded together. Defaults to none.
+        share_equal: Whether weights of equal content share their bytes. Defaults to `False`.
 
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
@@ -81,21 +101,58 @@ def described_model(
         )
     spec = spec.with_context(context)
     signatures = plan_signatures(context, prefill, growing, batch_sizes)
-    file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse)
+    file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse, share_equal)
     steps = steps_of(signatures) + (growing_steps() if growing else [])
     add_signatures(file, spec, steps, settings.cache_dtype)
+    decoder = _shape_of(spec, context, settings.cache_dtype)
+    return file, describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
+
+
+def add_draft(file: Model, draft: keras.Model, decoder: DecoderShape) -> Carried:
+    """Adds the signatures of a smaller model to a file; weights that are equal are there once.
+
+    Args:
+        file: The file.
+        draft: The smaller model.
+        decoder: Of the model that it guesses for.
+
+    Returns:
+        What is to be said of it.
+
+    Raises:
+        ValueError: If it has no reader, or other tokens.
+    """
+    spec = read_known(draft)
+    if spec.vocabulary_size != decoder.vocabulary_size:
+        raise ValueError(
+            f"The draft knows {spec.vocabulary_size} tokens, and the model that it guesses for "
+            f"{decoder.vocabulary_size}. Give one of the same tokens, such as one that was shrunk "
+            "from it."
+        )
+    context = min(decoder.context_length, spec.context_length or decoder.context_length)
+    spec, dtype = spec.with_context(context), decoder.cache_dtype
+    planned = plan_signatures(context, PREFILL_LENGTHS)
+    signatures = Signatures(
+        decode=Signature(1, f"{DRAFT}_{planned.decode.name}"),
+        prefill=tuple(Signature(n, f"{DRAFT}_{name}") for n, name in planned.prefill),
+        score=(),
+    )
+    add_signatures(file, spec, steps_of(signatures), dtype, growth=False)
+    return Carried(_shape_of(spec, context, dtype), signatures)
+
+
+def _shape_of(spec: DecoderSpec, context: int, cache_dtype: CacheDtype) -> DecoderShape:
     heads, _, head_dim = spec.caches[0]
-    decoder = DecoderShape(
+    return DecoderShape(
         num_layers=len(spec.caches),
         num_heads=spec.blocks[0].attention.num_heads,
         num_key_value_heads=heads,
         head_dim=head_dim,
-        cache_dtype=settings.cache_dtype,
+        cache_dtype=cache_dtype,
         resizable=True,
         context_length=context,
         vocabulary_size=spec.vocabulary_size,
     )
-    return file, describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
 
 
 def _warn_of_towers(model: keras.Model) -> None:

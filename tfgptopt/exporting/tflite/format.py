@@ -72,12 +72,13 @@ class TFLite:
             raise ValueError(f"`sparse` must be a bool. Received: {self.sparse!r}")
         check_batch_sizes(self.batch_sizes)
 
-    def write(self, model: keras.Model, target: Path) -> None:
+    def write(self, model: keras.Model, target: Path, draft: keras.Model | None = None) -> None:
         """Writes a built model, dressed or plain.
 
         Args:
             model: The model.
             target: The file, which is not there.
+            draft: A smaller model that the file carries, too. Defaults to `None`.
 
         Raises:
             ValueError: If the model cannot be exported, or a setting does not fit it.
@@ -87,12 +88,13 @@ class TFLite:
             "sparse=True": self.sparse,
             "cache_dtype='int8'": self.cache_dtype == "int8",
             f"batch_sizes={self.batch_sizes}": self.batch_sizes,
+            "draft": draft is not None,
         }
         for setting, is_asked in asked.items():
             if is_asked and not known:
                 raise ValueError(f"`{setting}` needs a reader for {type(model).__name__}.")
         if known:
-            data = described_file(model, self, self.batch_sizes)
+            data = described_file(model, self, self.batch_sizes, draft)
         elif is_decoder_only(model):
             data = converted_causal_lm_file(model, self)
         else:
