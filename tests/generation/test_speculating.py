@@ -273,7 +273,7 @@ def test_a_draft_reads_a_conversation_once(files, lm, monkeypatch):
     assert spare.shared_with(start) >= 20
 
 
-@pytest.mark.parametrize("spec", [None, Int8(), Int4(block_size=16)], ids=str)
+@pytest.mark.parametrize("spec", [None, Int8(), Int4()], ids=str)
 def test_a_file_carries_its_draft_and_what_both_have_once(spec, tmp_path, monkeypatch):
     monkeypatch.setattr("tfgptopt.generation.decoding.Pace", Eager)
     model = make("Llama", hidden_dim=32)
