@@ -13,7 +13,6 @@ import keras
 import keras_hub
 import numpy as np
 from decode_engines import PROMPT
-from decode_onnx import write_onnx
 from smollm2_files import make_smollm2, smollm2_gguf
 
 import tfgptopt
@@ -102,6 +101,8 @@ def write_all(name: str, folder: Path) -> None:
         model = make_smollm2() if name == "smollm2" else make_gpt2(name == "gpt2_small")
         if spec is None and name != "smollm2":
             write_gpt2_gguf(model, folder / "F32.gguf")
+            from decode_onnx import write_onnx
+
             write_onnx(read_decoder(model), folder / "int8.onnx", PROMPT)
         if spec is not None:
             tfgptopt.quantize_aware(model, spec)
