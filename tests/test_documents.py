@@ -59,6 +59,17 @@ def test_the_examples_of_generation(trained, tmp_path):
     assert printed.startswith("import os\n")
 
 
+def test_the_examples_of_many_texts_and_saved_models(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = next(block for block in blocks("docs/generation.md") if "batch_sizes" in block)
+    exec(code, {"gpt": trained, "tfgptopt": tfgptopt})
+    assert len(capsys.readouterr().out.splitlines()) >= 3
+    tfgptopt.export(trained, "folder")
+    (code,) = blocks("docs/saved_model.md")
+    exec(code, {})
+    assert f"(2, {trained.backbone.vocabulary_size})" in capsys.readouterr().out
+
+
 # What the examples of techniques find: a model and data.
 A_MODEL = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})

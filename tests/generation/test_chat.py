@@ -222,7 +222,7 @@ def test_the_examples_of_the_documents(tuned, chatty, tmp_path, monkeypatch, cap
     (tmp_path / "chats.jsonl").write_text("\n".join(lines), "utf-8")
     exec(blocks[0] + blocks[1], {"model": tuned[0]})
     set_template(tuned[0], None)
-    exec(blocks[3] + blocks[4] + blocks[5], {"lm": chatty})
+    exec(blocks[3] + blocks[4] + blocks[6], {"lm": chatty})
     printed = capsys.readouterr().out
     assert "records" in printed and "<|im_end|>" in printed and "'role': 'assistant'" in printed
 
