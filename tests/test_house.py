@@ -19,6 +19,7 @@ FLOORS = [
     {"decoder"},
     {"pruning", "quantization", "distillation"},
     {"evaluation"},
+    {"monitoring"},
     {"training"},
     {"calibration"},
     {"data"},

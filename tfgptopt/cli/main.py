@@ -18,6 +18,7 @@ from tfgptopt.cli.evaluate import evaluate
 from tfgptopt.cli.export import export
 from tfgptopt.cli.generate import generate
 from tfgptopt.cli.inspect import inspect
+from tfgptopt.cli.monitoring import monitoring
 from tfgptopt.cli.optimize import optimize
 from tfgptopt.cli.quantize import quantize
 from tfgptopt.cli.serve import serve
@@ -41,6 +42,7 @@ for command in (
     generate,
     chat,
     serve,
+    monitoring,
     bench,
 ):
     app.command()(command)

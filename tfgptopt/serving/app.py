@@ -16,9 +16,9 @@ from starlette.routing import Route
 
 from tfgptopt.generation import TFLiteCausalLM
 from tfgptopt.generation.texts import Text
+from tfgptopt.monitoring.generation import GenerationMetrics
 from tfgptopt.serving.answers import Chats, Completions, Writer
 from tfgptopt.serving.limits import Limits
-from tfgptopt.serving.metrics import Metrics
 from tfgptopt.serving.requests import Asked, BadRequest, as_stop, read_request
 from tfgptopt.serving.scheduling import Answer, Full, Piece, Scheduler
 
@@ -92,7 +92,7 @@ class _Server:
         self, model: TFLiteCausalLM, name: str, limits: Limits, api_key: str | None
     ) -> None:
         self._model, self._name, self._limits, self._key = model, name, limits, api_key
-        self._metrics = Metrics()
+        self._metrics = GenerationMetrics()
 
     def start(self) -> None:
         self.scheduler = Scheduler(self._model, self._limits.queue, self._metrics)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from tfgptopt.generation import TFLiteCausalLM
 from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.texts import Text, TokenScore
-from tfgptopt.serving.metrics import Metrics
+from tfgptopt.monitoring.generation import GenerationMetrics
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Scheduler:
         metrics: Counts and times.
     """
 
-    def __init__(self, model: TFLiteCausalLM, queue: int, metrics: Metrics) -> None:
+    def __init__(self, model: TFLiteCausalLM, queue: int, metrics: GenerationMetrics) -> None:
         self._model, self._queue, self._metrics = model, queue, metrics
         self._feeder = model.feeder()
         self._answers: dict[Text, Answer] = {}

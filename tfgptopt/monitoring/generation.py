@@ -1,4 +1,4 @@
-"""What Prometheus can ask a server, in a registry of its own."""
+"""What Prometheus can ask a server of texts, in a registry of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _FIRST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class Metrics:
+class GenerationMetrics:
     """Counts requests and tokens, and times them.
 
     Attributes:
