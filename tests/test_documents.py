@@ -91,6 +91,14 @@ def test_the_example_of_pruning(tmp_path):
     assert (tmp_path / "gpt.tflite").is_file()
 
 
+def test_the_example_of_monitoring(tmp_path):
+    (code,) = blocks("docs/monitoring.md")
+    small = code.replace("port=9464", "port=0").replace("model.fit", "gpt.fit")
+    assert small != code
+    assert "'gradient_norm': " in run(A_MODEL + small, tmp_path).stdout
+    assert len((tmp_path / "logs/metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_the_examples_of_distillation_and_shrinking(tmp_path):
     live, recorded = blocks("docs/distillation.md")
     (shrinking,) = blocks("docs/shrinking.md")

@@ -105,7 +105,7 @@ def test_a_real_prometheus_answers_every_query_and_fires(training, tmp_path):
             training.report(step, numbers(step))
             for status in ("200", "500", "429"):
                 metrics.requests.labels("chat", status).inc()
-            metrics.tokens.labels("completion").inc(5)
+            metrics.new_tokens.inc(5)
             metrics.first_token.observe(3.0)
             metrics.inter_token.observe(0.3)
             time.sleep(0.2)

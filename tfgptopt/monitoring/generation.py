@@ -15,7 +15,7 @@ class GenerationMetrics:
     Attributes:
         registry: What they are in.
         requests: Requests by route and status.
-        tokens: Tokens by kind, `prompt` or `completion`.
+        prompt_tokens, new_tokens: Tokens that were read and made.
         first_token: Seconds from a request to its first token.
         inter_token: Seconds between two tokens of a text.
         waiting: Texts that wait for a slot.
@@ -37,7 +37,9 @@ class GenerationMetrics:
             )
 
         self.requests = counter("requests", "Requests by route and status.", "route", "status")
-        self.tokens = counter("tokens", "Tokens read and made.", "kind")
+        tokens = counter("tokens", "Tokens read and made.", "kind")
+        # Looked up once: it is done for each token.
+        self.prompt_tokens, self.new_tokens = tokens.labels("prompt"), tokens.labels("completion")
         self.first_token = histogram(
             "time_to_first_token_seconds", "From a request to its first token.", _FIRST_BUCKETS
         )

@@ -157,10 +157,10 @@ class Scheduler:
         count = len(answer.text.tokens) - len(answer.text.prompt)
         if count and answer.last is None:
             self._metrics.first_token.observe(now - answer.asked)
-            self._metrics.tokens.labels("prompt").inc(len(answer.text.prompt))
+            self._metrics.prompt_tokens.inc(len(answer.text.prompt))
         elif answer.last is not None:
             self._metrics.inter_token.observe(now - answer.last)
-        self._metrics.tokens.labels("completion").inc(1 if count else 0)
+        self._metrics.new_tokens.inc(1 if count else 0)
         answer.last = now
 
     def _fail(self, error: str) -> None:
