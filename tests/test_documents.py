@@ -59,7 +59,9 @@ def test_the_examples_of_generation(trained, tmp_path):
     assert printed.startswith("import os\n")
 
 
-def test_the_examples_of_many_texts_and_saved_models(trained, tmp_path, monkeypatch, capsys):
+def test_the_examples_of_many_texts_and_saved_models(
+    trained, corpus, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     code = next(block for block in blocks("docs/generation.md") if "batch_sizes" in block)
     exec(code, {"gpt": trained, "tfgptopt": tfgptopt})
@@ -67,6 +69,9 @@ def test_the_examples_of_many_texts_and_saved_models(trained, tmp_path, monkeypa
     tfgptopt.export(trained, "folder")
     (code,) = blocks("docs/saved_model.md")
     exec(code, {})
+    (evaluating,) = blocks("docs/evaluation.md")
+    tfgptopt.export(trained, "gpt.tflite")
+    exec(evaluating, {"gpt": trained, "tfgptopt": tfgptopt, "corpus": corpus})
     assert f"(2, {trained.backbone.vocabulary_size})" in capsys.readouterr().out
 
 

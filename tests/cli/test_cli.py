@@ -59,7 +59,7 @@ def test_help_names_every_command():
     result = run_process("--help")
     assert result.returncode == 0
     for command in ("demo", "optimize", "quantize", "shrink", "export", "evaluate", "inspect",
-                    "generate", "chat", "bench"):  # fmt: skip
+                    "generate", "chat", "serve", "monitoring", "bench"):  # fmt: skip
         assert command in result.stdout
 
 

@@ -57,9 +57,15 @@ def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     shown = run("inspect", path)
     for word in ("GPT2CausalLM", "decode", "byte pairs", "quantize_aware", "float32", "4.50"):
         assert word in shown.stdout, shown.stdout
-    compared = run("evaluate", path, preset, "--text", text, "--sequence-length", 16)
+    compared = run("evaluate", path, preset, "--text", text, "--sequence-length", 16,
+                   "--json", tmp_path / "results.json", "--reference", preset)  # fmt: skip
     assert compared.returncode == 0, compared.stderr
     assert "small.tflite" in compared.stdout and "perp" in compared.stdout
+    assert all(len(line) <= 80 and "…" not in line for line in compared.stdout.splitlines())
+    saved = json.loads((tmp_path / "results.json").read_text())
+    file, model = saved["results"]
+    assert file["name"] == "small.tflite" and model["quality"]["kl"] < 1e-6 < file["quality"]["kl"]
+    assert 1 < file["quality"]["bits_per_byte"] < 8
 
 
 def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(preset, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +12,16 @@ import keras
 import keras_hub
 
 from tfgptopt.data.corpus import tokens_as_input
-from tfgptopt.evaluation.loss import keras_loss, perplexity, tflite_loss
+from tfgptopt.data.encoding import tokenizer_of
+from tfgptopt.evaluation.loss import perplexity
+from tfgptopt.evaluation.quality import Quality, compare_quality
 from tfgptopt.evaluation.size import Size, keras_size, tflite_size
 from tfgptopt.evaluation.speed import Speed, compare_speed
 from tfgptopt.generation import TFLiteCausalLM
 from tfgptopt.model.types import Data
 from tfgptopt.terminal.progress import Verbose, showing, stage
 
-__all__ = ["Result", "Size", "Speed", "evaluate", "perplexity"]
+__all__ = ["Quality", "Result", "Size", "Speed", "evaluate", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,19 @@ class Result:
     Attributes:
         name: What it is called in tables.
         size: Parameters, zeros, bytes.
-        loss: Negative log-likelihood per held-out token, in nats.
+        quality: What it makes of the held-out text.
         speed: Time to the first token and tokens per second.
     """
 
     name: str
     size: Size
-    loss: float
+    quality: Quality
     speed: Speed
+
+    @property
+    def loss(self) -> float:
+        """Negative log-likelihood per held-out token, in nats."""
+        return self.quality.loss
 
     @property
     def perplexity(self) -> float:
@@ -49,6 +58,7 @@ def evaluate(
     new_tokens: int = 96,
     runs: int = 5,
     verbose: Verbose = "auto",
+    reference: str | None = None,
 ) -> list[Result]:
     """Measures Keras models and exported files side by side, each as itself.
 
@@ -63,18 +73,22 @@ def evaluate(
         runs: int. Generations whose median counts. Defaults to `5`.
         verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
             terminals and notebooks.
+        reference: Name of the model that the others are compared with (KL, equal likeliest tokens,
+            change of perplexity). Defaults to `None`: the first one, if there are several.
 
     Returns:
         List of `Result`, in the order of `models`.
 
     Raises:
-        ValueError: If there is no model, or one is neither a causal LM nor a path.
+        ValueError: If there is no model, one is neither a causal LM nor a path, the reference is
+            not among them, or the data are empty.
 
     Example:
 
     ```python
     results = tfgptopt.evaluate({"Keras": gpt, "TFLite": "gpt.tflite"}, corpus.validation)
     print([(r.name, r.perplexity, r.speed.tokens_per_second) for r in results])
+    print(results[1].quality.kl, results[1].quality.intervals["change"])
     ```
     """
     if not models:
@@ -85,30 +99,47 @@ def evaluate(
                 f"'{name}' is neither a keras_hub.models.CausalLM nor a path of an exported file. "
                 f"Received: {model!r} (of type {type(model)})"
             )
+    if reference is not None and reference not in models:
+        raise ValueError(f"`reference` must be one of {list(models)}. Received: {reference!r}")
+    if reference is None and len(models) > 1:
+        reference = next(iter(models))
     if prompt is None:
         inputs, _, _ = next(data.as_numpy_iterator())
         prompt = inputs["token_ids"][0, :16].tolist()
     loaded: dict[str, keras_hub.models.CausalLM | TFLiteCausalLM] = {
         name: TFLiteCausalLM(m) if isinstance(m, str | Path) else m for name, m in models.items()
     }
+    detokenize = _detokenizer(loaded)  # While models still have their preprocessors.
     with showing(verbose):
         with stage("Measuring speed, in turns"):
             speeds = compare_speed(loaded, list(prompt), new_tokens, runs)
-        return _measure(loaded, data, speeds)
+        with contextlib.ExitStack() as stack:
+            for model in loaded.values():
+                if isinstance(model, keras_hub.models.CausalLM):
+                    stack.enter_context(tokens_as_input(model))
+            found = compare_quality(loaded, data, reference, detokenize)
+    return [
+        Result(name, _size_of(model), found[name], speeds[name]) for name, model in loaded.items()
+    ]
 
 
-def _measure(
-    loaded: Mapping[str, keras_hub.models.CausalLM | TFLiteCausalLM],
-    data: Data,
-    speeds: Mapping[str, Speed],
-) -> list[Result]:
-    """Returns sizes and losses beside the speeds."""
-    results = []
-    for name, model in loaded.items():
+def _size_of(model: keras_hub.models.CausalLM | TFLiteCausalLM) -> Size:
+    return tflite_size(model.path) if isinstance(model, TFLiteCausalLM) else keras_size(model)
+
+
+def _detokenizer(
+    models: Mapping[str, keras_hub.models.CausalLM | TFLiteCausalLM],
+) -> Callable[[list[int]], str] | None:
+    """Returns what makes text of ids, from the first model that can."""
+    for model in models.values():
         if isinstance(model, TFLiteCausalLM):
-            size, loss = tflite_size(model.path), tflite_loss(model, data)
-        else:
-            with tokens_as_input(model):
-                size, loss = keras_size(model), keras_loss(model, data)
-        results.append(Result(name, size, loss, speeds[name]))
-    return results
+            if model.metadata.tokenizer or model.metadata.sentencepiece:
+                return model.detokenize
+        elif (tokenizer := tokenizer_of(model)) is not None:
+            return functools.partial(_text_of, tokenizer)
+    return None
+
+
+def _text_of(tokenizer: keras_hub.tokenizers.Tokenizer, ids: list[int]) -> str:
+    text = tokenizer.detokenize(ids)
+    return text if isinstance(text, str) else bytes(text.numpy()).decode(errors="replace")

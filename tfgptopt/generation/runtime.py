@@ -323,13 +323,29 @@ class TFLiteCausalLM:
         """
         ids = self._codec.encode(prompt, special_tokens=special_tokens)
         self.texts.prompts.check_length(ids, self.context_length + 1)
-        with self._idle.lent() as cache:
-            logits = self._engine.score(cache, ids[:-1])
+        logits = self.logits(ids[:-1]) if len(ids) > 1 else np.empty((0, 1), np.float32)
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(ids) - 1), ids[1:]]
         sums = np.exp(logits, out=logits).sum(axis=-1, dtype=np.float64)
         scores: np.ndarray = (chosen - np.log(sums)).astype(np.float32)
         return scores
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Returns the logits behind each token.
+
+        Args:
+            ids: Token ids, no more than the context holds.
+
+        Returns:
+            float32 array `(tokens, vocabulary)`.
+
+        Raises:
+            ValueError: If there are none, or too many.
+        """
+        tokens = self._codec.encode(ids)
+        self.texts.prompts.check_length(tokens, self.context_length)
+        with self._idle.lent() as cache:
+            return self._engine.score(cache, tokens)
 
     def session(self, speculative: Speculation | str | None = None) -> Session:
         """Returns a text that grows by turns, as in a chat, with a KV cache of its own.

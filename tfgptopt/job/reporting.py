@@ -51,12 +51,43 @@ HEADINGS = (
 
 def results_table(results: Sequence[Result]) -> Table:
     """Returns measurements as a table for a terminal of 80 columns."""
-    table = Table(box=box.HORIZONTALS, padding=(0, 1))
     narrow = ("", "weights", "non-\nzero", "MB", "MB\ngzip", "perp-\nlexity", "1st\nms")
-    for i, heading in enumerate((*narrow, "tokens\nper s")):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    table = _compared((*narrow, "tokens\nper s"), 24)
     for result in results:
         table.add_row(*_cells(result))
+    return table
+
+
+def _compared(headings: Sequence[str], width: int) -> Table:
+    """Returns a table of models, whose names are folded where they are longer than `width`."""
+    table = Table(box=box.HORIZONTALS, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    for i, heading in enumerate(headings):
+        if i:
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, max_width=width, overflow="fold")
+    return table
+
+
+def quality_table(results: Sequence[Result]) -> Table:
+    """Returns what models make of a text, with intervals, for a terminal of 80 columns."""
+    table = _compared(("", "perplexity", "change", "bits/B", "right", "top 5", "KL", "same"), 16)
+    for result in results:
+        quality = result.quality
+        low, high = (perplexity(loss) for loss in quality.intervals["loss"])
+        change = quality.intervals.get("change")
+        table.add_row(
+            result.name,
+            f"{quality.perplexity:.2f}\n{low:.2f}..{high:.2f}",
+            f"{quality.change:+.2%}\n{change[0]:+.1%}..{change[1]:+.1%}"
+            if change and quality.kl
+            else "",
+            "" if quality.bits_per_byte is None else f"{quality.bits_per_byte:.3f}",
+            f"{quality.accuracy:.1%}",
+            f"{quality.top5_accuracy:.1%}",
+            f"{quality.kl:.4f}" if quality.kl else "",
+            f"{quality.agreement:.1%}" if quality.kl and quality.agreement is not None else "",
+        )
     return table
 
 
