@@ -152,6 +152,31 @@ def test_log_probabilities_are_those_of_the_model(client, lm):
     assert len(completion.choices[0].logprobs.token_logprobs) == 4
 
 
+def test_what_prompts_have_in_common_is_read_once(lm, monkeypatch):
+    """Two conversations by turns: each turn reads what is new."""
+    read, run = [], lm._engine._run
+
+    def watched(signature, cache, tokens, position, expected):
+        read.append(signature.length)
+        return run(signature, cache, tokens, position, expected)
+
+    monkeypatch.setattr(lm._engine, "_run", watched)
+    feeder, chats, counts = lm.feeder(), {}, []
+    for turn in range(3):
+        for name in ("Ann", "Bob"):
+            messages = chats.setdefault(name, [{"role": "user", "content": f"I am {name}. " * 12}])
+            text = lm.texts.from_messages(messages, 4, "greedy", None, 0, None)
+            read.clear()
+            feeder.waiting.append(text)
+            while feeder.busy:
+                feeder.step(tfgptopt.generation.Statistics())
+            counts.append((turn, sum(read), len(text.prompt)))
+            messages += [{"role": "assistant", "content": text.continuation.text or "?"},
+                         {"role": "user", "content": "And?"}]  # fmt: skip
+    for turn, tokens, prompt in counts:
+        assert tokens >= prompt - 1 if turn == 0 else tokens < 0.75 * prompt, counts
+
+
 def test_answers_of_a_form(client):
     schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}},
               "required": ["n"], "additionalProperties": False}  # fmt: skip

@@ -10,6 +10,8 @@ from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.texts import Text
 
+# Prompts of a server that are kept for those that begin like them, such as the next turn of a chat.
+_CACHES = 4
 # Steps for which a server keeps a batch that is larger than it needs: to change takes as long.
 _PATIENCE = 16
 
@@ -19,7 +21,7 @@ class Feeder:
 
     Args:
         engine: The model.
-        cache: A cache, in which prompts are read one after the other.
+        cache: A cache, in which prompts are read one after the other; a server has some more.
         serving: bool. Whether texts come at any time: then one prompt is read between two steps,
             so that others do not wait for long, and a batch that is too large is kept for a
             while. Defaults to `False`.
@@ -30,7 +32,10 @@ class Feeder:
 
     def __init__(self, engine: Engine, cache: Cache, serving: bool = False) -> None:
         self.waiting: deque[Text] = deque()
-        self._engine, self._cache = engine, cache
+        self._engine = engine
+        # The one that was used last is the last.
+        self._caches = [cache]
+        self._most_caches = _CACHES if serving else 1
         self._sizes = [1, *engine.batch_sizes]
         self._batch = engine.new_batch(1)
         self._slots: dict[int, Text] = {}
@@ -81,9 +86,20 @@ class Feeder:
         for slot in free[: self._at_once]:
             if self.waiting:
                 text = self.waiting.popleft()
-                self._engine.read(self._cache, text.tokens[:-1])
-                self._batch.place(slot, self._cache, text.length)
+                cache = self._cache_for(text.tokens)
+                self._engine.read(cache, text.tokens[:-1])
+                self._batch.place(slot, cache, text.length)
                 self._slots[slot] = text
+
+    def _cache_for(self, tokens: list[int]) -> Cache:
+        """Returns a cache to read a prompt in: one that knows most of its beginning, or is free."""
+        known = max(self._caches, key=lambda cache: cache.shared_with(tokens))
+        # Less than half of what it holds would be thrown away for the others that begin so.
+        if known.shared_with(tokens) < len(known.tokens) // 2:
+            full = len(self._caches) >= self._most_caches
+            known = self._caches[0] if full else self._engine.new_cache()
+        self._caches = [*(cache for cache in self._caches if cache is not known), known]
+        return known
 
     def _choose_size(self) -> None:
         """Goes on with a batch of the size that there are texts for."""
