@@ -27,7 +27,7 @@ def export(
     sparse: Annotated[
         bool, typer.Option("--sparse", help="TFLite: leave out empty blocks of float32 weights.")
     ] = False,
-    batch_size: Annotated[
+    batch_sizes: Annotated[
         list[int] | None,
         typer.Option(help="TFLite: texts that can be decoded together; several times for more."),
     ] = None,
@@ -52,7 +52,7 @@ def export(
         "context_length": context_length,
         "cache_dtype": cache_dtype,
         "sparse": sparse or None,
-        "batch_sizes": tuple(batch_size) if batch_size else None,
+        "batch_sizes": tuple(batch_sizes) if batch_sizes else None,
         "growing_cache": growing_cache or None,
     }
     format = format_of(path, {name: x for name, x in options.items() if x is not None})

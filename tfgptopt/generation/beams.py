@@ -134,7 +134,7 @@ class BeamSearch:
             raise ValueError(
                 f"Beam search with {count} beams decodes {count} texts together, and the file has "
                 f"{has}. Export it with `TFLite(batch_sizes=({count},))`, on the command line "
-                f"`--batch-size {count}`."
+                f"`--batch-sizes {count}`."
             )
         if 2 * count > engine.vocabulary_size:
             raise ValueError(
