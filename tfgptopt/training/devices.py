@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
@@ -161,6 +165,23 @@ def is_chief(chosen: tf.distribute.Strategy | None = None) -> bool:
         return True
     has_chief = "chief" in resolver.cluster_spec().jobs
     return not has_chief and resolver.task_id == 0
+
+
+@contextlib.contextmanager
+def for_chief(chosen: tf.distribute.Strategy, path: Path) -> Iterator[Path]:
+    """Gives the chief a path to write to, and other workers a temporary one that goes again.
+
+    All workers have to take part in what is written: some of it is computed by all together.
+
+    Args:
+        chosen: The strategy.
+        path: Where the chief writes.
+    """
+    if is_chief(chosen):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="tfgptopt-") as folder:
+        yield Path(folder) / path.name
 
 
 def describe(chosen: tf.distribute.Strategy) -> str:

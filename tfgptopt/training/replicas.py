@@ -187,8 +187,12 @@ def _check_rows(strategy: tf.distribute.Strategy, batch: Data) -> None:
     """
     values = next(value for value in tf.nest.flatten(batch) if value is not None)
     count = strategy.num_replicas_in_sync
-    rows = strategy.run(lambda value: tf.shape(value)[0], args=(values,))
-    every = strategy.reduce(tf.distribute.ReduceOp.SUM, rows, axis=None)
+
+    def total(values: Any) -> tf.Tensor:
+        rows = strategy.run(lambda value: tf.shape(value)[0], args=(values,))
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, rows, axis=None)
+
+    every = tf.function(total, autograph=False)(values)
     if int(every) < count:
         raise ValueError(
             f"A batch of {int(every)} rows cannot be spread over {count} replicas. Batch sizes are "

@@ -87,8 +87,8 @@ def _with_policy(dataset: tf.data.Dataset, policy: Any) -> tf.data.Dataset:
 def over_workers(dataset: Any, chosen: tf.distribute.Strategy) -> Any:
     """Returns what all workers read of a dataset together.
 
-    Each takes its rows of every batch: TensorFlow's own choice may be to share by files, which need
-    not have the same number of rows. Batches of a worker's own, as `shard` makes them, stay its own.
+    Each takes its rows of every batch: TensorFlow's own choice may be to share by files, which
+    need not have the same number of rows. Batches of a worker's own, as `shard` makes them, stay.
     """
     if not isinstance(dataset, tf.data.Dataset):
         return dataset
@@ -116,8 +116,8 @@ def check_together(chosen: tf.distribute.Strategy, dataset: Any, batches: int | 
     counts = _gathered(chosen, -1 if batches is None else batches)
     if len(set(counts)) > 1:
         raise ValueError(
-            f"The workers' data end after {', '.join(map(str, counts))} batches (-1: not known), so "
-            "some would wait for others for ever. Give all of them the same data, "
+            f"The workers' data end after {', '.join(map(str, counts))} batches (-1: not known), "
+            "so some would wait for others for ever. Give all of them the same data, "
             f"`steps_per_epoch`, or `data.take({min(n for n in counts if n >= 0)})`; "
             "`tfgptopt.training.shard` makes parts that end together."
         )
@@ -134,7 +134,11 @@ def check_together(chosen: tf.distribute.Strategy, dataset: Any, batches: int | 
 
 def _gathered(chosen: tf.distribute.Strategy, value: int) -> list[int]:
     """Returns the numbers of all workers, in their order."""
-    every = chosen.gather(chosen.run(lambda: tf.constant([value], tf.int64)), axis=0)
+
+    def gather(own: tf.Tensor) -> tf.Tensor:
+        return chosen.gather(chosen.run(lambda: own), axis=0)
+
+    every = tf.function(gather, autograph=False)(tf.constant([value], tf.int64))
     return [int(one) for one in every.numpy()]
 
 

@@ -90,8 +90,7 @@ class _TrainStep:
 
     def _weights(self, data: Data) -> tuple[Any, Any]:
         """Returns by how much this replica's batch counts, and all of them; `None` if evenly."""
-        even = _even(data, self._parts) and not hasattr(self._model, "batch_weight")
-        if even:
+        if _even(data, self._parts) and not hasattr(self._model, "batch_weight"):
             return None, None
         weight = self._of_part(data)
         return weight, over_replicas(weight)
@@ -130,9 +129,13 @@ class _TrainStep:
             part = parts[index]
             gradients, _ = self._once(part)
             self._missing = {i for i, one in enumerate(gradients) if one is None}
-            factor = 1.0 / self._parts if total is None else self._factor(self._of_part(part), total)
+            factor = (
+                1.0 / self._parts if total is None else self._factor(self._of_part(part), total)
+            )
             added = [
-                before if gradient is None else before + _times(tf.convert_to_tensor(gradient), factor)
+                before
+                if gradient is None
+                else before + _times(tf.convert_to_tensor(gradient), factor)
                 for before, gradient in zip(sums, gradients, strict=True)
             ]
             return index + 1, *added
@@ -238,9 +241,7 @@ def compiled(model: Any, kind: Kind, parts: int) -> Callable[[Any], Any]:
         def run(index: tf.Tensor, outputs: Any, following: Any) -> Any:
             outputs = once(following.get_value())
             # Nothing is read ahead that this execution does not use.
-            following = tf.cond(
-                index + 1 < many, iterator.get_next_as_optional, lambda: following
-            )
+            following = tf.cond(index + 1 < many, iterator.get_next_as_optional, lambda: following)
             return index + 1, outputs, following
 
         loop = (tf.constant(1), outputs, iterator.get_next_as_optional())
