@@ -230,10 +230,21 @@ def compiled(model: Any, kind: Kind, parts: int) -> Callable[[Any], Any]:
     once = tf.function(once, reduce_retracing=True, autograph=False)
 
     def several(iterator: Any) -> Any:
-        # The first outside of the loop: it tells what the loop carries.
-        outputs = once(iterator.get_next())
+        # The first outside of the loop: it tells what the loop carries. In a condition: at the end
+        # of the data, what does not read them would still run, such as counters of steps.
+        first = iterator.get_next_as_optional()
+        found, like = first.has_value(), []
+
+        def run_first() -> Any:
+            like.append(once(first.get_value()))
+            return like[-1]
+
+        def nothing() -> Any:
+            return tf.nest.map_structure(lambda one: tf.zeros(one.shape, one.dtype), like[-1])
+
+        outputs = tf.cond(found, run_first, nothing)
         if many == 1:
-            return outputs
+            return found, outputs
 
         def more(index: tf.Tensor, outputs: Any, following: Any) -> Any:
             return tf.logical_and(index < many, following.has_value())
@@ -245,14 +256,19 @@ def compiled(model: Any, kind: Kind, parts: int) -> Callable[[Any], Any]:
             return index + 1, outputs, following
 
         loop = (tf.constant(1), outputs, iterator.get_next_as_optional())
-        return tf.while_loop(more, run, loop, parallel_iterations=1)[1]
+        return found, tf.while_loop(more, run, loop, parallel_iterations=1)[1]
 
     compiled_several = tf.function(several, reduce_retracing=True, autograph=False)
     in_python = _in_python(once, many)
 
     def function(iterator: Any) -> Any:
         kinds = (tf.data.Iterator, tf.distribute.DistributedIterator)
-        return compiled_several(iterator) if isinstance(iterator, kinds) else in_python(iterator)
+        if not isinstance(iterator, kinds):
+            return in_python(iterator)
+        found, outputs = compiled_several(iterator)
+        if not found:
+            raise StopIteration
+        return outputs
 
     return function
 
