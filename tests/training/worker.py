@@ -16,7 +16,7 @@ os.environ["TF_CONFIG"] = json.dumps(
 )
 faulthandler.dump_traceback_later(240, exit=True)  # Whoever waits for a worker that is gone.
 
-from tfgptopt.training import describe, is_chief, shard, strategy  # noqa: E402
+from tfgptopt.training import describe, is_chief, prepare, shard, strategy  # noqa: E402
 
 chosen = strategy("auto")
 print(describe(chosen), flush=True)
@@ -35,6 +35,7 @@ np.savez(folder / f"worker{index}.npz", *arrays, losses=losses, seen=seen, chief
 
 with chosen.scope():
     student.compile(optimizer="sgd", weighted_metrics=[])
+    prepare(student)
 for data in (techniques.batches().take(5 - index), techniques.batches().unbatch().batch(1)):
     try:
         student.fit(data, verbose=0)

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tfgptopt.model.types import Data
 from tfgptopt.training.reducing import inner_optimizers
-from tfgptopt.training.sharding import check_together, over_workers, worker_count
+from tfgptopt.training.sharding import check_together, of_workers, over_workers, worker_count
 from tfgptopt.training.stepping import Kind, compiled
 
 _ACCUMULATE = "_tfgptopt_accumulate"
@@ -187,14 +187,12 @@ def _check_rows(strategy: tf.distribute.Strategy, batch: Data) -> None:
     """
     values = next(value for value in tf.nest.flatten(batch) if value is not None)
     count = strategy.num_replicas_in_sync
-
-    def total(values: Any) -> tf.Tensor:
-        rows = strategy.run(lambda value: tf.shape(value)[0], args=(values,))
-        return strategy.reduce(tf.distribute.ReduceOp.SUM, rows, axis=None)
-
-    every = tf.function(total, autograph=False)(values)
-    if int(every) < count:
+    parts = strategy.experimental_local_results(values)
+    every = sum(int(part.shape[0]) for part in parts)
+    if worker_count(strategy) > 1:
+        every = sum(of_workers(strategy, every)) // len(parts)
+    if every < count:
         raise ValueError(
-            f"A batch of {int(every)} rows cannot be spread over {count} replicas. Batch sizes are "
+            f"A batch of {every} rows cannot be spread over {count} replicas. Batch sizes are "
             f"global: give batches of {count} rows or more, best a multiple of {count}."
         )

@@ -113,7 +113,7 @@ def check_together(chosen: tf.distribute.Strategy, dataset: Any, batches: int | 
     Raises:
         ValueError: If another worker has another number of batches, or another first batch.
     """
-    counts = _gathered(chosen, -1 if batches is None else batches)
+    counts = of_workers(chosen, -1 if batches is None else batches)
     if len(set(counts)) > 1:
         raise ValueError(
             f"The workers' data end after {', '.join(map(str, counts))} batches (-1: not known), "
@@ -123,7 +123,7 @@ def check_together(chosen: tf.distribute.Strategy, dataset: Any, batches: int | 
         )
     if not isinstance(dataset, tf.data.Dataset) or _policy(dataset) == _Policy.OFF:
         return  # Data of each worker's own.
-    if len(set(_gathered(chosen, _first_batch(dataset)))) > 1:
+    if len(set(of_workers(chosen, _first_batch(dataset)))) > 1:
         raise ValueError(
             "The workers read different data: their first batches differ. Each takes its part of "
             "every batch, so all need the same data in the same order: shuffle with a seed, or "
@@ -132,14 +132,14 @@ def check_together(chosen: tf.distribute.Strategy, dataset: Any, batches: int | 
         )
 
 
-def _gathered(chosen: tf.distribute.Strategy, value: int) -> list[int]:
-    """Returns the numbers of all workers, in their order."""
+@tf.function(autograph=False)
+def _gather(chosen: tf.distribute.Strategy, own: tf.Tensor) -> tf.Tensor:
+    return chosen.gather(chosen.run(lambda: own), axis=0)
 
-    def gather(own: tf.Tensor) -> tf.Tensor:
-        return chosen.gather(chosen.run(lambda: own), axis=0)
 
-    every = tf.function(gather, autograph=False)(tf.constant([value], tf.int64))
-    return [int(one) for one in every.numpy()]
+def of_workers(chosen: tf.distribute.Strategy, value: int) -> list[int]:
+    """Returns a number of each worker, in their order; for each replica that it has."""
+    return [int(one) for one in _gather(chosen, tf.constant([value], tf.int64)).numpy()]
 
 
 def _first_batch(dataset: tf.data.Dataset) -> int:

@@ -221,8 +221,13 @@ def compiled(model: Any, kind: Kind, parts: int) -> Callable[[Any], Any]:
     step = _TrainStep(model, parts) if kind == "train" else _test_step(model)
     logs = _Logs(model)
 
+    def in_replica(data: Data) -> Any:
+        with _behind(data):
+            return step(data)
+
     def once(data: Data) -> Any:
-        return logs(strategy.run(step, args=(_without_optionals(data),)))
+        with _behind(data):
+            return logs(strategy.run(in_replica, args=(_without_optionals(data),)))
 
     many = int(model.steps_per_execution)
     if model.run_eagerly:
@@ -230,21 +235,10 @@ def compiled(model: Any, kind: Kind, parts: int) -> Callable[[Any], Any]:
     once = tf.function(once, reduce_retracing=True, autograph=False)
 
     def several(iterator: Any) -> Any:
-        # The first outside of the loop: it tells what the loop carries. In a condition: at the end
-        # of the data, what does not read them would still run, such as counters of steps.
-        first = iterator.get_next_as_optional()
-        found, like = first.has_value(), []
-
-        def run_first() -> Any:
-            like.append(once(first.get_value()))
-            return like[-1]
-
-        def nothing() -> Any:
-            return tf.nest.map_structure(lambda one: tf.zeros(one.shape, one.dtype), like[-1])
-
-        outputs = tf.cond(found, run_first, nothing)
+        # The first outside of the loop: it tells what the loop carries.
+        outputs = once(iterator.get_next())
         if many == 1:
-            return found, outputs
+            return outputs
 
         def more(index: tf.Tensor, outputs: Any, following: Any) -> Any:
             return tf.logical_and(index < many, following.has_value())
@@ -256,19 +250,14 @@ def compiled(model: Any, kind: Kind, parts: int) -> Callable[[Any], Any]:
             return index + 1, outputs, following
 
         loop = (tf.constant(1), outputs, iterator.get_next_as_optional())
-        return found, tf.while_loop(more, run, loop, parallel_iterations=1)[1]
+        return tf.while_loop(more, run, loop, parallel_iterations=1)[1]
 
     compiled_several = tf.function(several, reduce_retracing=True, autograph=False)
     in_python = _in_python(once, many)
 
     def function(iterator: Any) -> Any:
         kinds = (tf.data.Iterator, tf.distribute.DistributedIterator)
-        if not isinstance(iterator, kinds):
-            return in_python(iterator)
-        found, outputs = compiled_several(iterator)
-        if not found:
-            raise StopIteration
-        return outputs
+        return compiled_several(iterator) if isinstance(iterator, kinds) else in_python(iterator)
 
     return function
 
@@ -283,6 +272,15 @@ def _in_python(once: Callable[[Data], Any], many: int) -> Callable[[Any], Any]:
         return outputs
 
     return function
+
+
+def _behind(data: Data) -> Any:
+    """Lets nothing run before the data are there.
+
+    At their end, what does not read them would run before the error comes: the counter of steps,
+    and the number of rows that a metric divides by.
+    """
+    return tf.control_dependencies(tf.nest.flatten(data, expand_composites=True))
 
 
 def _without_optionals(data: Data) -> Data:
