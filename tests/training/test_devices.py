@@ -10,6 +10,7 @@ from tfgptopt.training import describe, is_chief, strategy
 from tfgptopt.training.devices import workers_of
 
 
+@pytest.mark.slow
 def test_two_replicas_train_as_one(tmp_path):
     _, expected = techniques.train("self", tf.distribute.get_strategy(), tmp_path)
     student, losses = techniques.train("self", two_replicas(), tmp_path)

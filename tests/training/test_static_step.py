@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from conftest import make_gpt, random_batch
 
@@ -14,6 +15,7 @@ from tfgptopt.training import prepare
 from tfgptopt.training.stepping import _TrainStep
 
 
+@pytest.mark.slow
 def test_the_step_with_every_technique_is_one_static_program():
     student = make_gpt()
     distiller = tfgptopt.Distiller(student, "self")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import techniques
 import tensorflow as tf
 
@@ -26,6 +27,7 @@ def free_ports():
     raise RuntimeError("No two free ports were found.")
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_replica(tmp_path):
     port = free_ports()
     workers = [

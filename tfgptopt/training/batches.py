@@ -150,6 +150,8 @@ def _write(folder: Path, model: Any, data: tf.data.Dataset, sizes: list[int], st
         "optimizer": keras.saving.serialize_keras_object(model.optimizer),
         "jit_compile": bool(model.jit_compile),
         "accumulate": accumulate_of(model),
+        # What a dressed model is made of is known where these are imported.
+        "modules": sorted(name for name in sys.modules if name.startswith("tfgptopt.")),
     }
     (folder / "settings.json").write_text(json.dumps(settings), "utf-8")
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import resource
 import sys
@@ -51,6 +52,8 @@ def measure(model: Any, batch: Any, size: int, steps: int) -> dict[str, float]:
 def main(folder: Path) -> None:
     """Measures one size after the other, and writes a line for each."""
     settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    for name in settings["modules"]:
+        importlib.import_module(name)
     arrays = dict(np.load(folder / "row.npz"))
     model: Any = keras.saving.load_model(folder / "model.keras")
     model.optimizer = keras.saving.deserialize_keras_object(settings["optimizer"])
