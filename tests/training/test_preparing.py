@@ -123,6 +123,9 @@ def test_bad_input():
         fitted(accumulate=0)
     with pytest.raises(ValueError, match="A batch of 1 rows cannot be spread over 2 replicas"):
         fitted(two_replicas(), 1, batch=1)
+    rows = data().unbatch().take(20)
+    with pytest.raises(ValueError, match="divide into accumulate=3 parts of one size"):
+        fitted(None, 3, batch=20, rows=rows, jit_compile=True)
     strategy = two_replicas()
     with strategy.scope():
         keras_own = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)

@@ -34,6 +34,7 @@ seen = np.concatenate([inputs["token_ids"] for inputs, *_ in rows.as_numpy_itera
 np.savez(folder / f"worker{index}.npz", *arrays, losses=losses, seen=seen, chief=is_chief(chosen))
 
 with chosen.scope():
+    assert is_chief() == is_chief(chosen)
     student.compile(optimizer="sgd", weighted_metrics=[])
     prepare(student)
 for data in (techniques.batches().take(5 - index), techniques.batches().unbatch().batch(1)):

@@ -158,9 +158,10 @@ def is_chief(chosen: tf.distribute.Strategy | None = None) -> bool:
         tfgptopt.export(model, "gpt.tflite")
     ```
     """
-    resolver = (chosen or tf.distribute.get_strategy()).cluster_resolver
-    if resolver is None or not isinstance(chosen, tf.distribute.MultiWorkerMirroredStrategy):
+    chosen = chosen or tf.distribute.get_strategy()
+    if not isinstance(chosen, tf.distribute.MultiWorkerMirroredStrategy):
         return True
+    resolver = chosen.cluster_resolver
     if resolver.task_type in (None, "chief"):
         return True
     has_chief = "chief" in resolver.cluster_spec().jobs

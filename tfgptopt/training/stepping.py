@@ -36,10 +36,20 @@ class _Parts:
         data: Tensors whose first axis are rows.
         count: int. Number of parts.
         fixed: Whether all parts must have the same shape, as XLA needs it.
+
+    Raises:
+        ValueError: If they must, and cannot.
     """
 
     def __init__(self, data: Data, count: int, fixed: bool) -> None:
         self.count, self._data = count, data
+        rows = _tensors(data)[0].shape[0]
+        if fixed and rows is not None and rows % count:
+            raise ValueError(
+                f"With jit_compile, a batch must divide into accumulate={count} parts of one size "
+                f"on each replica. Received: {rows} rows on a replica. Give batches of a multiple "
+                "of it, with drop_remainder=True."
+            )
         self._stacked = fixed or _even(data, count)
 
     def __getitem__(self, index: tf.Tensor) -> Data:
@@ -71,7 +81,6 @@ class _TrainStep:
     def __init__(self, model: Any, parts: int) -> None:
         self._model, self._parts = model, parts
         self._missing: set[int] = set()  # Variables without a gradient, found while tracing.
-        self._logs: Any = None
         self._run = self._gradients
         if model.jit_compile:
             self._run = _compiled_in_replica(self._gradients)
