@@ -16,6 +16,7 @@ from tfgptopt.pruning.schedules import Schedule, last_step
 from tfgptopt.pruning.scores import Magnitude, Score, Wanda
 from tfgptopt.pruning.sparsity_allocation import Allocation
 from tfgptopt.pruning.technique import Prune
+from tfgptopt.training.replicas import prepare_replicas
 
 
 def last_mask_step(model: keras.Model, first: int, params: dict[str, Any]) -> int | None:
@@ -115,6 +116,7 @@ class Pruning(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
+        prepare_replicas(model)
         self._check(model)
         # Another callback may load a checkpoint, whose masks are kept there.
         mask_state(model).new_claims()

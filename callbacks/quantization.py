@@ -18,6 +18,7 @@ from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.learned import ScaleUpdates
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.quantization.technique import QuantizeAware
+from tfgptopt.training.replicas import prepare_replicas
 
 
 class QuantizationAwareTraining(keras.callbacks.Callback):
@@ -80,6 +81,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
+        prepare_replicas(model)
         self._chosen = self.technique.check(model)
         held = [layers.spec_of(t.layer) if layers.is_dressed(t.layer) else None
                 for t, _ in self._chosen]  # fmt: skip

@@ -96,6 +96,7 @@ def test_optimize_does_the_whole_job_on_a_users_own_text(preset, text_files, tmp
         16,
         "--batch-size",
         4,
+        *("--optimizer", "adam", "--schedule", "wsd", "--accumulate", 2, "--find-learning-rate"),
     ]
     result = run(*command)
     assert result.returncode == 0, result.stderr
@@ -174,6 +175,8 @@ def test_generate_combines_sampler_options_and_stops(file):
         (["optimize", "{tmp}/none.txt", "--preset", "{preset}"], "is no text file"),
         (["optimize", "{file}", "--preset", "{preset}"], "is not text"),
         (["demo", "--strategy", "gpu", "--out", "{tmp}/d"], "must be one of auto"),
+        (["optimize", "{file}", "--preset", "x", "--optimizer", "adamm"], "must be one of adamw"),
+        (["optimize", "{file}", "--preset", "x", "--schedule", "wds"], "must be one of cosine"),
         (["demo", "--bits", "3", "--out", "{tmp}/d"], "--bits must be 4 or 8"),
         (["demo", "--sparsity", "1.0", "--out", "{tmp}/d"], "range [0,1)"),
     ],

@@ -1,60 +1,56 @@
-import keras
+import json
+
 import numpy as np
 import pytest
+import techniques
 import tensorflow as tf
-from conftest import make_gpt, random_batch
-from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
+from conftest import two_replicas
 
-from tfgptopt.model.targets import select
-from tfgptopt.pruning import PolynomialDecay
-from tfgptopt.quantization import Int8
-from tfgptopt.training import describe, strategy
+from tfgptopt.training import describe, is_chief, strategy
+from tfgptopt.training.devices import workers_of
 
 
-class Losses(keras.callbacks.Callback):
-    def __init__(self):
-        super().__init__()
-        self.values = []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.values.append(float(logs["loss"]))
-
-
-def train(chosen):
-    keras.utils.set_random_seed(3)
-    with chosen.scope():
-        model = make_gpt()
-        model.compile(optimizer=keras.optimizers.Adam(1e-3), weighted_metrics=[])
-    losses = Losses()
-    callbacks = [
-        Pruning(PolynomialDecay(0.0, 0.5, 5, 25, frequency=5)),
-        QuantizationAwareTraining(Int8()),
-        losses,
-    ]
-    inputs, labels = random_batch(rows=240)
-    data = tf.data.Dataset.from_tensor_slices((inputs, labels)).batch(8, drop_remainder=True)
-    model.fit(data, epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
-    return model, losses.values
+@pytest.mark.slow
+def test_two_replicas_train_as_one(tmp_path):
+    _, expected = techniques.train("self", tf.distribute.get_strategy(), tmp_path)
+    student, losses = techniques.train("self", two_replicas(), tmp_path)
+    assert len(losses) == 50
+    np.testing.assert_allclose(losses, expected, atol=1e-4)
+    found = techniques.state(student)
+    assert all(len(copies) == 2 for copies in found)
+    for first, second in found:
+        np.testing.assert_array_equal(first, second)
+    shares = [(first == 0).mean() for first, _ in found if first.dtype == bool]
+    assert shares == pytest.approx([0.5] * 12, abs=2e-3)
 
 
-def test_two_replicas_train_as_one():
-    _, expected = train(strategy("default"))
-    mirrored = strategy("mirrored")
-    assert describe(mirrored) == "MirroredStrategy, 2 replicas"
-    two, losses = train(mirrored)
-    assert len(losses) == 30
-    np.testing.assert_allclose(losses, expected, atol=1e-3)
-    for target in select(two):
-        mask = target.variable.constraint.mask._value
-        copies = [copy.numpy() for copy in mask.values]
-        np.testing.assert_array_equal(copies[0], copies[1])
-        assert (copies[0] == 0).mean() == pytest.approx(0.5, abs=0.002)
-        weights = [copy.numpy() for copy in target.variable._value.values]
-        np.testing.assert_array_equal(weights[0], weights[1])
-        assert (weights[0][copies[0] == 0] == 0).all()
-
-
-def test_choice():
-    assert describe(strategy("auto")) == "default strategy, 1 replica"
-    with pytest.raises(ValueError, match="must be one of auto, default, mirrored, tpu"):
+def test_choice(monkeypatch):
+    assert describe(strategy("auto")) == "default strategy, 1 replica: one device"
+    assert describe(strategy("mirrored")) == "MirroredStrategy, 2 replicas: 2 CPUs"
+    assert is_chief(strategy("auto"))
+    with pytest.raises(ValueError, match="must be one of auto, default, mirrored, workers, tpu"):
         strategy("gpu")
+    with pytest.raises(ValueError, match="no TF_CONFIG that names workers"):
+        strategy("workers")
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": ')
+    with pytest.raises(ValueError, match="TF_CONFIG cannot be read"):
+        strategy("auto")
+
+
+def test_cluster_of_tf_config():
+    two = {"worker": ["a:1", "b:1"]}
+
+    def read(cluster, **task):
+        return workers_of(json.dumps({"cluster": cluster, "task": task}))
+
+    assert read(two, type="worker", index=1) == ["a:1", "b:1"]
+    assert read({"chief": ["c:1"], **two}, type="chief", index=0) == ["c:1", "a:1", "b:1"]
+    assert read({}) == []
+    for cluster, task, message in (
+        (two, {"type": "worker", "index": 2}, "none of the cluster"),
+        ({"worker": ["a:1", "a:1"]}, {"type": "worker", "index": 0}, "one address for each"),
+        ({"worker": ["a"]}, {"type": "worker", "index": 0}, "one address for each"),
+        ({"ps": ["p:1"], **two}, {"type": "worker", "index": 0}, "Only clusters of workers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(cluster, **task)

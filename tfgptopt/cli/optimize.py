@@ -22,7 +22,11 @@ from tfgptopt.cli.shared import (
 )
 
 if TYPE_CHECKING:
+    import keras
+
+    from tfgptopt.data import Corpus
     from tfgptopt.recipe import Recipe
+    from tfgptopt.training.planning import Training
 
 
 def optimize(
@@ -55,7 +59,21 @@ def optimize(
     context_length: Annotated[
         int | None, typer.Option(help="Positions of the KV cache. Default: all of the model.")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Peak of warmup and cosine decay.")] = 3e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 3e-4,
+    optimizer: Annotated[str, typer.Option(help="adamw, adam, lion, adafactor or sgd.")] = "adamw",
+    schedule: Annotated[
+        str,
+        typer.Option(
+            help="Behind a warmup: cosine, linear, polynomial, exponential, inverse_sqrt, wsd, "
+            "constant."
+        ),
+    ] = "cosine",
+    accumulate: Annotated[
+        int, typer.Option(help="Parts of a batch that follow each other, to need less memory.")
+    ] = 1,
+    find_learning_rate: Annotated[
+        bool, typer.Option(help="Try a range of learning rates first, and take what it suggests.")
+    ] = False,
     dense_run: Annotated[
         bool, typer.Option(help="Also fine-tune the dense model, for a fair comparison.")
     ] = False,
@@ -69,16 +87,19 @@ def optimize(
     from tfgptopt.job.optimizing import check_causal_lm
     from tfgptopt.job.optimizing import optimize as run
     from tfgptopt.recipe import Recipe
+    from tfgptopt.training.devices import for_chief
     from tfgptopt.training.planning import Training, compile_model
 
     check_target(out, force)
-    training = Training(0, steps, learning_rate, dense_run, lora)
+    training = Training(0, steps, learning_rate, dense_run, lora, optimizer, schedule, accumulate)
+    if find_learning_rate and lora is not None:
+        raise ValueError("--find-learning-rate tries the whole model: leave out --lora.")
     given = [name for name, value in (("--spec", spec), ("--bits", bits), ("--sparsity", sparsity))
              if value is not None]  # fmt: skip
     if recipe and given:
         raise ValueError(f"The recipe says what is done: leave out {' and '.join(given)}.")
+    chosen, words = choose_strategy(strategy)  # Several workers have to meet before all else.
     loaded = Recipe.load(recipe) if recipe else _recipe(steps, sparsity or 0.0, spec, bits)
-    chosen, words = choose_strategy(strategy)
     with chosen.scope():
         model = load(preset, dtype)
         check_causal_lm(model)
@@ -86,8 +107,31 @@ def optimize(
         compile_model(model, training)
     corpus = read_text(text, model, preset, sequence_length, batch_size)
     print_corpus(corpus)
-    outcome = run(model, corpus, loaded, training, out, words, force, console, context_length)
+    if find_learning_rate:
+        training = _found(model, corpus, training)
+    with for_chief(chosen, out) as folder:
+        outcome = run(
+            model, corpus, loaded, training, folder, words, force, console, context_length
+        )
     print_outcome(outcome, out)
+
+
+def _found(model: keras.Model, corpus: Corpus, training: Training) -> Training:
+    """Returns a training at the learning rate that a range test suggests, and compiles for it."""
+    from dataclasses import replace
+
+    from tfgptopt.data import tokens_as_input
+    from tfgptopt.model.changing import strategy_scope
+    from tfgptopt.training import find_learning_rate
+    from tfgptopt.training.planning import compile_model
+
+    with console.status("Trying learning rates"), tokens_as_input(model):
+        found = find_learning_rate(model, corpus.train)
+    console.print(found.describe())
+    training = replace(training, learning_rate=found.suggestion)
+    with strategy_scope(model):
+        compile_model(model, training)
+    return training
 
 
 def _recipe(steps: int, sparsity: float, spec: str | None, bits: int | None) -> Recipe:

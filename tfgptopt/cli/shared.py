@@ -31,7 +31,10 @@ FILE_SUFFIXES = (".tflite", ".litertlm")
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 StrategyName = Annotated[
-    str, typer.Option(help="auto, default (one device), mirrored (several GPUs) or tpu.")
+    str,
+    typer.Option(
+        help="auto, default (one device), mirrored (several GPUs), workers (of TF_CONFIG) or tpu."
+    ),
 ]
 
 

@@ -25,6 +25,8 @@ from tfgptopt.distillation.wiring import Wiring
 from tfgptopt.model import masks
 from tfgptopt.model.history import record
 from tfgptopt.model.types import Config, Data
+from tfgptopt.training.reducing import replica_count
+from tfgptopt.training.replicas import PREPARED, build_for, make_function
 
 _NOT_SAVED = (
     "A Distiller is not saved as a whole. Save `distiller.student`; to resume training, use "
@@ -32,33 +34,25 @@ _NOT_SAVED = (
 )
 
 
-def token_weights(inputs: Data, sample_weight: Any, logits: tf.Tensor) -> tf.Tensor:
+def token_weights(inputs: Data, sample_weight: Any, tokens: tf.Tensor) -> tf.Tensor:
     """Returns how much each token counts: 0 for padding, else its sample weight.
 
     Args:
         inputs: What the model reads; a `padding_mask` in it marks real tokens.
         sample_weight: `(batch,)`, `(batch, tokens)`, or `None`.
-        logits: `(batch, tokens, vocabulary)`.
+        tokens: What has the shape `(batch, tokens)`, such as labels.
 
     Returns:
         float32 tensor of shape `(batch, tokens)`.
     """
-    weights = tf.ones(tf.shape(logits)[:-1], tf.float32)
+    weights = tf.ones(tf.shape(tokens), tf.float32)
     mask = inputs.get("padding_mask") if isinstance(inputs, dict) else None
     for factor in (mask, sample_weight):
         if factor is not None:
             factor = tf.cast(factor, tf.float32)
-            behind = [1] * (len(logits.shape) - 1 - len(factor.shape))
+            behind = [1] * (len(tokens.shape) - len(factor.shape))
             weights *= tf.reshape(factor, [*tf.unstack(tf.shape(factor)), *behind])
     return weights
-
-
-def _over_replicas(total: tf.Tensor) -> tf.Tensor:
-    """Returns a sum over all replicas of the strategy."""
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return total
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, total)
 
 
 def _checked(losses: Sequence[Loss] | None) -> list[Loss]:
@@ -144,6 +138,7 @@ class Distiller(keras.Model):
         self._terms = [keras.metrics.Mean(name=n) for n in _names(chosen)]
         self._traced: Any = None
         self.built = True
+        object.__setattr__(self, PREPARED, True)  # Its methods do what `prepare` adds to others.
 
     @property
     def distillation_losses(self) -> list[Loss]:
@@ -187,7 +182,7 @@ class Distiller(keras.Model):
         return look(self.student, inputs, hidden, self._wiring.watched(AttentionMaps, 0), training)
 
     def _loss(self, student: View, lesson: Lesson, labels: Data, weights: tf.Tensor) -> tf.Tensor:
-        """Returns this replica's part of the loss, and updates the means that logs show."""
+        """Returns this replica's loss as Keras scales it, and updates the means that logs show."""
         if labels is not None:
             # A label of padding may be anything, such as -100, whose gradient is NaN on some
             # devices.
@@ -195,18 +190,24 @@ class Distiller(keras.Model):
             if labels.shape.rank == weights.shape.rank:
                 labels = tf.where(weights > 0, labels, tf.zeros_like(labels))
         count = tf.reduce_sum(weights)
-        everywhere = _over_replicas(count)
-        total = share = tf.zeros(())
+        total = tf.zeros(())
         for loss, metric in zip(self._teaching.value, self._terms, strict=True):
             values = loss.per_token(student, lesson, labels)
             values = tf.reduce_sum(tf.math.multiply_no_nan(values, weights))
-            factor = weight_at(loss.weight, self.optimizer.iterations)
-            metric.update_state(tf.math.divide_no_nan(values, count), count)
-            total += factor * tf.math.divide_no_nan(values, count)
-            share += factor * tf.math.divide_no_nan(values, everywhere)
-        penalties = tf.add_n(self.losses) if self.losses else tf.zeros(())
-        self._loss_tracker.update_state(total + penalties, count)
-        return share + penalties / tf.distribute.get_strategy().num_replicas_in_sync
+            mean = tf.math.divide_no_nan(values, count)
+            metric.update_state(mean, count)
+            total += weight_at(loss.weight, self.optimizer.iterations) * mean
+        if self.losses:
+            total += tf.add_n(self.losses)
+        self._loss_tracker.update_state(total, count)
+        return total / replica_count()
+
+    def batch_weight(self, data: Data) -> tf.Tensor:
+        """Returns by how much a batch counts beside those of other replicas: its real tokens."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        x, _ = split_inputs(x)
+        tokens = tf.nest.flatten(x if y is None else y)[0]
+        return tf.reduce_sum(token_weights(x, sample_weight, tokens))
 
     def train_step(self, data: Data) -> Config:
         """Runs teacher and student on a batch, and updates the student."""
@@ -215,7 +216,7 @@ class Distiller(keras.Model):
         lesson = self._lesson(x, recorded)
         with tf.GradientTape() as tape:
             student = self._look(x, training=True)
-            weights = token_weights(x, sample_weight, student.logits)
+            weights = token_weights(x, sample_weight, student.logits[..., 0])
             loss = self.optimizer.scale_loss(self._loss(student, lesson, y, weights))
         variables = self.trainable_variables
         gradients = tape.gradient(loss, variables)
@@ -227,7 +228,7 @@ class Distiller(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         x, recorded = split_inputs(x)
         student = self._look(x, training=False)
-        weights = token_weights(x, sample_weight, student.logits)
+        weights = token_weights(x, sample_weight, student.logits[..., 0])
         self._loss(student, self._lesson(x, recorded), y, weights)
         return self.compute_metrics(x, y, student.logits, sample_weight=weights)
 
@@ -284,15 +285,18 @@ class Distiller(keras.Model):
         """Returns the compiled train step, made anew if the student was dressed differently."""
         stale = self._is_stale()
         if stale:
-            super().make_test_function(force=True)
-        return super().make_train_function(force=force or stale)
+            make_function(self, "test", super().make_test_function, True)
+        return make_function(self, "train", super().make_train_function, force or stale)
 
     def make_test_function(self, force: bool = False) -> Any:
         """Returns the compiled test step, made anew if the student was dressed differently."""
         stale = self._is_stale()
         if stale:
-            super().make_train_function(force=True)
-        return super().make_test_function(force=force or stale)
+            make_function(self, "train", super().make_train_function, True)
+        return make_function(self, "test", super().make_test_function, force or stale)
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: Data = None) -> None:
+        build_for(self, super()._maybe_symbolic_build, iterator, data_batch)
 
     def save(self, *args: object, **kwargs: object) -> None:
         """Raises before it touches a file: a distiller is saved as its student.

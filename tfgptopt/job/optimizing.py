@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from tfgptopt.recipe.finalizing import finalize
 from tfgptopt.shrinking.shrinker import fill, prepare, shrink
 from tfgptopt.shrinking.technique import Shrink
 from tfgptopt.terminal.progress import showing
-from tfgptopt.training.planning import Training, compile_model, optimizer_for
+from tfgptopt.training.planning import Training, compile_model
 
 # Of training windows, for scores that read data.
 _CALIBRATION_BATCHES = 16
@@ -244,8 +244,7 @@ class _Job:
         """Returns a distiller of the model, compiled for so many steps."""
         with strategy_scope(self.model):
             distiller = Distiller(self.model, teacher, stage.losses)
-            training = Training(0, steps, self.training.learning_rate)
-            distiller.compile(optimizer=optimizer_for(training), weighted_metrics=[])
+            compile_model(distiller, replace(self.training, shared_steps=0, steps=steps))
         return distiller
 
     def run_stages(self, recipe: Recipe, teacher: keras.Model) -> Any:
@@ -255,7 +254,7 @@ class _Job:
             if isinstance(stage, Shrink):
                 self.shrink(stage)
                 with strategy_scope(self.model):
-                    compile_model(self.model, Training(0, steps, self.training.learning_rate))
+                    compile_model(self.model, replace(self.training, shared_steps=0))
             if isinstance(stage, Distill):
                 name = "distilled"
                 record(self.model, stage)
