@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from tfgptopt.callbacks.checkpoint import Checkpoint
 from tfgptopt.callbacks.progress import TrainingProgress
 from tfgptopt.callbacks.pruning import Pruning
 from tfgptopt.callbacks.quantization import QuantizationAwareTraining
@@ -16,6 +17,7 @@ from tfgptopt.quantization.technique import QuantizeAware
 from tfgptopt.recipe import Recipe
 
 __all__ = [
+    "Checkpoint",
     "Pruning",
     "QuantizationAwareTraining",
     "TrainingProgress",

@@ -60,6 +60,9 @@ def optimize(
         bool, typer.Option(help="Also fine-tune the dense model, for a fair comparison.")
     ] = False,
     strategy: StrategyName = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where the same command was stopped.")
+    ] = False,
     force: Force = False,
 ) -> None:
     """Optimize your own model on your own text or chats: fine-tune, quantize, export, measure."""
@@ -86,7 +89,9 @@ def optimize(
         compile_model(model, training)
     corpus = read_text(text, model, preset, sequence_length, batch_size)
     print_corpus(corpus)
-    outcome = run(model, corpus, loaded, training, out, words, force, console, context_length)
+    outcome = run(
+        model, corpus, loaded, training, out, words, force, console, context_length, resume
+    )
     print_outcome(outcome, out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import keras_hub
 import tensorflow as tf
 from rich.console import Console
 
-from tfgptopt.callbacks import TrainingProgress, from_recipe
+from tfgptopt.callbacks import Checkpoint, TrainingProgress, from_recipe
 from tfgptopt.data.corpus import Corpus, tokens_as_input
 from tfgptopt.data.presets import save_preset
 from tfgptopt.decoder import check_readable
@@ -173,9 +174,12 @@ def _train(
     name: str,
     console: Console,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    folder: Path | None = None,
 ) -> Curve:
     """Trains for a number of steps, over the data as often as it takes."""
     progress = TrainingProgress(name, console)
+    # Behind all others, whose state it writes.
+    saving = [] if folder is None else [Checkpoint(folder / name.replace(", ", "-"), keep=2)]
     with tokens_as_input(model):
         try:
             model.fit(
@@ -183,7 +187,7 @@ def _train(
                 steps_per_epoch=steps,
                 shuffle=False,
                 verbose=0,
-                callbacks=[*callbacks, progress],
+                callbacks=[*callbacks, progress, *saving],
             )
         finally:
             progress.on_train_end()
@@ -208,6 +212,7 @@ class _Job:
         prepared: The smaller model, to be filled when it is time; `None` if its shape is searched.
         curves: See `Outcome`.
         stages: Names to copies of the model after each stage before the last, with float weights.
+        checkpoints: Folder of the checkpoints of each training.
     """
 
     model: keras.Model
@@ -217,12 +222,14 @@ class _Job:
     prepared: Any = None
     curves: dict[str, Curve] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
+    checkpoints: Path | None = None
 
     def train(
         self, name: str, model: keras.Model, steps: int, callbacks: Sequence[Any] = ()
     ) -> None:
         """Trains a model, and keeps the curve."""
-        curve = _train(model, self.corpus.train, steps, name, self.console, callbacks)
+        data, folder = self.corpus.train, self.checkpoints
+        curve = _train(model, data, steps, name, self.console, callbacks, folder)
         self.curves[name] = curve
 
     def keep(self, name: str) -> None:
@@ -276,6 +283,7 @@ def optimize(
     overwrite: bool = False,
     console: Console | None = None,
     context_length: int | None = None,
+    resume: bool = False,
 ) -> Outcome:
     """Optimizes a causal LM in `fit`, exports it, measures it and writes a report.
 
@@ -286,7 +294,8 @@ def optimize(
     The folder gets: `model.tflite` (optimized), `dense.tflite` (float32, for comparison), one
     `.tflite` for each stage before (`shrunk`, `distilled`; float32), `saved_model`, `model` (a
     KerasHub preset, finalized), `recipe.yaml`, `results.json` and `report.html`. It appears when
-    all is done.
+    all is done. Until then, a folder beside it, whose name ends with `.checkpoints`, holds what the
+    same call with `resume=True` goes on from.
 
     Args:
         model: A `keras_hub.models.GPT2CausalLM` with a preprocessor, compiled.
@@ -299,12 +308,15 @@ def optimize(
         console: Where to show progress. Defaults to `None`: standard output.
         context_length: int. Positions of the KV cache of the files. Defaults to `None`: all that
             the model has.
+        resume: bool. Go on where the same job was stopped; there may be nothing yet. Defaults to
+            `False`.
 
     Returns:
         `Outcome`.
 
     Raises:
-        FileExistsError: If `out` exists and `overwrite` is false.
+        FileExistsError: If `out` exists and `overwrite` is false, or checkpoints of a job that was
+            stopped are there, and neither `resume` nor `overwrite` is true.
         ValueError: If model, corpus and recipe do not fit together.
     """
     console = console or Console()
@@ -313,7 +325,9 @@ def optimize(
     in_fit, calibration = recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)
     student = check_recipe(model, corpus, recipe)
     files = _files_for(student, corpus, context_length)
-    job = _Job(model, corpus, training, console, None if student is model else student)
+    checkpoints = _checkpoints_beside(target, overwrite, resume)
+    prepared = None if student is model else student
+    job = _Job(model, corpus, training, console, prepared, checkpoints=checkpoints)
     if training.shared_steps:
         job.train("dense, shared part", model, training.shared_steps)
     shared = _snapshot(model)
@@ -330,7 +344,26 @@ def optimize(
             job.train("optimized", trained, training.steps, callbacks)
         with replacing(target) as folder:
             folder.mkdir()
-            return _measure_and_write(job, dense, recipe, strategy, folder, files)
+            outcome = _measure_and_write(job, dense, recipe, strategy, folder, files)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return outcome
+
+
+def _checkpoints_beside(target: Path, overwrite: bool, resume: bool) -> Path:
+    """Returns where the checkpoints of a job are, which are removed for a new one.
+
+    Raises:
+        FileExistsError: If a job was stopped there, and nobody says what to do with it.
+    """
+    folder = target.with_name(f"{target.name}.checkpoints")
+    if folder.exists() and not resume:
+        if not overwrite:
+            raise FileExistsError(
+                f"'{folder}' holds a job that was stopped. Go on with it (`resume=True`, on the "
+                "command line --resume), or begin anew (`overwrite=True`, --force)."
+            )
+        shutil.rmtree(folder)
+    return folder
 
 
 def _measure_and_write(
