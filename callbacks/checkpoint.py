@@ -177,6 +177,7 @@ class Checkpoint(keras.callbacks.Callback):
         model._initial_epoch = facts["epoch"]
         if self._has_ended(facts):
             model._initial_epoch = max(self.params["epochs"], facts["epoch"])
+            run_state.restore_callbacks(self._others(fit), facts["callbacks"])
             warnings.warn(
                 f"The training in '{self.folder.path}' had ended after {saved.step} steps: its "
                 "model was restored, and is not trained again. To train anew, give another folder.",

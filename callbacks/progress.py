@@ -64,6 +64,8 @@ class TrainingProgress(keras.callbacks.Callback):
         self._first_step = state["first_step"]
         self.history = [(step, loss, share) for step, loss, share in state["history"]]
         self._resumed = state
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state["done"], shown="resumed")
 
     def _resume(self, first: int) -> None:
         """Goes on behind the first batches of an epoch."""

@@ -11,6 +11,7 @@ from tfgptopt.cli.outcome import print_outcome
 from tfgptopt.cli.shared import (
     Force,
     Out,
+    Resume,
     StrategyName,
     choose_strategy,
     console,
@@ -60,9 +61,7 @@ def optimize(
         bool, typer.Option(help="Also fine-tune the dense model, for a fair comparison.")
     ] = False,
     strategy: StrategyName = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where the same command was stopped.")
-    ] = False,
+    resume: Resume = False,
     force: Force = False,
 ) -> None:
     """Optimize your own model on your own text or chats: fine-tune, quantize, export, measure."""

@@ -11,11 +11,10 @@ from typing import Any
 
 import keras
 import keras_hub
-import tensorflow as tf
 from rich.console import Console
 
-from tfgptopt.callbacks import Checkpoint, TrainingProgress, from_recipe
-from tfgptopt.data.corpus import Corpus, tokens_as_input
+from tfgptopt.callbacks import from_recipe
+from tfgptopt.data.corpus import Corpus
 from tfgptopt.data.presets import save_preset
 from tfgptopt.decoder import check_readable
 from tfgptopt.distillation import Distiller
@@ -26,6 +25,7 @@ from tfgptopt.exporting import TFLite, export
 from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.job.outcome import Curve, Outcome, write_results
 from tfgptopt.job.reporting import write_report
+from tfgptopt.job.stages import checkpoints_beside, train
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import clone
 from tfgptopt.model.current import has_adapters
@@ -167,33 +167,6 @@ def _restore(model: keras.Model, snapshot: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-def _train(
-    model: keras.Model,
-    data: tf.data.Dataset,
-    steps: int,
-    name: str,
-    console: Console,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-    folder: Path | None = None,
-) -> Curve:
-    """Trains for a number of steps, over the data as often as it takes."""
-    progress = TrainingProgress(name, console)
-    # Behind all others, whose state it writes.
-    saving = [] if folder is None else [Checkpoint(folder / name.replace(", ", "-"), keep=2)]
-    with tokens_as_input(model):
-        try:
-            model.fit(
-                data.repeat(),
-                steps_per_epoch=steps,
-                shuffle=False,
-                verbose=0,
-                callbacks=[*callbacks, progress, *saving],
-            )
-        finally:
-            progress.on_train_end()
-    return progress.history
-
-
 def _copy(model: keras.Model) -> Any:
     """Returns a plain copy of a causal LM."""
     copy = clone(model)
@@ -229,7 +202,7 @@ class _Job:
     ) -> None:
         """Trains a model, and keeps the curve."""
         data, folder = self.corpus.train, self.checkpoints
-        curve = _train(model, data, steps, name, self.console, callbacks, folder)
+        curve = train(model, data, steps, name, self.console, callbacks, folder)
         self.curves[name] = curve
 
     def keep(self, name: str) -> None:
@@ -325,7 +298,7 @@ def optimize(
     in_fit, calibration = recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)
     student = check_recipe(model, corpus, recipe)
     files = _files_for(student, corpus, context_length)
-    checkpoints = _checkpoints_beside(target, overwrite, resume)
+    checkpoints = checkpoints_beside(target, overwrite, resume)
     prepared = None if student is model else student
     job = _Job(model, corpus, training, console, prepared, checkpoints=checkpoints)
     if training.shared_steps:
@@ -347,23 +320,6 @@ def optimize(
             outcome = _measure_and_write(job, dense, recipe, strategy, folder, files)
     shutil.rmtree(checkpoints, ignore_errors=True)
     return outcome
-
-
-def _checkpoints_beside(target: Path, overwrite: bool, resume: bool) -> Path:
-    """Returns where the checkpoints of a job are, which are removed for a new one.
-
-    Raises:
-        FileExistsError: If a job was stopped there, and nobody says what to do with it.
-    """
-    folder = target.with_name(f"{target.name}.checkpoints")
-    if folder.exists() and not resume:
-        if not overwrite:
-            raise FileExistsError(
-                f"'{folder}' holds a job that was stopped. Go on with it (`resume=True`, on the "
-                "command line --resume), or begin anew (`overwrite=True`, --force)."
-            )
-        shutil.rmtree(folder)
-    return folder
 
 
 def _measure_and_write(
