@@ -10,8 +10,14 @@ from tfgptopt.pruning.patterns import (
     register_pattern,
 )
 from tfgptopt.pruning.pruner import Pruner
-from tfgptopt.pruning.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
-from tfgptopt.pruning.scores import Magnitude, Movement, Score, Wanda
+from tfgptopt.pruning.regrowth import SET, RigL
+from tfgptopt.pruning.schedules import (
+    ConstantSparsity,
+    PolynomialDecay,
+    PruningSchedule,
+    Threshold,
+)
+from tfgptopt.pruning.scores import Magnitude, Movement, Random, Score, Wanda
 from tfgptopt.pruning.sensitivities import sensitivity
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.sparsity_allocation import Allocation, owl
@@ -20,6 +26,7 @@ from tfgptopt.pruning.technique import Prune
 
 __all__ = [
     "NM",
+    "SET",
     "Allocation",
     "Block",
     "Columns",
@@ -31,9 +38,12 @@ __all__ = [
     "Prune",
     "Pruner",
     "PruningSchedule",
+    "Random",
+    "RigL",
     "Rows",
     "Score",
     "SparseGPT",
+    "Threshold",
     "Unstructured",
     "Wanda",
     "owl",
