@@ -47,9 +47,7 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, default=0.9)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--every", type=int, default=50, help="steps between two moves")
-    parser.add_argument(
-        "--share", type=float, default=0.3, help="that moves at first"
-    )
+    parser.add_argument("--share", type=float, default=0.3, help="that moves at first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()

@@ -9,6 +9,7 @@ from tfgptopt.pruning.patterns import (
     Unstructured,
     register_pattern,
 )
+from tfgptopt.pruning.penalties import GroupLasso
 from tfgptopt.pruning.pruner import Pruner
 from tfgptopt.pruning.regrowth import SET, RigL
 from tfgptopt.pruning.schedules import (
@@ -31,6 +32,7 @@ __all__ = [
     "Block",
     "Columns",
     "ConstantSparsity",
+    "GroupLasso",
     "Magnitude",
     "Movement",
     "Pattern",
