@@ -71,13 +71,9 @@ class Regularization(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
         chosen = self.technique.check(model)
-        same = self._penalizer is not None and self._penalizer.is_on_model
-        if not same or self._penalizer is None or self._penalizer.model is not model:
-            self._penalizer = Penalizer(model, chosen, self.technique.penalty)
-        self.technique.check_alone(chosen, self._penalizer)
-        object.__setattr__(
-            model, _CLAIMS, {}
-        )  # Keras does this for all callbacks of a `fit` first.
+        self._penalizer = Penalizer.on(model, chosen, self.technique.penalty)
+        # Keras does this for all callbacks of a `fit` before the first of them begins.
+        object.__setattr__(model, _CLAIMS, {})
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         assert self._penalizer is not None

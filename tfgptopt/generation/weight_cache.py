@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import resource
 import shutil
 import sys
 import tempfile
@@ -173,8 +174,12 @@ def _scratch() -> Iterator[str | None]:
     """Yields a path that LiteRT can write to without fail, or `None`.
 
     LiteRT aborts the process if it cannot write, as on a full disk. On Linux it therefore writes to
-    memory, which it needs for the weights anyway; we copy from there, and may fail.
+    memory, which it needs for the weights anyway; we copy from there, and may fail. Where the size
+    of files is limited, that of this memory is too, and nobody knows how much LiteRT will write.
     """
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        yield None
+        return
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("tfgptopt weights")
         try:

@@ -193,11 +193,24 @@ class Penalizer:
             self._switch = tf.Variable(0.0, trainable=False)
         self._measure = tf.function(self._measured)
 
+    @classmethod
+    def on(cls, model: keras.Model, chosen: list[Target], penalty: Any) -> Penalizer:
+        """Returns what puts a penalty on weights: what has put the same there, or a new one."""
+        owners = [getattr(t.variable.regularizer, "owner", None) for t in chosen]
+        known = owners[0]
+        if isinstance(known, Penalizer) and known.model is model and known.is_on_model:
+            same = len(known.targets) == len(chosen) and all(one is known for one in owners)
+            if same and _equal(known.penalty, penalty):
+                return known
+        return cls(model, chosen, penalty)
+
     def attach(self) -> None:
         """Puts the penalty on the weights, once: the step is traced again then."""
-        if not all(penalized(target.variable) for target in self.targets):
+        if not self.is_on_model:
             with changing(self.model):
                 for target in self.targets:
+                    if penalized(target.variable):  # Of an earlier `fit`.
+                        target.variable.regularizer.take_off()
                     Penalty(target, self.penalty, self._switch, self)
 
     def switch(self, on: bool) -> None:
@@ -225,6 +238,13 @@ class Penalizer:
         """Returns what the weights cost, and the share of them that is near zero."""
         cost, small = self._measure()
         return float(cost), float(small)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    known = type(one) is type(other) and hasattr(one, "get_config")
+    return known and one.get_config() == other.get_config()
 
 
 def remove_penalties(variables: Iterable[keras.Variable]) -> None:

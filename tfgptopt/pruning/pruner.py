@@ -84,8 +84,11 @@ class Pruner:
             if masks.masked(target.variable) and target.variable.constraint.owner is not None:
                 target.variable.constraint.owner.close()
         self._attached = [t for t in self.targets if not masks.masked(t.variable)]
+        before = _update_step_of(self.model)
         self._follow()
-        with changing(self.model):
+        same = not self._attached and _update_step_of(self.model) is before
+        # Masks that are there change nothing in the step that was traced with them.
+        with strategy_scope(self.model) if same else changing(self.model):
             masks.attach(self.model, self._attached, self.technique)
             for target in self.targets:
                 target.variable.constraint.owner = self
@@ -338,6 +341,13 @@ class Pruner:
     def sparsity(self) -> float:
         """Share of pruned weights over all targets, in `[0, 1)`."""
         return self._sparsity
+
+
+def _update_step_of(model: keras.Layer) -> Any:
+    """Returns what stands in for the optimizer's own step, if something does."""
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return vars(optimizer).get("update_step") if optimizer is not None else None
 
 
 def _matrix(target: Target) -> tf.Tensor:

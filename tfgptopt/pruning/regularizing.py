@@ -14,17 +14,13 @@ from tfgptopt.model.types import Config
 from tfgptopt.pruning.penalties import (
     GroupLasso,
     deserialize_penalty,
-    penalized,
     serialize_penalty,
 )
 
 
 def overlap(target: Target) -> str:
     """Returns what is wrong where a weight is penalized twice."""
-    return (
-        f"Two Regularization callbacks act on {target.path}. Give each its own `targets`, or call "
-        "`tfgptopt.finalize(model)` to take the first off."
-    )
+    return f"Two Regularization callbacks act on {target.path}. Give each its own `targets`."
 
 
 @register_technique
@@ -66,16 +62,6 @@ class Regularize:
             if isinstance(self.penalty, GroupLasso):
                 self.penalty.pattern.check(target.matrix_shape, target.path)
         return chosen
-
-    def check_alone(self, chosen: list[Target], owner: object) -> None:
-        """Raises if another penalty lies on a weight.
-
-        Raises:
-            ValueError: If one does.
-        """
-        for target in chosen:
-            if penalized(target.variable) and target.variable.regularizer.owner is not owner:
-                raise ValueError(overlap(target))
 
     def to_config(self) -> Config:
         """Returns the technique as plain data.

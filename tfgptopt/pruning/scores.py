@@ -210,6 +210,7 @@ class GradientMeter(Meter):
             raise ValueError(f"{who} needs gradients: compile the model, and prune it in `fit`.")
         self._targets = chosen
         self._optimizer: Any = None
+        self._closed = False
         self._sums = [
             keras.Variable(
                 tf.zeros(t.variable.shape), trainable=False, name=f"{t.layer.name}_gathered"
@@ -228,6 +229,7 @@ class GradientMeter(Meter):
             return
         if self._optimizer is not None:
             self.close()
+        self._closed = False
         self._optimizer, update = optimizer, optimizer.update_step
         key = optimizer._var_key
         sums = {key(t.variable): s for t, s in zip(self._targets, self._sums, strict=True)}
@@ -236,7 +238,7 @@ class GradientMeter(Meter):
             gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor
         ) -> None:
             total = sums.get(key(variable))
-            if total is not None:
+            if total is not None and not self._closed:
                 self.gather(optimizer, total, tf.cast(gradient, tf.float32), variable)
             update(gradient, variable, learning_rate)
 
@@ -257,6 +259,7 @@ class GradientMeter(Meter):
     def close(self) -> None:
         if self._optimizer is None:
             return
+        self._closed = True
         if vars(self._optimizer).get("update_step") is self._update_step:
             object.__delattr__(self._optimizer, "update_step")
 
