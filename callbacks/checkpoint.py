@@ -238,6 +238,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._epoch, self._in_epoch, self._epoch_ended = epoch + 1, 0, True
+        self._metrics = None
         self._waiting = self._waiting or self._stopping
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:

@@ -66,8 +66,9 @@ class DataWatch:
         train_step = model.train_step
 
         def watched_step(data: Any) -> Any:
-            self._total.assign_add(_hash_batch(data) * (2 * self._count + 1))
-            self._count.assign_add(1)
+            added = self._total.assign_add(_hash_batch(data) * (2 * self._count + 1))
+            with tf.control_dependencies([added]):  # Where data ends, nothing is counted.
+                self._count.assign_add(1)
             return train_step(data)
 
         # Not through Keras' own __setattr__: there is nothing to track.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,18 @@ def identity_of(
         "optimizer": _plain(optimizer),
         "recipe": _plain([_settings(one) for one in techniques]),
         "number of steps in an epoch": [steps, model.steps_per_execution],
+        "teacher": _checksum(getattr(getattr(model, "teacher", None), "model", None)),
     }
+
+
+def _checksum(teacher: keras.Model | None) -> int | None:
+    """Returns a checksum of the weights of a teacher, which no checkpoint holds."""
+    if teacher is None:
+        return None
+    found = 0
+    for variable in teacher.weights:
+        found = zlib.crc32(np.ascontiguousarray(_number(variable)).view(np.uint8), found)
+    return found
 
 
 def _without_names(config: Any) -> Any:
