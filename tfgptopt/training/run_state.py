@@ -61,7 +61,7 @@ def _checksum(teacher: keras.Model | None) -> int | None:
         return None
     found = 0
     for variable in teacher.weights:
-        found = zlib.crc32(np.ascontiguousarray(_number(variable)).view(np.uint8), found)
+        found = zlib.crc32(_number(variable).tobytes(), found)
     return found
 
 
