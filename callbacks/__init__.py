@@ -6,20 +6,25 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from tfgptopt.callbacks.checkpoint import Checkpoint
 from tfgptopt.callbacks.monitoring import PerformanceMonitor
 from tfgptopt.callbacks.progress import TrainingProgress
 from tfgptopt.callbacks.pruning import Pruning
 from tfgptopt.callbacks.quantization import QuantizationAwareTraining
+from tfgptopt.callbacks.regularization import Regularization
 
 from tfgptopt.model.types import Data
+from tfgptopt.pruning.regularizing import Regularize
 from tfgptopt.pruning.technique import Prune
 from tfgptopt.quantization.technique import QuantizeAware
 from tfgptopt.recipe import Recipe
 
 __all__ = [
+    "Checkpoint",
     "PerformanceMonitor",
     "Pruning",
     "QuantizationAwareTraining",
+    "Regularization",
     "TrainingProgress",
     "from_recipe",
     "register_callback",
@@ -30,6 +35,7 @@ Maker = Callable[[Any, Any], keras.callbacks.Callback]
 
 _MAKERS: dict[type[Any], Maker] = {
     Prune: Pruning.of,
+    Regularize: Regularization.of,
     QuantizeAware: QuantizationAwareTraining.of,
 }
 

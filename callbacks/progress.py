@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import keras
 from rich.console import Console
@@ -46,11 +47,40 @@ class TrainingProgress(keras.callbacks.Callback):
         self._first_step = 0
         self._done = self._epoch_start = self._timed_from = 0
         self._seen = (0, 0.0)
+        self._resumed: dict[str, Any] | None = None
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what a checkpoint has to hold, as plain data."""
+        return {
+            "first_step": self._first_step,
+            "done": self._done,
+            "epoch_start": self._epoch_start,
+            "seen": self._seen,
+            "history": self.history,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `get_state` returned."""
+        self._first_step = state["first_step"]
+        self.history = [(step, loss, share) for step, loss, share in state["history"]]
+        self._resumed = state
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state["done"], shown="resumed")
+
+    def _resume(self, first: int) -> None:
+        """Goes on behind the first batches of an epoch."""
+        state, self._resumed = self._resumed, None
+        if state is not None:
+            self._done = state["done"]
+            self._epoch_start = state["epoch_start"] if first else state["done"]
+            if first:
+                count, total = state["seen"]
+                self._seen = (count, total)
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         self._first_step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
         steps, epochs = self.params.get("steps"), self.params.get("epochs") or 1
-        self._done = 0
+        self._done = self._timed_from = 0
         self._bar = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(bar_width=16),
@@ -66,9 +96,10 @@ class TrainingProgress(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         assert self._bar is not None
+        self._resume(batch + 1 - self.model.steps_per_execution)
         before, done = self._done, self._epoch_start + batch + 1
         self._done = done
-        if before == 0:  # The first step compiles; the rate counts from its end.
+        if not self._timed_from:  # The first step compiles; the rate counts from its end.
             self._started, self._timed_from = time.perf_counter(), done
         rate = (done - self._timed_from) / max(time.perf_counter() - self._started, 1e-9)
         logs = logs or {}

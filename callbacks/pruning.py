@@ -12,6 +12,7 @@ from tfgptopt.model.types import Data
 from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import Pattern, Unstructured
 from tfgptopt.pruning.pruner import Pruner, score_along_schedule
+from tfgptopt.pruning.regrowth import Regrowth
 from tfgptopt.pruning.schedules import Schedule, last_step
 from tfgptopt.pruning.scores import Magnitude, Score, Wanda
 from tfgptopt.pruning.sparsity_allocation import Allocation
@@ -45,16 +46,19 @@ class Pruning(keras.callbacks.Callback):
 
     Args:
         schedule: A tfmot schedule: `PolynomialDecay`, `ConstantSparsity`, or your own subclass of
-            `PruningSchedule`. Sparsities are shares in `[0, 1)`.
+            `PruningSchedule`. Sparsities are shares in `[0, 1)`. Or a `Threshold`: what lies below
+            a magnitude goes, whatever share that is.
         pattern: Which weights go together: `Unstructured()`, `NM(2, 4)`, `Block(4, 1)`, `Rows()`
             or `Columns()`. Defaults to `Unstructured()`.
-        score: How important a weight is: `Magnitude()`, `Wanda(data)` or `Movement()`. Defaults
-            to `Magnitude()`.
+        score: How important a weight is: `Magnitude()`, `Wanda(data)`, `Movement()`, or the
+            baseline `Random()`. Defaults to `Magnitude()`.
         targets: Which weights to prune: a regular expression on their paths, a layer class, or a
             callable. Defaults to `None`: kernels of Dense and EinsumDense, wherever they are,
             but the head.
         allocation: How the sparsity is spread over weights, from `tfgptopt.pruning.owl` or
             `sensitivity(...).allocate(...)`. Defaults to `None`: evenly.
+        regrow: `RigL()` or `SET()`: at each step of the schedule behind the first, the smallest
+            connections go and as many others grow. Defaults to `None`: what is pruned stays so.
 
     Raises:
         ValueError: If the schedule is none or out of range; in `fit`, before the first step, if
@@ -83,9 +87,10 @@ class Pruning(keras.callbacks.Callback):
         score: Score = Magnitude(),
         targets: Selector | None = None,
         allocation: Allocation | None = None,
+        regrow: Regrowth | None = None,
     ) -> None:
         super().__init__()
-        self.technique = Prune(schedule, pattern, score, targets, allocation)
+        self.technique = Prune(schedule, pattern, score, targets, allocation, regrow)
         self._pruner: Pruner | None = None
         self._epoch_start = 0
 
@@ -101,7 +106,12 @@ class Pruning(keras.callbacks.Callback):
         if isinstance(score, Wanda) and score.data is None:
             score = Wanda(calibration)
         return cls(
-            technique.schedule, technique.pattern, score, technique.targets, technique.allocation
+            technique.schedule,
+            technique.pattern,
+            score,
+            technique.targets,
+            technique.allocation,
+            technique.regrow,
         )
 
     @property

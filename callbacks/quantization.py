@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
-from tfgptopt.model.changing import changing
+from tfgptopt.model.changing import changing, strategy_scope
 from tfgptopt.model.current import full_precision, has_adapters
 from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Selector, Target
@@ -15,7 +16,8 @@ from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, quantizers
 from tfgptopt.quantization.aware import hold_scales, quantize_aware
 from tfgptopt.quantization.bit_allocation import BitAllocation
-from tfgptopt.quantization.learned import ScaleUpdates
+from tfgptopt.quantization.learned import scale_updates
+from tfgptopt.quantization.quantizers import Quantizer
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.quantization.technique import QuantizeAware
 from tfgptopt.training.replicas import prepare_replicas
@@ -67,8 +69,11 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self.technique = QuantizeAware(spec, targets, start_step, freeze_step)
         self._chosen: list[tuple[Target, Spec]] = []
         self._waiting = True
-        self._updates: ScaleUpdates | None = None
+        self._learning: list[Quantizer] = []
         self._frozen = False
+        # The steps that were traced with weights that do not train; they are good as long as the
+        # step that was put in their place, the first of them, is untouched.
+        self._traced: tuple[Any, Any, Any] | None = None
 
     @classmethod
     def of(cls, technique: QuantizeAware, calibration: Data = None) -> QuantizationAwareTraining:
@@ -127,19 +132,25 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             for quantizer in quantizers.quantizers_of(target.layer)
             if id(quantizer.variable) not in trained and quantizer.given is None
         ]
-        if found:
-            with changing(self.model):
-                for quantizer in found:
-                    quantizer.give(quantizer.rounded(full_precision(quantizer.variable)))
+        if not found:
+            return
+        same = self._traced is not None and self._traced[0] is self.model.train_function
+        with strategy_scope(self.model) if same else changing(self.model):
+            for quantizer in found:
+                quantizer.give(quantizer.rounded(full_precision(quantizer.variable)))
+        if same and self._traced is not None:
+            _, self.model.train_function, self.model.test_function = self._traced
 
     def _round_anew(self) -> None:
         chosen = [target.layer for target, _ in self._chosen]
         found = [one for layer in chosen for one in quantizers.quantizers_of(layer)]
         given = [one for one in found if one.given is not None]
         if given:
+            functions = self.model.train_function, self.model.test_function
             with changing(self.model):
                 for quantizer in given:
                     quantizer.give(None)
+            self._traced = (self.model.train_function, *functions)
 
     def _dress_if_due(self) -> None:
         if self._waiting and self._iterations() >= self.technique.start_step:
@@ -154,9 +165,14 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
             for quantizer in quantizers.quantizers_of(target.layer)
             if spec.scale == "learned" and quantizer.kept is not None
         ]
-        if learned and not (self._waiting or self._frozen or self._updates):
-            self._updates = ScaleUpdates(self.model.optimizer, learned)
-            retrace(self.model)
+        if learned and not (self._waiting or self._frozen or self._learning):
+            updates = scale_updates(self.model)
+            with strategy_scope(self.model):
+                is_new = updates.add(learned)
+                updates.learn(learned, True)
+            self._learning = learned
+            if is_new:
+                retrace(self.model)
 
     def _freeze_if_due(self) -> None:
         due = (
@@ -165,14 +181,17 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         )
         if due and not self._waiting and not self._frozen:
             self._stop_learning()
-            with changing(self.model):
-                hold_scales([target.layer for target, _ in self._chosen])
+            frozen = [target.layer for target, _ in self._chosen]
+            found = [one for layer in frozen for one in quantizers.quantizers_of(layer)]
+            kept = all(one.kept is not None for one in found)
+            with strategy_scope(self.model) if kept else changing(self.model):
+                hold_scales(frozen)
             self._frozen = True
 
     def _stop_learning(self) -> None:
-        if self._updates is not None:
-            self._updates.close()
-            self._updates = None
+        if self._learning:
+            scale_updates(self.model).learn(self._learning, False)
+        self._learning = []
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self._waiting:

@@ -87,13 +87,16 @@ data = tf.data.Dataset.from_tensors(random_batch()).repeat(8)
 
 
 def test_the_example_of_pruning(tmp_path):
-    (code,) = blocks("docs/pruning.md")
+    code, penalized = blocks("docs/pruning.md")
     small = code.replace("begin_step=100, end_step=900, frequency=50", "begin_step=2, end_step=6")
     assert small != code
     small = small.replace("end_step=6", "end_step=6, frequency=1")
     printed = run(A_MODEL + small, tmp_path).stdout
     assert "50.0% zeros in pruned weights" in printed
     assert (tmp_path / "gpt.tflite").is_file()
+    small = penalized.replace("begin_step=200, end_step=800, frequency=50", "begin_step=2")
+    assert small != penalized
+    run(A_MODEL + small + "\nprint(tfgptopt.pruning.report(gpt))", tmp_path)
 
 
 def test_the_example_of_monitoring(tmp_path):

@@ -113,6 +113,21 @@ def test_a_full_disk_is_no_error(path, expected, tmp_path):
     assert not entries(tmp_path) and not list(tmp_path.glob("building-*"))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_limit_on_the_size_of_files_is_no_error(path, expected, tmp_path, kept):
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))\n"
+        "from tfgptopt.generation import TFLiteCausalLM\n"
+        f"lm = TFLiteCausalLM({str(path)!r}, weight_cache={str(tmp_path) if kept else False!r})\n"
+        f"print(lm.generate({PROMPT}, stop=None))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(expected)
+    assert not list(tmp_path.iterdir())
+
+
 def test_old_entries_and_abandoned_work_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(weight_cache, "_MOST_BYTES", 250)
     now = time.time()

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+import signal
 
 import keras
 import keras_hub
@@ -142,3 +144,51 @@ def test_what_does_not_fit_a_later_stage_is_found_before_training(
     with pytest.raises(ValueError, match=message):
         optimize(model, corpus, Recipe(techniques), training, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_is_stopped_goes_on_in_the_middle_of_its_last_stage(
+    corpus, tmp_path, monkeypatch
+):
+    from tfgptopt.job import optimizing, stages
+
+    def measure(job, dense, recipe, strategy, folder, files):
+        return [*dense.get_weights(), *job.model.get_weights()], job.curves
+
+    monkeypatch.setattr(optimizing, "_measure_and_write", measure)
+    (tmp_path / "recipe.yaml").write_text(STAGES, "utf-8")
+    recipe = Recipe.load(tmp_path / "recipe.yaml")
+
+    def run(out, steps_until_sigterm=None, **options):
+        class Progress(stages.TrainingProgress):
+            left = steps_until_sigterm
+
+            def on_train_batch_end(self, batch, logs=None):
+                super().on_train_batch_end(batch, logs)
+                Progress.left = Progress.left and Progress.left - 1
+                if Progress.left == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        keras.utils.set_random_seed(5)
+        model = make_gpt(corpus.tokenizer.vocabulary_size())
+        training = Training(2, 4, 1e-3)
+        compile_model(model, training)
+        with monkeypatch.context() as patch:
+            patch.setattr(stages, "TrainingProgress", Progress)
+            return optimize(model, corpus, recipe, training, out, **options)
+
+    weights, curves = run(tmp_path / "whole")
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as ended:
+        run(out, 2 + 4 + 4 + 3)  # Of the shared steps, dense, distilled, optimized.
+    assert ended.value.code == 75
+    assert {path.name for path in (tmp_path / "out.checkpoints").iterdir()} == {
+        "dense-shared part", "dense", "distilled", "optimized"
+    }  # fmt: skip
+    with pytest.raises(FileExistsError, match=r"holds a job that was stopped.*--resume"):
+        run(out)
+    resumed, shown = run(out, resume=True)
+    for one, other in zip(resumed, weights, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for name, points in curves.items():
+        np.testing.assert_allclose(shown[name], points, rtol=1e-5)
+    assert not (tmp_path / "out.checkpoints").exists()

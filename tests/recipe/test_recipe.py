@@ -85,7 +85,7 @@ def test_a_reloaded_model_is_dressed_again_by_its_recipe(tmp_path):
     [
         ("techniques: [", "no valid recipe"),
         ("- prune", "mapping with a list of techniques"),
-        ("techniques: [{name: melt}]", "prune or quantize_aware"),
+        ("techniques: [{name: melt}]", "quantize_aware or regularize"),
         ("techniques: [{name: prune}]", "needs the field 'schedule'"),
         ("techniques: [{name: quantize_aware, spec: {name: int2}}]", "named int8 or int4"),
         ("techniques: [{name: quantize_aware, spec: {name: int8, bits: 3}}]", "Unknown setting"),

@@ -11,6 +11,7 @@ from tfgptopt.cli.outcome import print_outcome
 from tfgptopt.cli.shared import (
     Force,
     Out,
+    Resume,
     StrategyName,
     choose_strategy,
     console,
@@ -36,6 +37,7 @@ def demo(
     sparsity: Annotated[float, typer.Option(help="Share of weights to prune, in [0, 1).")] = 0.5,
     strategy: StrategyName = "auto",
     quick: Annotated[bool, typer.Option(help="A few steps only, to see that it runs.")] = False,
+    resume: Resume = False,
     force: Force = False,
 ) -> None:
     """Train, prune, quantize, export and measure a small GPT, in under five minutes.
@@ -69,5 +71,5 @@ def demo(
         model = small_gpt(corpus, **_DEMO_SHAPE)
         compile_model(model, training)
     console.print(f"Model: GPT-2 with {model.count_params() / 1e6:.1f} M weights")
-    outcome = optimize(model, corpus, recipe, training, out, words, force, console)
+    outcome = optimize(model, corpus, recipe, training, out, words, force, console, None, resume)
     print_outcome(outcome, out)

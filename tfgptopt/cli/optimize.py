@@ -11,6 +11,7 @@ from tfgptopt.cli.outcome import print_outcome
 from tfgptopt.cli.shared import (
     Force,
     Out,
+    Resume,
     StrategyName,
     choose_strategy,
     console,
@@ -78,6 +79,7 @@ def optimize(
         bool, typer.Option(help="Also fine-tune the dense model, for a fair comparison.")
     ] = False,
     strategy: StrategyName = "auto",
+    resume: Resume = False,
     force: Force = False,
 ) -> None:
     """Optimize your own model on your own text or chats: fine-tune, quantize, export, measure."""
@@ -111,7 +113,7 @@ def optimize(
         training = _found(model, corpus, training)
     with for_chief(chosen, out) as folder:
         outcome = run(
-            model, corpus, loaded, training, folder, words, force, console, context_length
+            model, corpus, loaded, training, folder, words, force, console, context_length, resume
         )
     print_outcome(outcome, out)
 

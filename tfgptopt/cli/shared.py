@@ -30,6 +30,7 @@ FILE_SUFFIXES = (".tflite", ".litertlm")
 
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where the same command was stopped.")]
 StrategyName = Annotated[
     str,
     typer.Option(

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import platform
+import resource
 import shutil
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from tfgptopt.file.container import Container, checksum
 Model = TypeVar("Model")
 
 ENVIRONMENT = "TFGPTOPT_WEIGHT_CACHE"
-MEMORY = ":memory"
+MEMORY, EACH_ITS_OWN = ":memory", ""
 
 _WEIGHTS, _MODEL = ".xnnpack", ".tfgptopt"
 _MOST_BYTES = 4 << 30
@@ -68,16 +69,21 @@ def load(compiled: Callable[[str], Model], content_hash: str, folder: Path | Non
 
     Args:
         compiled: Loads the model with a path of packed weights, which LiteRT writes if there is
-            no such file, or with `":memory"`.
+            no such file, with `":memory"`, or with `""`, where each signature has its own copy.
         content_hash: Of the model's file.
         folder: Where the entries are, or `None`.
     """
-    if folder is None:
-        return compiled(MEMORY)
     name = f"{content_hash}-{_machine()}"
-    entry = _valid_entry(folder, name, _WEIGHTS)
+    entry = None if folder is None else _valid_entry(folder, name, _WEIGHTS)
     if entry is not None:
         return compiled(str(entry))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < _MOST_BYTES:
+        # It holds for files in memory too, nobody knows how much LiteRT will write, and LiteRT
+        # aborts the process where it cannot.
+        return compiled(EACH_ITS_OWN)
+    if folder is None:
+        return compiled(MEMORY)
     with _scratch() as path:
         model = compiled(MEMORY if path is None else path)
         if path is not None:

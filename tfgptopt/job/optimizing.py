@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,11 +11,10 @@ from typing import Any
 
 import keras
 import keras_hub
-import tensorflow as tf
 from rich.console import Console
 
-from tfgptopt.callbacks import TrainingProgress, from_recipe
-from tfgptopt.data.corpus import Corpus, tokens_as_input
+from tfgptopt.callbacks import from_recipe
+from tfgptopt.data.corpus import Corpus
 from tfgptopt.data.presets import save_preset
 from tfgptopt.decoder import check_readable
 from tfgptopt.distillation import Distiller
@@ -25,6 +25,7 @@ from tfgptopt.exporting import TFLite, export
 from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.job.outcome import Curve, Outcome, write_results
 from tfgptopt.job.reporting import write_report
+from tfgptopt.job.stages import checkpoints_beside, train
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import clone
 from tfgptopt.model.current import has_adapters
@@ -166,30 +167,6 @@ def _restore(model: keras.Model, snapshot: Sequence[Any]) -> None:
         variable.assign(value)
 
 
-def _train(
-    model: keras.Model,
-    data: tf.data.Dataset,
-    steps: int,
-    name: str,
-    console: Console,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
-) -> Curve:
-    """Trains for a number of steps, over the data as often as it takes."""
-    progress = TrainingProgress(name, console)
-    with tokens_as_input(model):
-        try:
-            model.fit(
-                data.repeat(),
-                steps_per_epoch=steps,
-                shuffle=False,
-                verbose=0,
-                callbacks=[*callbacks, progress],
-            )
-        finally:
-            progress.on_train_end()
-    return progress.history
-
-
 def _copy(model: keras.Model) -> Any:
     """Returns a plain copy of a causal LM."""
     copy = clone(model)
@@ -208,6 +185,7 @@ class _Job:
         prepared: The smaller model, to be filled when it is time; `None` if its shape is searched.
         curves: See `Outcome`.
         stages: Names to copies of the model after each stage before the last, with float weights.
+        checkpoints: Folder of the checkpoints of each training.
     """
 
     model: keras.Model
@@ -217,12 +195,14 @@ class _Job:
     prepared: Any = None
     curves: dict[str, Curve] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
+    checkpoints: Path | None = None
 
     def train(
         self, name: str, model: keras.Model, steps: int, callbacks: Sequence[Any] = ()
     ) -> None:
         """Trains a model, and keeps the curve."""
-        curve = _train(model, self.corpus.train, steps, name, self.console, callbacks)
+        data, folder = self.corpus.train, self.checkpoints
+        curve = train(model, data, steps, name, self.console, callbacks, folder)
         self.curves[name] = curve
 
     def keep(self, name: str) -> None:
@@ -275,6 +255,7 @@ def optimize(
     overwrite: bool = False,
     console: Console | None = None,
     context_length: int | None = None,
+    resume: bool = False,
 ) -> Outcome:
     """Optimizes a causal LM in `fit`, exports it, measures it and writes a report.
 
@@ -285,7 +266,8 @@ def optimize(
     The folder gets: `model.tflite` (optimized), `dense.tflite` (float32, for comparison), one
     `.tflite` for each stage before (`shrunk`, `distilled`; float32), `saved_model`, `model` (a
     KerasHub preset, finalized), `recipe.yaml`, `results.json` and `report.html`. It appears when
-    all is done.
+    all is done. Until then, a folder beside it, whose name ends with `.checkpoints`, holds what the
+    same call with `resume=True` goes on from.
 
     Args:
         model: A `keras_hub.models.GPT2CausalLM` with a preprocessor, compiled.
@@ -298,12 +280,15 @@ def optimize(
         console: Where to show progress. Defaults to `None`: standard output.
         context_length: int. Positions of the KV cache of the files. Defaults to `None`: all that
             the model has.
+        resume: bool. Go on where the same job was stopped; there may be nothing yet. Defaults to
+            `False`.
 
     Returns:
         `Outcome`.
 
     Raises:
-        FileExistsError: If `out` exists and `overwrite` is false.
+        FileExistsError: If `out` exists and `overwrite` is false, or checkpoints of a job that was
+            stopped are there, and neither `resume` nor `overwrite` is true.
         ValueError: If model, corpus and recipe do not fit together.
     """
     console = console or Console()
@@ -312,7 +297,9 @@ def optimize(
     in_fit, calibration = recipe.in_fit, corpus.train.take(_CALIBRATION_BATCHES)
     student = check_recipe(model, corpus, recipe)
     files = _files_for(student, corpus, context_length)
-    job = _Job(model, corpus, training, console, None if student is model else student)
+    checkpoints = checkpoints_beside(target, overwrite, resume)
+    prepared = None if student is model else student
+    job = _Job(model, corpus, training, console, prepared, checkpoints=checkpoints)
     if training.shared_steps:
         job.train("dense, shared part", model, training.shared_steps)
     shared = _snapshot(model)
@@ -329,7 +316,9 @@ def optimize(
             job.train("optimized", trained, training.steps, callbacks)
         with replacing(target) as folder:
             folder.mkdir()
-            return _measure_and_write(job, dense, recipe, strategy, folder, files)
+            outcome = _measure_and_write(job, dense, recipe, strategy, folder, files)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return outcome
 
 
 def _measure_and_write(

@@ -9,9 +9,16 @@ from tfgptopt.pruning.patterns import (
     Unstructured,
     register_pattern,
 )
+from tfgptopt.pruning.penalties import GroupLasso
 from tfgptopt.pruning.pruner import Pruner
-from tfgptopt.pruning.schedules import ConstantSparsity, PolynomialDecay, PruningSchedule
-from tfgptopt.pruning.scores import Magnitude, Movement, Score, Wanda
+from tfgptopt.pruning.regrowth import SET, RigL
+from tfgptopt.pruning.schedules import (
+    ConstantSparsity,
+    PolynomialDecay,
+    PruningSchedule,
+    Threshold,
+)
+from tfgptopt.pruning.scores import Magnitude, Movement, Random, Score, Wanda
 from tfgptopt.pruning.sensitivities import sensitivity
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.sparsity_allocation import Allocation, owl
@@ -20,10 +27,12 @@ from tfgptopt.pruning.technique import Prune
 
 __all__ = [
     "NM",
+    "SET",
     "Allocation",
     "Block",
     "Columns",
     "ConstantSparsity",
+    "GroupLasso",
     "Magnitude",
     "Movement",
     "Pattern",
@@ -31,9 +40,12 @@ __all__ = [
     "Prune",
     "Pruner",
     "PruningSchedule",
+    "Random",
+    "RigL",
     "Rows",
     "Score",
     "SparseGPT",
+    "Threshold",
     "Unstructured",
     "Wanda",
     "owl",

@@ -5,16 +5,21 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import tensorflow as tf
 
 from tfgptopt.pruning.keeping import count_kept, keep_largest
 
+Norm = Literal["l1", "l2"]
 
-def _pool(scores: tf.Tensor, rows: int, columns: int) -> tf.Tensor:
-    """Returns the mean score of each block; ragged blocks at the edges count what they have."""
+
+def pool(scores: tf.Tensor, rows: int, columns: int, norm: Norm = "l1") -> tf.Tensor:
+    """Returns the mean score of each block, or the root mean square of its scores for `"l2"`.
+
+    Ragged blocks at the edges count what they have.
+    """
     inputs, outputs = scores.shape
     down, across = -(-inputs // rows), -(-outputs // columns)
     paddings = [[0, down * rows - inputs], [0, across * columns - outputs]]
@@ -24,15 +29,10 @@ def _pool(scores: tf.Tensor, rows: int, columns: int) -> tf.Tensor:
             tf.reshape(tf.pad(x, paddings), (down, rows, across, columns)), axis=(1, 3)
         )
 
+    if norm == "l2":
+        # What is added keeps the gradient of a block of zeros at zero.
+        return tf.sqrt(total(tf.square(scores)) / total(tf.ones_like(scores)) + 1e-20)
     return total(scores) / total(tf.ones_like(scores))
-
-
-def _block_mask(scores: tf.Tensor, sparsity: tf.Tensor, rows: int, columns: int) -> tf.Tensor:
-    pooled = _pool(scores, rows, columns)
-    (kept,) = keep_largest([tf.reshape(pooled, (1, -1))], count_kept(tf.size(pooled), sparsity))
-    blocks = tf.reshape(kept, tf.shape(pooled))
-    spread = tf.repeat(tf.repeat(blocks, rows, axis=0), columns, axis=1)
-    return spread[: scores.shape[0], : scores.shape[1]]
 
 
 def _blocks_hold(kept: np.ndarray, rows: int, columns: int) -> bool:
@@ -53,19 +53,38 @@ class _Together(abc.ABC):
     sparsity: ClassVar[None] = None
     takes_allocation: ClassVar[bool] = False
     inputs_together: ClassVar[None] = None
+    norm: Norm
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l1", "l2"):
+            raise ValueError(f"`norm` must be 'l1' or 'l2'. Received: {self.norm!r}")
 
     def masks(self, scores: list[tf.Tensor], sparsity: list[tf.Tensor]) -> list[tf.Tensor]:
         """Returns the masks of matrices; see `Unstructured.masks`."""
-        pairs = zip(scores, sparsity, strict=True)
-        return [_block_mask(x, s, *self._size(x.shape)) for x, s in pairs]
+        return [self._mask(tensor, s) for tensor, s in zip(scores, sparsity, strict=True)]
+
+    def _mask(self, scores: tf.Tensor, sparsity: tf.Tensor) -> tf.Tensor:
+        pooled = self.units(scores)
+        (kept,) = keep_largest([tf.reshape(pooled, (1, -1))], count_kept(tf.size(pooled), sparsity))
+        return self.mask_of(tf.reshape(kept, tf.shape(pooled)), scores)
+
+    def units(self, scores: tf.Tensor) -> tf.Tensor:
+        """Returns the scores of what goes together: norms for each weight in it."""
+        return pool(scores, *self.size_in(scores.shape), self.norm)
+
+    def mask_of(self, kept: tf.Tensor, scores: tf.Tensor) -> tf.Tensor:
+        """Returns the mask of a matrix that keeps some of its `units`."""
+        rows, columns = self.size_in(scores.shape)
+        spread = tf.repeat(tf.repeat(kept, rows, axis=0), columns, axis=1)
+        return spread[: scores.shape[0], : scores.shape[1]]
 
     @abc.abstractmethod
-    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+    def size_in(self, shape: Sequence[int]) -> tuple[int, int]:
         """Returns rows and columns of a block of a matrix."""
 
     def check(self, shape: tuple[int, int], path: str) -> None:
         """Raises if a block is larger than a weight."""
-        rows, columns = self._size(shape)
+        rows, columns = self.size_in(shape)
         if rows > shape[0] or columns > shape[1]:
             raise ValueError(
                 f"A block of {rows} x {columns} does not fit into {path}, which has "
@@ -75,11 +94,14 @@ class _Together(abc.ABC):
 
     def holds(self, kept: np.ndarray) -> bool:
         """Returns whether a numpy mask `(inputs, outputs)` has only whole blocks."""
-        return _blocks_hold(kept, *self._size(kept.shape))
+        return _blocks_hold(kept, *self.size_in(kept.shape))
 
     def supports(self, score: str) -> bool:
-        """Returns whether a score can be used: all but SparseGPT, which goes input by input."""
-        return score != "sparsegpt"
+        """Returns whether a score can be used.
+
+        All but SparseGPT, which goes input by input; signed scores have no squares to add up.
+        """
+        return score != "sparsegpt" and not (self.norm == "l2" and score == "movement")
 
     def keep(self, scores: np.ndarray, sparsity: float) -> np.ndarray:
         """Returns the mask of a whole matrix."""
@@ -89,12 +111,13 @@ class _Together(abc.ABC):
 
 @dataclass(frozen=True)
 class Block(_Together):
-    """Blocks of weights go together; the mean score of a block decides.
+    """Blocks of weights go together; the norm of a block's scores decides.
 
     Args:
         rows: int, inputs of a block.
         columns: int, outputs of a block. Blocks at the edges may be smaller. LiteRT's 1x4 blocks
             of float32 kernels, which it stores by outputs, are `Block(4, 1)` here.
+        norm: `"l1"`, the mean score, or `"l2"`, the root mean square. Defaults to `"l1"`.
 
     Raises:
         ValueError: If a size is below 1 or both are 1; when it is applied, if a block is larger
@@ -106,8 +129,10 @@ class Block(_Together):
 
     rows: int
     columns: int
+    norm: Norm = "l1"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = (self.rows, self.columns)
         if not all(isinstance(n, int) and n >= 1 for n in sizes) or sizes == (1, 1):
             raise ValueError(
@@ -115,21 +140,40 @@ class Block(_Together):
                 f"weights use Unstructured(). Received: {sizes}"
             )
 
-    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+    def size_in(self, shape: Sequence[int]) -> tuple[int, int]:
         return self.rows, self.columns
 
 
 @dataclass(frozen=True)
 class Rows(_Together):
-    """Whole inputs of a matrix go: all weights that read one input."""
+    """Whole inputs of a matrix go: all weights that read one input.
 
-    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+    Args:
+        norm: `"l1"`, the mean score of a row, or `"l2"`, the root mean square. Defaults to `"l1"`.
+
+    Raises:
+        ValueError: If `norm` is none of these.
+    """
+
+    norm: Norm = "l1"
+
+    def size_in(self, shape: Sequence[int]) -> tuple[int, int]:
         return 1, int(shape[1])
 
 
 @dataclass(frozen=True)
 class Columns(_Together):
-    """Whole outputs of a matrix go: all weights of a neuron. Its bias stays."""
+    """Whole outputs of a matrix go: all weights of a neuron. Its bias stays.
 
-    def _size(self, shape: Sequence[int]) -> tuple[int, int]:
+    Args:
+        norm: `"l1"`, the mean score of a column, or `"l2"`, the root mean square. Defaults to
+            `"l1"`.
+
+    Raises:
+        ValueError: If `norm` is none of these.
+    """
+
+    norm: Norm = "l1"
+
+    def size_in(self, shape: Sequence[int]) -> tuple[int, int]:
         return int(shape[0]), 1

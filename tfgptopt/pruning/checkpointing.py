@@ -68,7 +68,7 @@ class MaskState(keras.layers.Layer):
                 continue
             store[f"seen_{i}"] = np.int64(held.owner.seen)
             index = held.owner.targets_index(target)
-            for j, variable in enumerate(held.owner.meter.variables(index)):
+            for j, variable in enumerate(held.owner.gathered(index)):
                 store[f"score_{i}_{j}"] = keras.ops.convert_to_numpy(variable.value)
 
     def load_own_variables(self, store: Any) -> None:
@@ -103,7 +103,7 @@ class MaskState(keras.layers.Layer):
 
     def _restore_scores(self, i: int, target: Target, owner: Any) -> None:
         index = owner.targets_index(target)
-        for j, variable in enumerate(owner.meter.variables(index)):
+        for j, variable in enumerate(owner.gathered(index)):
             saved = self._loaded.pop(f"score_{i}_{j}", None)
             if saved is not None and saved.shape == tuple(variable.shape):
                 variable.assign(saved)

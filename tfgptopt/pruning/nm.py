@@ -65,7 +65,7 @@ class NM:
         return [self._mask(tensor, s) for tensor, s in zip(scores, sparsity, strict=True)]
 
     def _mask(self, scores: tf.Tensor, sparsity: tf.Tensor) -> tf.Tensor:
-        may_go = self._outranked(scores)
+        may_go = self.outranked(scores)
         whole = tf.size(scores)
         going = tf.math.count_nonzero(may_go, dtype=tf.int32)
 
@@ -79,7 +79,7 @@ class NM:
         complete = whole - count_kept(whole, sparsity) >= going - whole // 100
         return tf.cond(complete, lambda: tf.logical_not(may_go), partial)
 
-    def _outranked(self, scores: tf.Tensor) -> tf.Tensor:
+    def outranked(self, scores: tf.Tensor) -> tf.Tensor:
         """Marks the weights that at least `n` of their group surpass."""
         if self.axis == "output":
             return tf.transpose(self._outranked_inputs(tf.transpose(scores)))

@@ -13,7 +13,7 @@ from tfgptopt.model.targets import Selector, Target
 from tfgptopt.pruning.checkpointing import mask_state
 from tfgptopt.pruning.patterns import Pattern, Unstructured
 from tfgptopt.pruning.pruner import Pruner
-from tfgptopt.pruning.schedules import ConstantSparsity
+from tfgptopt.pruning.schedules import ConstantSparsity, Threshold
 from tfgptopt.pruning.scores import Magnitude, Movement, Score
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.sparsity_allocation import Allocation
@@ -29,6 +29,7 @@ def prune(
     targets: Selector | None = None,
     allocation: Allocation | None = None,
     verbose: Verbose = "auto",
+    threshold: float | Threshold | None = None,
 ) -> keras.Layer:
     """Prunes a model at once, and holds the zeros in later training.
 
@@ -44,6 +45,8 @@ def prune(
             `None`: evenly.
         verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
             terminals and notebooks.
+        threshold: In the place of `sparsity`: a magnitude below which weights go, or a `Threshold`
+            whose value is relative to each weight and whose share is bounded. Defaults to `None`.
 
     Returns:
         The same model.
@@ -61,6 +64,13 @@ def prune(
     tfgptopt.finalize(model)
     ```
     """
+    if threshold is not None:
+        if sparsity is not None:
+            raise ValueError(f"Give `sparsity` or `threshold`. Received: {sparsity}, {threshold}")
+        technique = Prune(_at_once(threshold), pattern, score, targets, allocation)
+        _check_unpruned(technique.check(model))
+        _prune_now(model, technique, verbose)
+        return model
     if sparsity is None:
         sparsity = getattr(pattern, "sparsity", None)
     if not isinstance(sparsity, Real) or not 0.0 <= sparsity < 1.0:
@@ -72,16 +82,33 @@ def prune(
     )
     check_verbose(verbose)
     chosen = technique.check(model)
+    _check_unpruned(chosen)
+    if isinstance(score, SparseGPT):
+        with showing(verbose):
+            _prune_by_sparsegpt(model, technique, score, chosen, float(sparsity))
+        return model
+    _prune_now(model, technique, verbose)
+    return model
+
+
+def _at_once(threshold: float | Threshold) -> Threshold:
+    """Returns a threshold that is there from the first step on."""
+    if isinstance(threshold, Threshold):
+        return Threshold(threshold.threshold, threshold.relative_to, threshold.at_most)
+    return Threshold(threshold)
+
+
+def _check_unpruned(chosen: list[Target]) -> None:
     for target in chosen:
         if masks.masked(target.variable):
             raise ValueError(
                 f"{target.path} is pruned already. Call `tfgptopt.finalize(model)` first to prune "
                 "it again."
             )
-    if isinstance(score, SparseGPT):
-        with showing(verbose):
-            _prune_by_sparsegpt(model, technique, score, chosen, float(sparsity))
-        return model
+
+
+def _prune_now(model: keras.Layer, technique: Prune, verbose: Verbose) -> None:
+    check_verbose(verbose)
     pruner = Pruner(model, technique)
     try:
         with showing(verbose):
@@ -90,7 +117,6 @@ def prune(
         with changing(model):
             masks.remove(pruner.targets)
         raise
-    return model
 
 
 def _prune_by_sparsegpt(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -12,8 +13,9 @@ from tfgptopt.model.changing import changing, strategy_scope
 from tfgptopt.model.targets import Target, select
 from tfgptopt.pruning.checkpointing import mask_state, overlap
 from tfgptopt.pruning.patterns import check_reaches
-from tfgptopt.pruning.schedules import Timeline
-from tfgptopt.pruning.scores import Score
+from tfgptopt.pruning.regrowth import moved, share_at
+from tfgptopt.pruning.schedules import Threshold, Timeline
+from tfgptopt.pruning.scores import Meter, Score
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.technique import Prune
 
@@ -27,7 +29,7 @@ def score_along_schedule(technique: Prune) -> Score:
     if isinstance(technique.score, SparseGPT):
         raise ValueError(
             "SparseGPT(data) prunes at once, with `tfgptopt.prune`; along a schedule use "
-            "Magnitude(), Wanda(data) or Movement()."
+            "Magnitude(), Wanda(data), Movement() or Random()."
         )
     return technique.score
 
@@ -66,8 +68,12 @@ class Pruner:
         self._attached: list[Target] | None = None
         with strategy_scope(model):
             self.meter = score.meter(model, self.targets)
+            regrow = technique.regrow
+            self._growing = None if regrow is None else regrow.meter(model, self.targets)
         self._finite = tf.function(self._all_finite)
         self._update = tf.function(self._update_all)
+        self._update_below = tf.function(self._update_all_below)
+        self._move = tf.function(self._move_all)
         mask_state(model)  # A checkpoint may be loaded before the first step.
 
     def attach(self) -> None:
@@ -78,8 +84,11 @@ class Pruner:
             if masks.masked(target.variable) and target.variable.constraint.owner is not None:
                 target.variable.constraint.owner.close()
         self._attached = [t for t in self.targets if not masks.masked(t.variable)]
-        self.meter.follow(self.model)
-        with changing(self.model):
+        before = _update_step_of(self.model)
+        self._follow()
+        same = not self._attached and _update_step_of(self.model) is before
+        # Masks that are there change nothing in the step that was traced with them.
+        with strategy_scope(self.model) if same else changing(self.model):
             masks.attach(self.model, self._attached, self.technique)
             for target in self.targets:
                 target.variable.constraint.owner = self
@@ -89,24 +98,65 @@ class Pruner:
             self._floor = self._sparsity = self._masked_share()
             mask_state(self.model).restore()  # What a checkpoint brought before.
 
+    @property
+    def _meters(self) -> list[Meter]:
+        return [self.meter] if self._growing is None else [self.meter, self._growing]
+
+    def _follow(self) -> None:
+        for meter in self._meters:
+            meter.follow(self.model)
+
+    def gathered(self, index: int) -> list[Any]:
+        """Returns what a checkpoint has to hold for target `index`, besides its mask."""
+        return [variable for meter in self._meters for variable in meter.variables(index)]
+
     def _scores(self) -> list[tf.Tensor]:
-        matrices = []
-        for i, target in enumerate(self.targets):
-            weights = tf.cast(tf.convert_to_tensor(target.variable.value), tf.float32)
-            matrices.append(self.meter.scores(i, target.to_matrix(weights)))
-        return matrices
+        return [self.meter.scores(i, _matrix(target)) for i, target in enumerate(self.targets)]
 
     def _all_finite(self) -> tf.Tensor:
         # A sum is not finite where one of its terms is not, and takes no memory.
         return tf.stack([tf.math.is_finite(tf.reduce_sum(scores)) for scores in self._scores()])
 
     def _update_all(self, sparsity: tf.Tensor) -> None:
-        found = self.technique.pattern.masks(self._scores(), tf.unstack(sparsity))
+        self._assign(self.technique.pattern.masks(self._scores(), tf.unstack(sparsity)))
+
+    def _assign(self, found: list[tf.Tensor]) -> None:
         for target, matrix in zip(self.targets, found, strict=True):
             target.variable.constraint.mask.assign(target.from_matrix(matrix))
         masks.apply(self.targets)
 
-    def _prune_to(self, sparsity: float) -> None:
+    def _update_all_below(self, threshold: tf.Tensor) -> None:
+        """Drops what lies below a threshold, and not more than it may."""
+        pattern: Any = self.technique.pattern
+        schedule: Any = self.technique.schedule
+        found = []
+        for target, scores in zip(self.targets, self._scores(), strict=True):
+            units = pattern.units(scores)
+            kept = pattern.mask_of(units >= schedule.of(_matrix(target), threshold), scores)
+            share = 1.0 - tf.reduce_mean(tf.cast(kept, tf.float32))
+            bounded = tf.constant(schedule.at_most, tf.float32)
+            found.append(
+                tf.cond(
+                    share > bounded,
+                    lambda scores=scores, bounded=bounded: pattern.masks([scores], [bounded])[0],
+                    lambda kept=kept: kept,
+                )
+            )
+        self._assign(found)
+
+    def _move_all(self, sparsity: tf.Tensor, share: tf.Tensor, step: tf.Tensor) -> None:
+        """Lets the smallest connections go and others grow."""
+        regrow, growing = self.technique.regrow, self._growing
+        assert regrow is not None and growing is not None
+        found = []
+        for i, (target, at) in enumerate(zip(self.targets, tf.unstack(sparsity), strict=True)):
+            weights = _matrix(target)
+            growth = regrow.growth(growing.scores(i, weights), i, weights, step)
+            mask = target.to_matrix(tf.convert_to_tensor(target.variable.constraint.mask.value))
+            found.append(moved(tf.abs(weights), mask, growth, at, share))
+        self._assign(found)
+
+    def _prune_to(self, sparsity: float, step: int) -> None:
         """Computes new masks, and zeroes what they drop."""
         shares = [sparsity] * len(self.targets)
         if self.technique.allocation is not None:
@@ -124,8 +174,19 @@ class Pruner:
                     f"largest float ({len(paths)} weights have): the training diverged. Nothing "
                     "was pruned."
                 )
-            self._update(tf.constant(shares, tf.float32))
+            if isinstance(self.technique.schedule, Threshold):
+                self._update_below(tf.constant(sparsity, tf.float32))
+            elif self._growing is not None and self._masked_share():
+                self._grow(tf.constant(shares, tf.float32), step)
+            else:
+                self._update(tf.constant(shares, tf.float32))
         self._sparsity = self._masked_share()
+
+    def _grow(self, shares: tf.Tensor, step: int) -> None:
+        assert self._growing is not None and self.technique.regrow is not None
+        self._growing.prepare()
+        share = share_at(self.technique.regrow, self.technique.schedule, step)
+        self._move(shares, tf.constant(share, tf.float32), tf.constant(step, tf.int64))
 
     def _masked_share(self) -> float:
         zeros = sum(masks.masked_share(target) * target.size for target in self.targets)
@@ -150,8 +211,9 @@ class Pruner:
         if first:
             self._catch_up(step - 1)
         sparsity = self.timeline.last_firing(self.seen + 1, step)
-        if sparsity and sparsity > self._floor - 1e-3:
-            self._prune_to(sparsity)
+        by_threshold = isinstance(self.technique.schedule, Threshold)
+        if sparsity and (by_threshold or sparsity > self._floor - 1e-3):
+            self._prune_to(sparsity, step)
         self.moved_to(step)
 
     def moved_to(self, step: int) -> None:
@@ -171,7 +233,7 @@ class Pruner:
             self._warn_of_lost_scores(step)
 
     def _warn_of_lost_scores(self, step: int) -> None:
-        gathered = [v for i in range(len(self.targets)) for v in self.meter.variables(i)]
+        gathered = [v for i in range(len(self.targets)) for v in self.gathered(i)]
         if gathered and not any(bool(keras.ops.any(v.value != 0)) for v in gathered):
             warnings.warn(
                 f"The model was pruned up to step {step}, but {self.technique.score} has none of "
@@ -182,6 +244,8 @@ class Pruner:
             )
 
     def _holds_zeros(self, sparsity: float) -> bool:
+        if isinstance(self.technique.schedule, Threshold):
+            sparsity = 1e-6  # Nobody knows how many lay below: any.
         total = sum(target.size for target in self.targets)
         zeros = sum(zero_share(target) * target.size for target in self.targets)
         return zeros >= sparsity * total * 0.99
@@ -210,7 +274,7 @@ class Pruner:
         owned = all(self._owns(target) for target in self.targets)
         if self.model is not model or not owned or step < self.seen:
             return False
-        self.meter.follow(model)
+        self._follow()
         return True
 
     def check_model(self) -> None:
@@ -270,12 +334,25 @@ class Pruner:
 
     def close(self) -> None:
         """Stops measuring; the masks stay."""
-        self.meter.close()
+        for meter in reversed(self._meters):
+            meter.close()
 
     @property
     def sparsity(self) -> float:
         """Share of pruned weights over all targets, in `[0, 1)`."""
         return self._sparsity
+
+
+def _update_step_of(model: keras.Layer) -> Any:
+    """Returns what stands in for the optimizer's own step, if something does."""
+    optimizer = getattr(model, "optimizer", None)
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return vars(optimizer).get("update_step") if optimizer is not None else None
+
+
+def _matrix(target: Target) -> tf.Tensor:
+    """Returns a weight as a float32 matrix `(inputs, outputs)`."""
+    return target.to_matrix(tf.cast(tf.convert_to_tensor(target.variable.value), tf.float32))
 
 
 def zero_share(target: Target) -> float:

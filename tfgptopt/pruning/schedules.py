@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, Protocol
+from numbers import Real
+from typing import Any, Literal, Protocol
 
 import keras
 import tensorflow as tf
@@ -43,7 +44,110 @@ PruningSchedule = _tfmot.PruningSchedule
 PolynomialDecay = _tfmot.PolynomialDecay
 ConstantSparsity = _tfmot.ConstantSparsity
 
-_CLASSES = {"polynomial_decay": PolynomialDecay, "constant_sparsity": ConstantSparsity}
+
+_Base: Any = _tfmot.PruningSchedule
+
+
+class Threshold(_Base):  # type: ignore[misc]
+    """Weights whose magnitude lies below a value go, however many they are.
+
+    Of `Block`, `Rows` and `Columns`, those go whose norm for each weight (the mean magnitude, or
+    the root mean square for `norm="l2"`) lies below it. A weight never loses more than `at_most`:
+    where more lies below, the smallest go.
+
+    Args:
+        threshold: float > 0. The value at the end.
+        relative_to: `"mean"` or `"rms"`: the value is a factor of the weight's own mean magnitude
+            or root mean square, zeros included, at the time. Defaults to `None`: it is a magnitude.
+        at_most: float in `(0, 1)`. The largest share of a weight that may go. Defaults to `0.95`.
+        begin_step: int >= 0. First step of `optimizer.iterations` that prunes. Defaults to `0`.
+        end_step: int. The step that reaches the value; `-1` for a value that stays the same from
+            `begin_step` on, for ever. Defaults to `-1`.
+        initial: float >= 0. The value at `begin_step`, where there is an `end_step`. Defaults to
+            `0.0`.
+        power: float. Exponent of the polynomial between the two values. Defaults to `3.0`, as in
+            `PolynomialDecay`.
+        frequency: int >= 1. Steps from one change of the masks to the next. Defaults to `100`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example:
+
+    ```python
+    threshold = Threshold(0.5, relative_to="rms", begin_step=2, end_step=6, frequency=2)
+    model.fit(data, callbacks=[Pruning(threshold)])
+    print(tfgptopt.pruning.report(model))
+    ```
+
+    Reference: Han et al., 2015, "Learning both Weights and Connections for Efficient Neural
+    Networks" (https://arxiv.org/abs/1506.02626).
+    """
+
+    threshold: float
+    relative_to: Literal["mean", "rms"] | None
+    at_most: float
+    begin_step: int
+    end_step: int
+    initial: float
+    power: float
+    frequency: int
+
+    def __init__(
+        self,
+        threshold: float,
+        relative_to: Literal["mean", "rms"] | None = None,
+        at_most: float = 0.95,
+        begin_step: int = 0,
+        end_step: int = -1,
+        initial: float = 0.0,
+        power: float = 3.0,
+        frequency: int = 100,
+    ) -> None:
+        for name, value, low in (("threshold", threshold, 1e-30), ("initial", initial, 0.0)):
+            if not isinstance(value, Real) or not low <= value < math.inf:
+                raise ValueError(f"`{name}` must be a positive number. Received: {value!r}")
+        if relative_to not in (None, "mean", "rms"):
+            raise ValueError(f"`relative_to` must be 'mean', 'rms' or None. Got: {relative_to!r}")
+        if not isinstance(at_most, Real) or not 0.0 < at_most < 1.0:
+            raise ValueError(f"`at_most` must be a share in (0, 1). Received: {at_most!r}")
+        if begin_step < 0 or frequency < 1 or not (end_step == -1 or end_step > begin_step):
+            raise ValueError(
+                "`begin_step` must be >= 0, `frequency` >= 1, and `end_step` behind `begin_step`, "
+                f"or -1. Received: {begin_step}, {frequency}, {end_step}"
+            )
+        self.threshold, self.relative_to, self.at_most = float(threshold), relative_to, at_most
+        self.begin_step, self.end_step, self.initial = begin_step, end_step, float(initial)
+        self.power, self.frequency = float(power), frequency
+
+    def __call__(self, step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        since = tf.cast(step, tf.int64) - self.begin_step
+        fires = (since >= 0) & tf.equal(since % self.frequency, 0)
+        if self.end_step < 0:
+            return fires, tf.constant(self.threshold)
+        length = self.end_step - self.begin_step
+        fires = (fires & (since <= length)) | tf.equal(since, length)
+        left = 1.0 - tf.clip_by_value(tf.cast(since, tf.float32) / length, 0.0, 1.0)
+        return fires, self.threshold + (self.initial - self.threshold) * left**self.power
+
+    def get_config(self) -> Config:
+        """Returns the schedule as plain data."""
+        return dict(vars(self))
+
+    def of(self, weights: tf.Tensor, value: tf.Tensor) -> tf.Tensor:
+        """Returns the magnitude below which weights go, for a value of the schedule."""
+        if self.relative_to == "mean":
+            return value * tf.reduce_mean(tf.abs(weights))
+        if self.relative_to == "rms":
+            return value * tf.sqrt(tf.reduce_mean(tf.square(weights)))
+        return value
+
+
+_CLASSES = {
+    "polynomial_decay": PolynomialDecay,
+    "constant_sparsity": ConstantSparsity,
+    "threshold": Threshold,
+}
 # Steps evaluated at once; a schedule costs about ten microseconds a step this way.
 _WINDOW = 512
 # Steps that are checked before training where its length is not known.
@@ -138,7 +242,8 @@ class Timeline:
         if math.isnan(sparsity_at):
             # tfmot divides by zero where a decay begins and ends at the same step.
             sparsity_at = float(getattr(self.schedule, "final_sparsity", math.nan))
-        if fires_at and not 0.0 <= sparsity_at < 1.0:
+        most = math.inf if isinstance(self.schedule, Threshold) else 1.0
+        if fires_at and not 0.0 <= sparsity_at < most:
             raise ValueError(
                 f"The schedule {type(self.schedule).__name__} gives sparsity {sparsity_at} at step "
                 f"{step}. Expected a number in [0, 1)."
@@ -156,7 +261,7 @@ class Timeline:
         Raises:
             ValueError: If a sparsity is outside `[0, 1)`, with its step.
         """
-        if final_sparsity(self.schedule) is not None:
+        if isinstance(self.schedule, Threshold) or final_sparsity(self.schedule) is not None:
             return  # tfmot has checked its own.
         end = last_step(self.schedule)
         if last is None:

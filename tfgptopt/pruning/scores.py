@@ -84,6 +84,43 @@ class _MagnitudeMeter(Meter):
 
 
 @dataclass(frozen=True)
+class Random:
+    """Numbers that tell nothing of the weights: the baseline that a score has to beat.
+
+    They are drawn once for each weight, so that what was pruned stays pruned while a schedule goes
+    on, and a run that is resumed sees the same.
+
+    Args:
+        seed: int. Another seed, other weights. Defaults to `0`.
+    """
+
+    seed: int = 0
+
+    name: ClassVar[str] = "random"
+
+    def check(self) -> None:
+        """Raises if something is missing; nothing can be."""
+
+    def meter(self, model: keras.Layer, chosen: list[Target]) -> Meter:
+        """Returns what measures a model."""
+        return _RandomMeter(self.seed)
+
+
+class _RandomMeter(Meter):
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
+        return draw(self._seed, index, tf.shape(weights), 0)
+
+
+def draw(seed: int, index: int, shape: tf.Tensor, step: tf.Tensor | int) -> tf.Tensor:
+    """Returns numbers in `[0, 1)` that are the same on every machine for the same four."""
+    seeds = tf.stack([tf.constant(seed * 100_003 + index, tf.int64), tf.cast(step, tf.int64)])
+    return tf.random.stateless_uniform(shape, seeds, alg="philox")
+
+
+@dataclass(frozen=True)
 class Wanda:
     """Absolute values times the norm of the inputs they meet: `|W| * ||X||`.
 
@@ -158,19 +195,32 @@ class Movement:
         return _MovementMeter(model, chosen)
 
 
-class _MovementMeter(Meter):
-    def __init__(self, model: keras.Model, chosen: list[Target]) -> None:
+class GradientMeter(Meter):
+    """Gathers something of the gradients of weights, in the optimizer's compiled step.
+
+    Args:
+        model: A compiled model.
+        chosen: Its weights.
+        who: What needs the gradients, for messages.
+    """
+
+    def __init__(self, model: keras.Model, chosen: list[Target], who: str) -> None:
         optimizer = getattr(model, "optimizer", None)
         if optimizer is None:
-            raise ValueError("Movement needs gradients: compile the model, and prune it in `fit`.")
+            raise ValueError(f"{who} needs gradients: compile the model, and prune it in `fit`.")
         self._targets = chosen
         self._optimizer: Any = None
+        self._closed = False
         self._sums = [
             keras.Variable(
-                tf.zeros(t.variable.shape), trainable=False, name=f"{t.layer.name}_moved"
+                tf.zeros(t.variable.shape), trainable=False, name=f"{t.layer.name}_gathered"
             )
             for t in chosen
         ]
+
+    def gather(self, optimizer: Any, total: Any, gradient: tf.Tensor, variable: Any) -> None:
+        """Takes what it wants of a float32 gradient, before the weight is updated."""
+        raise NotImplementedError
 
     def follow(self, model: keras.Model) -> None:
         # Inside mixed float16 training, the inner optimizer gets the true gradients.
@@ -179,6 +229,7 @@ class _MovementMeter(Meter):
             return
         if self._optimizer is not None:
             self.close()
+        self._closed = False
         self._optimizer, update = optimizer, optimizer.update_step
         key = optimizer._var_key
         sums = {key(t.variable): s for t, s in zip(self._targets, self._sums, strict=True)}
@@ -187,21 +238,16 @@ class _MovementMeter(Meter):
             gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor
         ) -> None:
             total = sums.get(key(variable))
-            if total is not None:
-                moved = tf.cast(gradient, tf.float32) * tf.cast(variable, tf.float32)
-                optimizer.assign_sub(total, moved)
+            if total is not None and not self._closed:
+                self.gather(optimizer, total, tf.cast(gradient, tf.float32), variable)
             update(gradient, variable, learning_rate)
 
         self._update_step = update_step
         object.__setattr__(optimizer, "update_step", update_step)
 
-    def prepare(self) -> None:
-        if not any(bool(keras.ops.any(total.value != 0)) for total in self._sums):
-            raise ValueError(
-                "Movement has seen no gradient yet, so it cannot tell which weights to prune. Let "
-                "the schedule begin later, or load the checkpoint after the training has begun "
-                "(BackupAndRestore does)."
-            )
+    def has_gathered(self) -> bool:
+        """Returns whether there was a gradient yet."""
+        return any(bool(keras.ops.any(total.value != 0)) for total in self._sums)
 
     def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
         target = self._targets[index]
@@ -213,5 +259,22 @@ class _MovementMeter(Meter):
     def close(self) -> None:
         if self._optimizer is None:
             return
+        self._closed = True
         if vars(self._optimizer).get("update_step") is self._update_step:
             object.__delattr__(self._optimizer, "update_step")
+
+
+class _MovementMeter(GradientMeter):
+    def __init__(self, model: keras.Model, chosen: list[Target]) -> None:
+        super().__init__(model, chosen, "Movement")
+
+    def gather(self, optimizer: Any, total: Any, gradient: tf.Tensor, variable: Any) -> None:
+        optimizer.assign_sub(total, gradient * tf.cast(variable, tf.float32))
+
+    def prepare(self) -> None:
+        if not self.has_gathered():
+            raise ValueError(
+                "Movement has seen no gradient yet, so it cannot tell which weights to prune. Let "
+                "the schedule begin later, or load the checkpoint after the training has begun "
+                "(BackupAndRestore does)."
+            )

@@ -29,18 +29,20 @@ from tfgptopt.pruning.patterns import (
     deserialize_pattern,
     serialize_pattern,
 )
+from tfgptopt.pruning.regrowth import Regrowth, deserialize_regrowth, serialize_regrowth
 from tfgptopt.pruning.schedules import (
     Schedule,
+    Threshold,
     Timeline,
     deserialize_schedule,
     final_sparsity,
     serialize_schedule,
 )
-from tfgptopt.pruning.scores import Magnitude, Movement, Score, Wanda
+from tfgptopt.pruning.scores import Magnitude, Movement, Random, Score, Wanda
 from tfgptopt.pruning.sparsegpt import SparseGPT
 from tfgptopt.pruning.sparsity_allocation import Allocation
 
-_SCORES: dict[str, type[Any]] = {x.name: x for x in (Magnitude, Wanda, Movement, SparseGPT)}
+_SCORES: dict[str, type[Any]] = {x.name: x for x in (Magnitude, Wanda, Movement, Random, SparseGPT)}
 
 
 @register_technique
@@ -51,13 +53,14 @@ class Prune:
     The callback `Pruning`, `tfgptopt.prune` and recipes carry it out; a pruned weight knows it.
 
     Args:
-        schedule: A tfmot schedule, in steps of `optimizer.iterations`.
+        schedule: A tfmot schedule, or a `Threshold`, in steps of `optimizer.iterations`.
         pattern: Which weights go together. Defaults to `Unstructured()`.
         score: How important a weight is. Its calibration data is not kept in YAML. Defaults to
             `Magnitude()`.
         targets: Selector of the weights; in a recipe a regular expression on their paths. Defaults
             to `None`: all kernels but the head.
         allocation: How the sparsity is spread over weights. Defaults to `None`: evenly.
+        regrow: What grows where others go, `RigL()` or `SET()`. Defaults to `None`: nothing.
 
     Raises:
         ValueError: If a setting is none or out of range, or two do not go together.
@@ -68,6 +71,7 @@ class Prune:
     score: Score | SparseGPT = Magnitude()
     targets: Selector | None = None
     allocation: Allocation | None = None
+    regrow: Regrowth | None = None
 
     name: ClassVar[str] = "prune"
     order: ClassVar[int] = 2
@@ -80,6 +84,30 @@ class Prune:
                 f"`score` must be one of {', '.join(_SCORES)}, such as Magnitude(). "
                 f"Received: {self.score!r}"
             )
+        if self.regrow is not None and not isinstance(self.regrow, Regrowth):
+            raise ValueError(f"`regrow` must be RigL(), SET() or None. Received: {self.regrow!r}")
+
+    def _check_settings(self) -> None:
+        """Raises if two settings do not go together."""
+        if not self.pattern.supports(self.score.name):
+            raise ValueError(
+                f"{self.score} cannot prune with {self.pattern}. Use Magnitude(), which any "
+                "pattern takes; SparseGPT prunes with Unstructured() or NM."
+            )
+        alone = self.pattern == Unstructured()
+        if isinstance(self.schedule, Threshold):
+            together = hasattr(self.pattern, "units") and not self.pattern.takes_allocation
+            if not (alone or together) or self.score != Magnitude() or self.allocation is not None:
+                raise ValueError(
+                    "A Threshold compares magnitudes, each weight with its own: it takes "
+                    "Magnitude(), and Unstructured(), Block, Rows or Columns, and no `allocation`. "
+                    f"Received: {self.score}, {self.pattern}"
+                )
+        if self.regrow is not None and (not alone or isinstance(self.schedule, Threshold)):
+            raise ValueError(
+                f"{self.regrow} moves connections one by one, along a schedule of sparsities: use "
+                f"Unstructured(). Received: {self.pattern}, {type(self.schedule).__name__}"
+            )
 
     def check(self, model: keras.Layer) -> list[Target]:
         """Returns the weights of a model that would be pruned, after checking that they can be.
@@ -88,11 +116,7 @@ class Prune:
             ValueError: If two settings do not go together, the model is not built, nothing
                 matches, or a weight cannot have the pattern or holds values that are not finite.
         """
-        if not self.pattern.supports(self.score.name):
-            raise ValueError(
-                f"{self.score} cannot prune with {self.pattern}. Use Magnitude(), which any "
-                "pattern takes; SparseGPT prunes with Unstructured() or NM."
-            )
+        self._check_settings()
         self.score.check()
         chosen = select(model, self.targets)
         final = final_sparsity(self.schedule)
@@ -132,9 +156,10 @@ class Prune:
             "name": self.name,
             "schedule": serialize_schedule(self.schedule),
             "pattern": serialize_pattern(self.pattern),
-            "score": self.score.name,
+            "score": _score_config(self.score),
             "targets": check_regex(self.targets),
             "allocation": dict(self.allocation.sparsities) if self.allocation else None,
+            **({"regrow": serialize_regrowth(self.regrow)} if self.regrow else {}),
         }
 
     @classmethod
@@ -150,11 +175,8 @@ class Prune:
         if "pattern" in config:
             config["pattern"] = deserialize_pattern(config["pattern"])
         if "score" in config:
-            if config["score"] not in _SCORES:
-                raise ValueError(
-                    f"A score is one of {', '.join(_SCORES)}. Received: {config['score']!r}"
-                )
-            config["score"] = _SCORES[config["score"]]()
+            config["score"] = _score_from(config["score"])
+        config["regrow"] = deserialize_regrowth(config.get("regrow"))
         if config.get("allocation") is not None:
             config["allocation"] = Allocation(config["allocation"])
         return cls(**config)
@@ -179,6 +201,22 @@ class Prune:
         ]
 
 
+def _score_config(score: Score | SparseGPT) -> Any:
+    """Returns a score as plain data: its name, with a seed that is not the usual one."""
+    seed = getattr(score, "seed", 0)
+    return {"name": score.name, "seed": seed} if seed else score.name
+
+
+def _score_from(config: Any) -> Score | SparseGPT:
+    """Returns the score that `_score_config` wrote."""
+    settings = dict(config) if isinstance(config, dict) else {"name": config}
+    name = settings.pop("name", None)
+    if name not in _SCORES:
+        raise ValueError(f"A score is one of {', '.join(_SCORES)}. Received: {config!r}")
+    score: Score | SparseGPT = _SCORES[name](**settings)
+    return score
+
+
 def technique_of(target: Target) -> Prune:
     """Returns how a pruned weight is pruned."""
     technique: Prune = target.variable.constraint.technique
@@ -188,4 +226,5 @@ def technique_of(target: Target) -> Prune:
 def _settings(target: Target) -> tuple[Any, ...]:
     """Returns what two weights of one group have in common."""
     technique = technique_of(target)
-    return technique.schedule, technique.pattern, technique.score, technique.allocation
+    same = technique.schedule, technique.pattern, technique.score, technique.allocation
+    return *same, technique.regrow

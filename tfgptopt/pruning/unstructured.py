@@ -72,6 +72,14 @@ class Unstructured:
         (mask,) = keep_largest([tf.transpose(scores)], count_kept(tf.shape(scores)[0], sparsity))
         return tf.transpose(mask)
 
+    def units(self, scores: tf.Tensor) -> tf.Tensor:
+        """Returns the scores of what goes together: each weight is alone."""
+        return scores
+
+    def mask_of(self, kept: tf.Tensor, scores: tf.Tensor) -> tf.Tensor:
+        """Returns the mask of a matrix that keeps some of its `units`."""
+        return kept
+
     def check(self, shape: tuple[int, int], path: str) -> None:
         """Raises if a weight cannot have the pattern; any can."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -14,7 +16,10 @@ _ATTRIBUTE = "_tfgptopt_scale_updates"
 
 
 class ScaleUpdates:
-    """Updates learned scales in an optimizer's compiled step.
+    """Updates learned scales in an optimizer's compiled step, while somebody trains them.
+
+    It stays in the step: whether scales move is a variable, so that a `fit` without the callback
+    leaves them as they are, and another one with it traces nothing again.
 
     The gradient of a scale is a sum over the gradients of its weights, which the optimizer sees
     anyway: no variable is added to the model or the optimizer. A scale takes the step that the
@@ -23,48 +28,69 @@ class ScaleUpdates:
 
     Args:
         optimizer: The optimizer of a compiled model.
-        found: Rounders with kept scales.
 
     Reference: Esser et al., 2020, "Learned Step Size Quantization"
     (https://arxiv.org/abs/1902.08153).
     """
 
-    def __init__(self, optimizer: keras.optimizers.Optimizer, found: list[Quantizer]) -> None:
-        # Inside mixed float16 training, the inner optimizer gets the true gradients.
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        self._optimizer, update = optimizer, optimizer.update_step
-        self._active = True
-        earlier = getattr(optimizer, _ATTRIBUTE, None)
-        if earlier is not None:  # Left by a `fit` that was interrupted.
-            earlier.close()
-            update = optimizer.update_step
-        key = optimizer._var_key
-        by_key = {key(quantizer.variable): quantizer for quantizer in found}
+    def __init__(self, optimizer: keras.optimizers.Optimizer) -> None:
+        self._key, update = optimizer._var_key, optimizer.update_step
+        self._entries: dict[Any, tuple[Quantizer, tf.Variable]] = {}
 
         def update_step(
             gradient: tf.Tensor, variable: keras.Variable, learning_rate: tf.Tensor
         ) -> None:
-            quantizer = by_key.get(key(variable))
-            if quantizer is None or not self._active:
+            entry = self._entries.get(self._key(variable))
+            if entry is None:
                 update(gradient, variable, learning_rate)
                 return
+            quantizer, switch = entry
+            learning = tf.convert_to_tensor(switch)
             gradient = tf.cast(tf.convert_to_tensor(gradient), tf.float32)
             weights = tf.identity(tf.cast(tf.convert_to_tensor(variable), tf.float32))
             scale = quantizer.compute_scale(weights)
-            kept = tf.where(inside(weights, scale, quantizer.grid), gradient, 0.0)
+            clipped = learning & ~inside(weights, scale, quantizer.grid)
+            kept = tf.where(clipped, 0.0, gradient)
             update(tf.cast(kept, variable.dtype), variable, learning_rate)
             moved = tf.cast(tf.convert_to_tensor(variable), tf.float32) - weights
-            optimizer.assign(quantizer.kept, _next_scale(quantizer, weights, gradient, moved))
+            found = _next_scale(quantizer, weights, gradient, moved)
+            now = tf.convert_to_tensor(quantizer.kept.value)
+            optimizer.assign(quantizer.kept, tf.where(learning, found, now))
 
-        self._update_step = update_step
         object.__setattr__(optimizer, "update_step", update_step)
         object.__setattr__(optimizer, _ATTRIBUTE, self)
 
-    def close(self) -> None:
-        """Leaves the scales as they are, in steps that are traced from now on."""
-        self._active = False
-        if self._optimizer.__dict__.get("update_step") is self._update_step:
-            object.__delattr__(self._optimizer, "update_step")
+    def add(self, found: list[Quantizer]) -> bool:
+        """Takes care of the kept scales of quantizers, which do not move yet.
+
+        Call it in the scope of the model's strategy.
+
+        Returns:
+            Whether one is new, so that the step has to be traced again.
+        """
+        new = [one for one in found if not self._has(one)]
+        for quantizer in new:
+            switch = tf.Variable(False, trainable=False)
+            self._entries[self._key(quantizer.variable)] = quantizer, switch
+        return bool(new)
+
+    def _has(self, quantizer: Quantizer) -> bool:
+        entry = self._entries.get(self._key(quantizer.variable))
+        return entry is not None and entry[0] is quantizer
+
+    def learn(self, found: list[Quantizer], on: bool) -> None:
+        """Lets the scales of quantizers move from now on, or leaves them as they are."""
+        for quantizer in found:
+            if self._has(quantizer):
+                self._entries[self._key(quantizer.variable)][1].assign(on)
+
+
+def scale_updates(model: keras.Model) -> ScaleUpdates:
+    """Returns what updates learned scales in the step of a model, made on the first call."""
+    # Inside mixed float16 training, the inner optimizer gets the true gradients.
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    found = getattr(optimizer, _ATTRIBUTE, None)
+    return found if isinstance(found, ScaleUpdates) else ScaleUpdates(optimizer)
 
 
 def _next_scale(

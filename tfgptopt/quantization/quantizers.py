@@ -45,6 +45,7 @@ class Quantizer(keras.layers.Layer):
         # The rounded weights, where they need not be made: while weights that are frozen train
         # along, and while a SavedModel is traced, which makes them from stored integers.
         object.__setattr__(self, "given", None)
+        object.__setattr__(self, "_made", None)
         self.grid = grid
         self.method = method
         self._loaded: Any = None
@@ -100,8 +101,11 @@ class Quantizer(keras.layers.Layer):
 
     def give(self, rounded: tf.Tensor | None) -> None:
         """Says what the rounded weights are, or that they have to be made. Trace again then."""
-        given = None if rounded is None else tf.Variable(rounded, trainable=False)
-        object.__setattr__(self, "given", given)
+        if rounded is not None and self._made is not None:
+            self._made.assign(rounded)  # Steps that were traced with it find it again.
+        elif rounded is not None:
+            object.__setattr__(self, "_made", tf.Variable(rounded, trainable=False))
+        object.__setattr__(self, "given", None if rounded is None else self._made)
 
     def rounded(self, weights: tf.Tensor) -> tf.Tensor:
         """Returns rounded float32 weights, without a gradient."""

@@ -2,6 +2,7 @@
 
 from tfgptopt.distillation.technique import Distill
 from tfgptopt.model.techniques import Technique, register_technique
+from tfgptopt.pruning.regularizing import Regularize
 from tfgptopt.pruning.technique import Prune
 from tfgptopt.quantization.technique import QuantizeAware
 from tfgptopt.recipe.recipe import Recipe, recipe_of
@@ -12,6 +13,7 @@ __all__ = [
     "Prune",
     "QuantizeAware",
     "Recipe",
+    "Regularize",
     "Shrink",
     "Technique",
     "recipe_of",

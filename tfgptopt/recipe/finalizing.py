@@ -11,6 +11,7 @@ from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.history import rewrite
 from tfgptopt.model.techniques import techniques_of
 from tfgptopt.pruning import checkpointing
+from tfgptopt.pruning.penalties import penalized, remove_penalties
 from tfgptopt.quantization import layers
 
 
@@ -18,9 +19,9 @@ def finalize(model: keras.Layer) -> keras.Layer:
     """Turns a dressed model back into plain layers that hold what was trained.
 
     Pruned weights are exactly zero, quantized weights lie exactly on their grid, LoRA adapters are
-    merged, every layer has its own class again; only the experts of a mixture go on computing
-    through layers, with the same numbers. `tfgptopt.export` still knows how the weights were
-    rounded.
+    merged, penalties of `Regularization` are gone, every layer has its own class again; only the
+    experts of a mixture go on computing through layers, with the same numbers. `tfgptopt.export`
+    still knows how the weights were rounded.
 
     Args:
         model: A model that was pruned or made quantize-aware, by a callback or a function, or has
@@ -45,7 +46,8 @@ def finalize(model: keras.Layer) -> keras.Layer:
     dressed = [layer for layer in model._flatten_layers() if layers.is_dressed(layer)]
     held = [variable for variable in model.variables if masks.masked(variable)]
     adapted = [layer for layer in model._flatten_layers() if has_adapters(layer)]
-    if not dressed and not held and not adapted:
+    with_penalty = [variable for variable in model.variables if penalized(variable)]
+    if not dressed and not held and not adapted and not with_penalty:
         raise ValueError(
             f"The model '{model.name}' was neither pruned nor made quantize-aware and has no LoRA "
             "adapters, or it was finalized already. There is nothing to finalize."
@@ -62,5 +64,6 @@ def finalize(model: keras.Layer) -> keras.Layer:
         for layer in adapted:
             if has_adapters(layer):
                 merge_adapters(layer)
+        remove_penalties(with_penalty)
         checkpointing.forget(model)
     return model
