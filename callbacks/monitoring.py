@@ -22,6 +22,7 @@ from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.monitoring.training import JsonLines, Prometheus, Sink, TensorBoard
 from tfgptopt.quantization.quantizers import quantizers_of
+from tfgptopt.training.reducing import watch_gradients
 
 # Times of steps that percentiles are of.
 _WINDOW = 1000
@@ -36,7 +37,8 @@ class PerformanceMonitor(keras.callbacks.Callback):
     the norm of its gradients; weights are looked at on the device, at the end of each epoch.
 
     The norm is computed by the compiled step of the model until it is compiled again. On several
-    replicas it is the mean of theirs, each of its part of the batch.
+    replicas it is that of the whole batch where `tfgptopt.training.prepare` or a technique has
+    taken the step over, else the mean of theirs, each of its part of the batch.
 
     Args:
         log_dir: Folder for `metrics.jsonl` and TensorBoard. Defaults to `None`: none.
@@ -237,17 +239,17 @@ class PerformanceMonitor(keras.callbacks.Callback):
 
 def _watch_gradients(model: keras.Model) -> None:
     """Makes the compiled step compute the norm of its gradients, and count those that are none."""
-    optimizer, apply = model.optimizer, model.optimizer.apply
+    optimizer = model.optimizer
     with strategy_scope(model):
         shared = {
             "trainable": False,
             "synchronization": tf.VariableSynchronization.ON_READ,
         }
-        mean, total = tf.VariableAggregation.MEAN, tf.VariableAggregation.SUM
+        mean, first = tf.VariableAggregation.MEAN, tf.VariableAggregation.ONLY_FIRST_REPLICA
         norm = tf.Variable(0.0, aggregation=mean, **shared)
-        nonfinite = tf.Variable(0, dtype=tf.int64, aggregation=total, **shared)
+        nonfinite = tf.Variable(0, dtype=tf.int64, aggregation=first, **shared)
 
-    def watched(grads: Any, trainable_variables: Any = None) -> Any:
+    def look(grads: list[Any]) -> None:
         found = [tf.cast(grad, tf.float32) for grad in map(_dense, grads) if grad is not None]
         scale = getattr(optimizer, "dynamic_scale", None)
         value = tf.linalg.global_norm(found)
@@ -255,9 +257,8 @@ def _watch_gradients(model: keras.Model) -> None:
             value /= tf.convert_to_tensor(scale)
         norm.assign(value)
         nonfinite.assign_add(tf.cast(~tf.math.is_finite(value), tf.int64))
-        return apply(grads, trainable_variables)
 
-    object.__setattr__(optimizer, "apply", watched)
+    watch_gradients(optimizer, look)
     object.__setattr__(optimizer, _MARK, (norm, nonfinite))
 
 

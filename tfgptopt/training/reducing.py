@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -11,6 +12,8 @@ import tensorflow as tf
 
 # Set while a step gathers gradients in the place of applying them.
 _GATHERED = "_tfgptopt_gathered"
+# On an optimizer that adds gradients up first, and what looks at its gradients.
+_REDUCES, _LOOK = "_tfgptopt_reduces", "_tfgptopt_look"
 
 
 def replica_count() -> int:
@@ -38,9 +41,9 @@ def reduce_first(optimizer: keras.optimizers.Optimizer) -> None:
     Keras clips the gradients of each replica for itself, and looks for overflow in one replica
     alone: two replicas would then train otherwise than one with the same batch.
     """
-    if "apply" in vars(optimizer):
+    if _REDUCES in vars(optimizer):
         return
-    plain = optimizer.apply
+    plain = functools.partial(type(optimizer).apply, optimizer)
 
     def apply(grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
         variables = list(trainable_variables or optimizer._trainable_variables)
@@ -48,11 +51,37 @@ def reduce_first(optimizer: keras.optimizers.Optimizer) -> None:
         if gathered is not None:
             gathered.append((list(grads), variables))
             return
-        plain(_summed(list(grads)), variables)
+        summed = _summed(list(grads))
+        look = vars(optimizer).get(_LOOK)
+        if look is not None:
+            look(summed)
+        plain(summed, variables)
 
     object.__setattr__(optimizer, "apply", apply)
+    object.__setattr__(optimizer, _REDUCES, True)
     for each in inner_optimizers(optimizer):
         object.__setattr__(each, "_all_reduce_sum_gradients", lambda pairs: pairs)
+
+
+def watch_gradients(
+    optimizer: keras.optimizers.Optimizer, look: Callable[[list[Any]], None]
+) -> None:
+    """Shows the gradients of each update to a function, those of all replicas where they are added.
+
+    Args:
+        optimizer: The optimizer.
+        look: Called with gradients, some of which may be `None`, while a step is traced.
+    """
+    object.__setattr__(optimizer, _LOOK, look)
+    if "apply" in vars(optimizer):  # That of `reduce_first`, which looks for it.
+        return
+    plain = optimizer.apply
+
+    def apply(grads: Sequence[Any], trainable_variables: Sequence[Any] | None = None) -> None:
+        look(list(grads))
+        plain(grads, trainable_variables)
+
+    object.__setattr__(optimizer, "apply", apply)
 
 
 def _summed(grads: list[Any]) -> list[Any]:
