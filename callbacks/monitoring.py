@@ -64,7 +64,7 @@ class PerformanceMonitor(keras.callbacks.Callback):
     ```python
     monitor = PerformanceMonitor("logs", frequency=2)
     model.fit(monitor.watch(data), epochs=2, verbose=0, callbacks=[monitor])
-    print(monitor.history[-1]["tokens_per_second"])
+    print(monitor.history[0]["steps_per_second"])
     ```
     """
 
@@ -199,10 +199,11 @@ class PerformanceMonitor(keras.callbacks.Callback):
         passed = max(now - self._reported, 1e-9)
         numbers: dict[str, Any] = {
             "epoch": self._epoch,
-            "steps_per_second": self._since / passed,
             "memory_bytes": _resident_bytes(),
             "learning_rate": float(keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)),
         }
+        if self._since:
+            numbers["steps_per_second"] = self._since / passed
         if self._tokens:
             numbers |= {"tokens": self._tokens, "tokens_per_second": self._tokens / passed}
             numbers["data_wait_share"] = min(1.0, self._waited / passed)

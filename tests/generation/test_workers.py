@@ -2,8 +2,6 @@
 
 import functools
 import os
-import signal
-import threading
 import time
 
 import pytest
@@ -66,11 +64,11 @@ def test_an_interrupt_ends_all_processes(monkeypatch):
         return started[-1]
 
     monkeypatch.setattr(module, "_start", watched)
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            generate_in_processes(functools.partial(time.sleep, 600), 2, [[1], [2]], {}, 1)
-    finally:
-        signal.signal(signal.SIGINT, previous)
+
+    def interrupted(connections):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generate_in_processes(functools.partial(time.sleep, 60), 2, [[1], [2]], {}, 1)
     assert len(started) == 2 and not any(one.process.is_alive() for one in started)
