@@ -21,8 +21,9 @@ tf.config.set_logical_device_configuration(
 )
 
 # Files that take longest begin, so that no worker is left alone with one of them at the end.
-_LONGEST = ("test_documents", "test_examples", "test_cli", "test_own_model", "test_optimizing",
-            "callbacks", "test_number_type_plugin", "test_converting")  # fmt: skip
+_LONGEST = ("test_documents", "training/test_workers", "test_examples", "test_cli",
+            "test_own_model", "test_optimizing", "callbacks", "test_number_type_plugin",
+            "test_converting")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

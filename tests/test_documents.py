@@ -128,7 +128,7 @@ def test_the_recipe_of_shrinking():
 def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     from nbclient import NotebookClient
 
-    monkeypatch.setenv("STEPS", "12")
+    monkeypatch.setenv("STEPS", "40")
     notebook = nbformat.read(ROOT / "notebooks/quickstart.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)
     NotebookClient(
