@@ -42,7 +42,7 @@ def write(folder: Path) -> Path:
 
     corpus = load_corpus(vocabulary_size=8192, sequence_length=64, batch_size=8)
     backbone = keras_hub.models.GPT2Backbone(
-        50257, 12, 12, 768, 3072, max_sequence_length=1024, dropout=0.0
+        corpus.tokenizer.vocabulary_size(), 12, 12, 768, 3072, max_sequence_length=1024, dropout=0.0
     )
     preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=1024)
     model = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
@@ -134,7 +134,7 @@ def main() -> None:
                     answer = client.post("/v1/completions", json=body).json()
                     expected.append(answer["choices"][0]["text"])
             held = [memory(server.pid)]
-            for _ in range(4):
+            for _ in range(2):
                 began = time.perf_counter()
                 found = asyncio.run(crowd(address, arguments.clients, expected))
                 held.append(memory(server.pid))
