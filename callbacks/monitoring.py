@@ -22,6 +22,7 @@ from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.monitoring.training import JsonLines, Prometheus, Sink, TensorBoard
 from tfgptopt.quantization.quantizers import quantizers_of
+from tfgptopt.training.devices import is_chief
 from tfgptopt.training.reducing import watch_gradients
 
 # Times of steps that percentiles are of.
@@ -171,7 +172,7 @@ class PerformanceMonitor(keras.callbacks.Callback):
             ValueError: If the folder cannot be written, or the port cannot be had.
         """
         self.on_train_end()  # Of a `fit` that was broken off.
-        if not _writes(self.model):
+        if not is_chief(getattr(self.model, "distribute_strategy", None)):
             return
         if self._asked_port is not None:
             server = Prometheus(self._run, self._asked_port, self._host)
@@ -297,12 +298,6 @@ def _root(error: float, total: float) -> float:
 
 def _targets(model: keras.Model) -> list[Target]:
     return [item for item in candidates(model) if isinstance(item, Target)]
-
-
-def _writes(model: keras.Model) -> bool:
-    """Returns whether this is the worker that writes."""
-    resolver = getattr(getattr(model, "distribute_strategy", None), "cluster_resolver", None)
-    return resolver is None or resolver.task_type in (None, "chief") or resolver.task_id == 0
 
 
 def _resident_bytes() -> int:

@@ -37,15 +37,21 @@ def test_texts_come_in_order_and_are_the_same(lm):
         lm.generate(prompts, num_workers=0)
 
 
-def test_a_worker_that_dies_is_told_and_no_process_is_left(monkeypatch):
-    started = []
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started."""
+    found = []
     start = module._start
 
     def watched(*arguments):
-        started.append(start(*arguments))
-        return started[-1]
+        found.append(start(*arguments))
+        return found[-1]
 
     monkeypatch.setattr(module, "_start", watched)
+    return found
+
+
+def test_a_worker_that_dies_is_told_and_no_process_is_left(started):
     for create, error, message in (
         (functools.partial(os._exit, 9), RuntimeError, "exit code 9"),
         (functools.partial(open, "gpt-that-was-moved"), FileNotFoundError, "moved"),
@@ -55,15 +61,7 @@ def test_a_worker_that_dies_is_told_and_no_process_is_left(monkeypatch):
     assert len(started) == 4 and not any(one.process.is_alive() for one in started)
 
 
-def test_an_interrupt_ends_all_processes(monkeypatch):
-    started = []
-    start = module._start
-
-    def watched(*arguments):
-        started.append(start(*arguments))
-        return started[-1]
-
-    monkeypatch.setattr(module, "_start", watched)
+def test_an_interrupt_ends_all_processes(started, monkeypatch):
 
     def interrupted(connections):
         raise KeyboardInterrupt

@@ -27,7 +27,7 @@ from tfgptopt.file.names import (
     of_all_texts,
     reorder_of,
 )
-from tfgptopt.generation.caches import Buffers, Cache, Caches
+from tfgptopt.generation.caches import Buffers, Cache, Caches, alike
 
 
 class Batch:
@@ -136,7 +136,7 @@ class Batch:
         pairs = [(old, new) for old, new in zip(self.tokens, texts, strict=True) if old != new]
         if not pairs:
             return
-        begin, end = min(_shared(*pair) for pair in pairs), max(len(new) for _, new in pairs)
+        begin, end = min(alike(*pair) for pair in pairs), max(len(new) for _, new in pairs)
         name, count = reorder_of(self.size), moved_rows(self._caches.context_length)
         with self._lock:
             create = self._model.create_input_buffer_by_name
@@ -165,9 +165,3 @@ class Batch:
         if self._cache.positions == 0:
             raise RuntimeError("The batch was interrupted while its caches grew.")
         self._caches.fit(self._name, self._cache, end, expected)
-
-
-def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Returns with how many tokens two texts begin alike."""
-    pairs = enumerate(zip(left, right, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))

@@ -33,6 +33,12 @@ Buffers = dict[str, TensorBuffer]
 _STEP = 128
 
 
+def alike(left: Sequence[int], right: Sequence[int]) -> int:
+    """Returns with how many tokens two texts begin alike."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
+
+
 class Cache:
     """Keys and values of a text, and the tokens that they belong to.
 
@@ -49,11 +55,7 @@ class Cache:
 
     def shared_with(self, tokens: Sequence[int]) -> int:
         """Returns how many of the first tokens are those that are held."""
-        pairs = zip(self.tokens, tokens, strict=False)
-        return next(
-            (i for i, (held, wanted) in enumerate(pairs) if held != wanted),
-            min(len(self.tokens), len(tokens)),
-        )
+        return alike(self.tokens, tokens)
 
 
 class IdleCache:

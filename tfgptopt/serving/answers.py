@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
+import abc
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from tfgptopt.generation import TFLiteCausalLM
 from tfgptopt.generation.texts import TokenScore
 from tfgptopt.serving.scheduling import Answer, Piece
 
 _Json = dict[str, Any]
-
-
-class Writer(Protocol):
-    """Writes the answers of one request."""
-
-    is_chat: bool
-
-    def first(self, answers: Sequence[Answer]) -> Iterator[_Json]:
-        """Yields what a stream begins with."""
-
-    def chunk(self, number: int, answer: Answer, piece: Piece) -> _Json:
-        """Returns a piece of a stream."""
-
-    def usage_chunk(self, answers: Sequence[Answer]) -> _Json:
-        """Returns the numbers of tokens, with which a stream can end."""
-
-    def whole(self, answers: Sequence[Answer], pieces: Sequence[Sequence[Piece]]) -> _Json:
-        """Returns answers that are complete."""
 
 
 def _usage(answers: Sequence[Answer]) -> _Json:
@@ -63,37 +46,61 @@ class _Head:
         return self._model.detokenize([token])
 
 
-class Completions:
-    """Continuations of prompts.
+class Writer(abc.ABC):
+    """Writes the answers of one request.
 
     Args:
         name: Of the model.
         model: The model.
     """
 
-    is_chat = False
+    is_chat: ClassVar[bool]
+    kind: ClassVar[str]
 
     def __init__(self, name: str, model: TFLiteCausalLM) -> None:
-        self._head = _Head("text_completion", name, model)
+        self._head = _Head(self.kind, name, model)
+
+    @abc.abstractmethod
+    def first(self, answers: Sequence[Answer]) -> Iterator[_Json]:
+        """Yields what a stream begins with."""
+
+    @abc.abstractmethod
+    def chunk(self, number: int, answer: Answer, piece: Piece) -> _Json:
+        """Returns a piece of a stream."""
+
+    @abc.abstractmethod
+    def _choice(self, number: int, text: str, answer: Answer, reason: str | None) -> _Json:
+        """Returns an answer that is complete."""
+
+    def usage_chunk(self, answers: Sequence[Answer]) -> _Json:
+        """Returns the numbers of tokens, with which a stream can end."""
+        return self._head([], stream=True, usage=_usage(answers))
+
+    def whole(self, answers: Sequence[Answer], pieces: Sequence[Sequence[Piece]]) -> _Json:
+        """Returns answers that are complete."""
+        choices = [
+            self._choice(i, "".join(piece.text for piece in found), answer, found[-1].reason)
+            for i, (answer, found) in enumerate(zip(answers, pieces, strict=True))
+        ]
+        return self._head(choices, stream=False, usage=_usage(answers))
+
+
+class Completions(Writer):
+    """Continuations of prompts."""
+
+    is_chat, kind = False, "text_completion"
 
     def first(self, answers: Sequence[Answer]) -> Iterator[_Json]:
         yield from ()
 
     def chunk(self, number: int, answer: Answer, piece: Piece) -> _Json:
-        choice = self._choice(number, piece.text, answer, piece.scores, piece.reason)
+        choice = self._written(number, piece.text, answer, piece.scores, piece.reason)
         return self._head([choice], stream=True)
 
-    def usage_chunk(self, answers: Sequence[Answer]) -> _Json:
-        return self._head([], stream=True, usage=_usage(answers))
+    def _choice(self, number: int, text: str, answer: Answer, reason: str | None) -> _Json:
+        return self._written(number, text, answer, answer.text.scores, reason)
 
-    def whole(self, answers: Sequence[Answer], pieces: Sequence[Sequence[Piece]]) -> _Json:
-        choices = []
-        for number, (answer, found) in enumerate(zip(answers, pieces, strict=True)):
-            text = "".join(piece.text for piece in found)
-            choices.append(self._choice(number, text, answer, answer.text.scores, found[-1].reason))
-        return self._head(choices, stream=False, usage=_usage(answers))
-
-    def _choice(
+    def _written(
         self,
         number: int,
         text: str,
@@ -114,18 +121,10 @@ class Completions:
         }
 
 
-class Chats:
-    """Answers to chats.
+class Chats(Writer):
+    """Answers to chats."""
 
-    Args:
-        name: Of the model.
-        model: The model.
-    """
-
-    is_chat = True
-
-    def __init__(self, name: str, model: TFLiteCausalLM) -> None:
-        self._head = _Head("chat.completion", name, model)
+    is_chat, kind = True, "chat.completion"
 
     def first(self, answers: Sequence[Answer]) -> Iterator[_Json]:
         for number in range(len(answers)):
@@ -142,21 +141,13 @@ class Chats:
         }
         return self._head([choice], stream=True)
 
-    def usage_chunk(self, answers: Sequence[Answer]) -> _Json:
-        return self._head([], stream=True, usage=_usage(answers))
-
-    def whole(self, answers: Sequence[Answer], pieces: Sequence[Sequence[Piece]]) -> _Json:
-        choices = []
-        for number, (answer, found) in enumerate(zip(answers, pieces, strict=True)):
-            text = "".join(piece.text for piece in found)
-            choice = {
-                "index": number,
-                "message": {"role": "assistant", "content": text, "refusal": None},
-                "logprobs": self._scores(answer, answer.text.scores),
-                "finish_reason": found[-1].reason,
-            }
-            choices.append(choice)
-        return self._head(choices, stream=False, usage=_usage(answers))
+    def _choice(self, number: int, text: str, answer: Answer, reason: str | None) -> _Json:
+        return {
+            "index": number,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._scores(answer, answer.text.scores),
+            "finish_reason": reason,
+        }
 
     def _scores(self, answer: Answer, scores: Sequence[TokenScore]) -> _Json | None:
         if answer.text.top_scores is None:
