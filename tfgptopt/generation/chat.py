@@ -66,7 +66,7 @@ class Chat:
             message: What the user says, or a list of messages of `role` and `content`.
             max_new_tokens: int. Most tokens of the answer. Defaults to `None`: until the context
                 is full.
-            sampler, seed: As for `TFLiteCausalLM.generate`.
+            sampler: As for `TFLiteCausalLM.generate`, as is `seed`.
             stop: `"auto"` for the tokens that end a turn; texts and token ids, or `None`, as for
                 `TFLiteCausalLM.generate`. Defaults to `"auto"`.
 
@@ -93,7 +93,7 @@ class Chat:
         A stream that is broken off leaves the chat with what came until then.
 
         Args:
-            message, max_new_tokens, sampler, stop, seed: As for `generate`.
+            message: As for `generate`, as are all arguments behind it.
 
         Yields:
             Pieces of text: whole characters.

@@ -50,7 +50,7 @@ def measure(
         path: The `.tflite` file.
         depths: Tokens before the decoded ones; those that the context cannot hold are left out.
         prompt_length: Tokens of the prompt, at most what the context holds.
-        num_threads, weight_cache: As for `TFLiteCausalLM`.
+        num_threads: As for `TFLiteCausalLM`, as is `weight_cache`.
 
     Returns:
         A `FileSpeed`.

@@ -241,8 +241,7 @@ class TFLiteCausalLM:
 
         Args:
             prompt: The text to continue.
-            max_length, sampler, stop, seed, special_tokens, speculative, constraint: As for
-                `generate`.
+            max_length: As for `generate`, as are all arguments behind it.
 
         Yields:
             Pieces of text, without the prompt: whole characters, and nothing of a stop text.
@@ -276,7 +275,7 @@ class TFLiteCausalLM:
 
         Args:
             prompt: A text or a list of token ids.
-            max_length, special_tokens: As for `generate`.
+            max_length: As for `generate`, as is `special_tokens`.
             beam: `Beam(...)`. Defaults to `None`: four beams.
             num_return_sequences: int. How many to return, at most one for each beam. Defaults to
                 `1`.

@@ -72,8 +72,8 @@ class Session:
             text: What comes next. The first text gets the model's start token, if it has one.
             max_new_tokens: int. Most tokens to continue with. Defaults to `None`: until the
                 context is full.
-            sampler, stop, seed, special_tokens: As for `TFLiteCausalLM.generate`. What stops the
-                continuation is not kept: in a chat, begin the next text with it.
+            sampler: As for `TFLiteCausalLM.generate`, as are all arguments behind it. What stops
+                the continuation is not kept: in a chat, begin the next text with it.
 
         Returns:
             The continuation.
@@ -100,7 +100,7 @@ class Session:
         ends a stream that is still open.
 
         Args:
-            text, max_new_tokens, sampler, stop, seed, special_tokens: As for `generate`.
+            text: As for `generate`, as are all arguments behind it.
 
         Yields:
             Pieces of text: whole characters, and nothing of a stop text.
@@ -123,7 +123,7 @@ class Session:
 
         Args:
             tokens: The whole text.
-            max_new_tokens, seed: As for `stream`.
+            max_new_tokens: As for `stream`, as is `seed`.
             sampler: The samplers.
             stop: What ends the continuation.
 

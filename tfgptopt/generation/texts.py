@@ -212,7 +212,7 @@ class TextMaker:
         """Returns a text that begins with a prompt.
 
         Args:
-            prompt, sampler, stop, seed, constraint: As for `TFLiteCausalLM.generate`.
+            prompt: As for `TFLiteCausalLM.generate`, as are `sampler` and what is behind it.
             max_new_tokens: Most tokens of the continuation; `None` for the rest of the context.
 
         Raises:
@@ -235,7 +235,7 @@ class TextMaker:
 
         Args:
             messages: Dictionaries of `role` and `content`.
-            max_new_tokens, sampler, stop, seed, constraint: As for `from_prompt`.
+            max_new_tokens: As for `from_prompt`, as are all arguments behind it.
 
         Raises:
             ValueError: As `TFLiteCausalLM.generate`, and if the file has no template, or that
