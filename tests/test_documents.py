@@ -2,147 +2,185 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-import nbformat
+import keras_hub
 import numpy as np
 import pytest
 import yaml
+from shown import fill_folder, names_of, small_gemma, small_gpt
 
 import tfgptopt
+from tfgptopt.data import load_corpus
+from tfgptopt.quantization import Int4, Int8
 
 ROOT = Path(__file__).parent.parent
 
 
-def blocks(path: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text("utf-8"), re.S)
+def blocks(path: Path, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text("utf-8"), re.S)
 
 
-def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md")) if blocks(path)}
+# They need an engine, a server, or no package at all: test_litertlm, test_server, and below.
+ELSEWHERE = {"litertlm.md", "serving.md", "tflite_format.md"}
+# Their files answer with text, so that the model has its tokenizer.
+WITH_TEXT = {"index.md", "generation.md", "evaluation.md"}
+# Numbers of examples for which a tiny model has no room, and tests no time.
+SMALLER = [
+    ("begin_step=100, end_step=800", "begin_step=2, end_step=6, frequency=1"),
+    ("begin_step=100, end_step=900, frequency=50", "begin_step=2, end_step=6, frequency=1"),
+    ("begin_step=200, end_step=800, frequency=50", "begin_step=2"),
+    ("port=9464", "port=0"),
+    ("steps_per_epoch=1000", "steps_per_epoch=3"),
+    ("load_corpus()", "load_corpus('notes', vocabulary_size=300)"),
+    ("depth=2, feedforward=0.75", "depth=1, feedforward=0.75"),
+    ("sequence_length=512", "sequence_length=64"),
+    ("max_length=64", "max_length=48"),
+    ("4, 4, 256, 1024, max_sequence", "2, 2, 32, 64, max_sequence"),
+    ("bits=5.0", "bits=6.0"),
+    ("max_new_tokens=40", "max_new_tokens=4"),
+]  # fmt: skip
+# What must have come of a page, printed or written.
+SEEN = {
+    "index.md": ["import os\n", "gpt.tflite"],
+    "distillation.md": ["student.tflite", "teacher-says/recording.json"],
+    "evaluation.md": ["file: perplexity"],
+    "monitoring.md": ["'gradient_norm': ", "logs/metrics.jsonl"],
+    "pruning.md": ["50.0% zeros in pruned weights", "gpt.tflite"],
+    "quantization.md": ["bits.png"],
+    "reloading.md": ["gpt.tflite", "small_gpt/recipe.yaml", "run"],
+    "saved_model.md": ["(2, 300)"],
+    "shrinking.md": ["1 layers, width 64, 2 heads of 32"],
+}
 
 
-def test_the_readmes_example(tmp_path, text_files):
-    code = blocks("README.md")[0]
-    assert "load_corpus()" in code and "steps_per_epoch=1000" in code
-    small = code.replace("load_corpus()", f"load_corpus({str(text_files)!r}, vocabulary_size=300)")
-    small = small.replace("steps_per_epoch=1000", "steps_per_epoch=3")
-    printed = run("import warnings; warnings.simplefilter('ignore')\n" + small, tmp_path).stdout
-    assert "import os" in printed
-    assert (tmp_path / "gpt.tflite").is_file()
+@pytest.fixture(scope="module")
+def corpus(text_files):
+    source = text_files / "scanner.py"
+    return load_corpus(source, vocabulary_size=300, sequence_length=32, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def folder(corpus, text_files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documents")
+    fill_folder(folder, corpus, text_files)
+    return folder
+
+
+def run_blocks(codes: list[str], names: dict, make_gpt: Callable | None = None) -> None:
+    """Runs blocks one after the other, each with a model as it was at first."""
+    from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
+
+    from tfgptopt.pruning import PolynomialDecay
+
+    schedule = PolynomialDecay(0.0, 0.5, 1, 4, frequency=1)
+    names |= {"Pruning": Pruning, "QuantizationAwareTraining": QuantizationAwareTraining}
+    names |= {"Int4": Int4, "Int8": Int8, "schedule": schedule}
+    for code in codes:
+        if make_gpt is not None:
+            names["gpt"] = names["model"] = make_gpt()
+        for large, small in SMALLER:
+            code = code.replace(large, small)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            exec(compile(code, "document", "exec"), names)
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if name not in ELSEWHERE])
+def test_the_examples_of_a_page_run(page, corpus, folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def make_gpt():
+        if page == "data.md":
+            return small_gemma()
+        gpt = small_gpt(corpus, 2)
+        if page in WITH_TEXT:
+            gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
+        if page == "reloading.md":
+            tfgptopt.quantize_aware(gpt, Int8())
+        return gpt
+
+    names = names_of(make_gpt(), corpus, folder) | {"data": corpus.train.take(8)}
+    if page == "saved_model.md":
+        tfgptopt.export(names["gpt"], "folder")
+    if page not in ("evaluation.md", "generation.md"):
+        (tmp_path / "gpt.tflite").unlink()
+    codes = blocks(PAGES[page])
+    if page == "generation.md":
+        tfgptopt.export(small_gemma(), "gemma.tflite")
+        codes.append("lm = tfgptopt.TFLiteCausalLM('gemma.tflite')\n" + codes.pop())
+    run_blocks(codes, names, make_gpt)
+    printed = capsys.readouterr().out
+    for seen in SEEN.get(page, []):
+        assert seen in printed or (tmp_path / seen).exists(), printed
+
+
+def test_the_readmes_examples(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder / "notes", tmp_path / "notes")
+    monkeypatch.chdir(tmp_path)
+    first, second = blocks(ROOT / "README.md")
+    names: dict = {}
+    run_blocks([first], names)
+    run_blocks([second], names, lambda: small_gpt(names["corpus"], 2))
+    assert "import os" in capsys.readouterr().out
+    assert Path("gpt.tflite").is_file() and Path("small.tflite").is_file()
+
+
+@pytest.mark.parametrize(
+    "line",
+    sorted(
+        {
+            line.split("#")[0].strip()
+            for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+            for code in blocks(path, "sh")
+            for line in code.splitlines()
+            if line.startswith("tfgptopt ")
+        }
+    ),
+)
+def test_commands_that_documents_show_have_these_options(line):
+    import typer
+
+    from tfgptopt.cli.main import app
+
+    _, name, *words = shlex.split(line)
+    command = typer.main.get_command(app).commands[name]
+    assert command.make_context(name, words).args == []  # Raises where it does not know an option.
 
 
 def test_a_consumer_without_this_package_generates_the_same_text(trained, tmp_path):
     path = tfgptopt.export(trained, tmp_path / "gpt.tflite")
-    (code,) = blocks("docs/tflite_format.md")
+    (code,) = blocks(PAGES["tflite_format.md"])
     assert "import tfgptopt" not in code
-    printed = run("import sys; sys.modules['tfgptopt'] = None\n" + code, tmp_path).stdout
+    result = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['tfgptopt'] = None\n" + code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=dict(os.environ),
+    )
+    assert result.returncode == 0, result.stderr
     lm = tfgptopt.TFLiteCausalLM(path)
-    assert printed.rstrip("\n") == lm.generate("import os\n").rstrip("\n")
-
-
-def test_the_examples_of_generation(trained, tmp_path):
-    tfgptopt.export(trained, tmp_path / "gpt.tflite")
-    code, *_ = blocks("docs/generation.md")  # The others run with a model for chats.
-    small = re.sub(r"max_length=\d+", "max_length=24", code)
-    printed = run("import sys; sys.modules['keras'] = None\n" + small, tmp_path).stdout
-    assert printed.startswith("import os\n")
-
-
-def test_the_examples_of_many_texts_and_saved_models(
-    trained, corpus, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    code = next(block for block in blocks("docs/generation.md") if "batch_sizes" in block)
-    exec(code, {"gpt": trained, "tfgptopt": tfgptopt})
-    assert len(capsys.readouterr().out.splitlines()) >= 3
-    tfgptopt.export(trained, "folder")
-    (code,) = blocks("docs/saved_model.md")
-    exec(code, {})
-    (evaluating,) = blocks("docs/evaluation.md")
-    tfgptopt.export(trained, "gpt.tflite")
-    exec(evaluating, {"gpt": trained, "tfgptopt": tfgptopt, "corpus": corpus})
-    assert f"(2, {trained.backbone.vocabulary_size})" in capsys.readouterr().out
-
-
-# What the examples of techniques find: a model and data.
-A_MODEL = f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
-from conftest import make_gpt, random_batch
-import tensorflow as tf, tfgptopt
-gpt = make_gpt()
-gpt.compile(optimizer="adam")
-data = tf.data.Dataset.from_tensors(random_batch()).repeat(8)
-"""
-
-
-def test_the_example_of_pruning(tmp_path):
-    code, penalized = blocks("docs/pruning.md")
-    small = code.replace("begin_step=100, end_step=900, frequency=50", "begin_step=2, end_step=6")
-    assert small != code
-    small = small.replace("end_step=6", "end_step=6, frequency=1")
-    printed = run(A_MODEL + small, tmp_path).stdout
-    assert "50.0% zeros in pruned weights" in printed
-    assert (tmp_path / "gpt.tflite").is_file()
-    small = penalized.replace("begin_step=200, end_step=800, frequency=50", "begin_step=2")
-    assert small != penalized
-    run(A_MODEL + small + "\nprint(tfgptopt.pruning.report(gpt))", tmp_path)
-
-
-def test_the_example_of_monitoring(tmp_path):
-    (code,) = blocks("docs/monitoring.md")
-    small = code.replace("port=9464", "port=0").replace("model.fit", "gpt.fit")
-    assert small != code
-    assert "'gradient_norm': " in run(A_MODEL + small, tmp_path).stdout
-    assert len((tmp_path / "logs/metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_the_examples_of_distillation_and_shrinking(tmp_path):
-    live, recorded = blocks("docs/distillation.md")
-    (shrinking,) = blocks("docs/shrinking.md")
-    printed = run("\n".join((A_MODEL, live, recorded, shrinking)), tmp_path).stdout
-    assert "1 layers, width 32, 2 heads of 16, 32 neurons" in printed
-    assert (tmp_path / "student.tflite").is_file()
-    assert (tmp_path / "teacher-says" / "recording.json").is_file()
+    assert result.stdout.rstrip("\n") == lm.generate("import os\n").rstrip("\n")
 
 
 def test_the_recipe_of_shrinking():
-    page = (ROOT / "docs/shrinking.md").read_text("utf-8")
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    (text,) = blocks(PAGES["shrinking.md"], "yaml")
     recipe = tfgptopt.Recipe.from_config(yaml.safe_load(text))
     names = [type(technique).__name__ for technique in recipe.techniques]
     assert names == ["Shrink", "Distill", "Prune", "QuantizeAware"]
 
 
-@pytest.mark.slow
-def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
-    from nbclient import NotebookClient
-
-    monkeypatch.setenv("STEPS", "40")
-    notebook = nbformat.read(ROOT / "notebooks/quickstart.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
-    NotebookClient(
-        notebook,
-        timeout=280,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
-    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-
-
 def test_what_contributing_shows_is_short_python():
-    codes = blocks("CONTRIBUTING.md")
+    codes = blocks(ROOT / "CONTRIBUTING.md")
     assert len(codes) == 5
     for code in codes:
         compile(code, "CONTRIBUTING.md", "exec")

@@ -14,11 +14,10 @@ import keras
 import keras_hub
 import numpy
 import pytest
-import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
+from shown import fill_folder, names_of, small_gpt
 from test_house import MODULES
 
-import tfgptopt
 from tfgptopt import families
 from tfgptopt.data import load_corpus
 from tfgptopt.exporting import formats
@@ -76,29 +75,10 @@ def corpus(text_files):
     return load_corpus(source, vocabulary_size=300, sequence_length=32, batch_size=4)
 
 
-def small_gpt(corpus, layers: int = 1):
-    keras.utils.set_random_seed(0)
-    backbone = keras_hub.models.GPT2Backbone(
-        corpus.tokenizer.vocabulary_size(), layers, 2, 64, 128, 0.0, max_sequence_length=128
-    )
-    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=32)
-    gpt = keras_hub.models.GPT2CausalLM(backbone, preprocessor)
-    gpt.compile(optimizer="adam", sampler="greedy", weighted_metrics=[])
-    gpt.preprocessor = None  # Examples train on windows of tokens.
-    return gpt
-
-
 @pytest.fixture(scope="module")
 def folder(corpus, text_files, tmp_path_factory):
-    """A folder with what examples read: a file, a preset, notes."""
     folder = tmp_path_factory.mktemp("examples")
-    gpt = small_gpt(corpus)
-    gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
-    tfgptopt.export(gpt, folder / "gpt.tflite")
-    gpt.save_to_preset(str(folder / "small_gpt"))
-    (folder / "notes").mkdir()
-    for path in text_files.rglob("*.py"):
-        shutil.copy(path, folder / "notes" / f"{path.stem}.md")
+    fill_folder(folder, corpus, text_files)
     return folder
 
 
@@ -113,31 +93,18 @@ def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
         code = code.replace(large, small)
     if "export(" in code:
         (tmp_path / "gpt.tflite").unlink()
-    names = {
+    gpt = small_gpt(corpus, 2 if "shrink" in name else 1)
+    names = names_of(gpt, corpus, folder) | {
         "ClassVar": ClassVar,
         "dataclasses": dataclasses,
         "numpy": numpy,
         "schema": schema,
-        "keras": keras,
-        "keras_hub": keras_hub,
-        "tf": tf,
-        "tfgptopt": tfgptopt,
-    }
-    for room in (*_ROOMS, name.rpartition(".")[0].removeprefix("tfgptopt.")):
-        exec(f"from tfgptopt.{room} import *", names)
-    gpt = small_gpt(corpus, 2 if "shrink" in name else 1)
-    names |= {
-        "gpt": gpt,
-        "model": gpt,
         "layer": gpt.layers[-1],
         "MyBackbone": type("MyBackbone", (keras.Model,), {}),
         "MyAttention": type("MyAttention", (keras.layers.Layer,), {}),
-        "corpus": corpus,
-        "data": corpus.train.take(4),
-        "windows": corpus.train.take(8),
-        "validation": corpus.validation,
-        "lm": tfgptopt.TFLiteCausalLM(folder / "gpt.tflite"),
     }
+    for room in (*_ROOMS, name.rpartition(".")[0].removeprefix("tfgptopt.")):
+        exec(f"from tfgptopt.{room} import *", names)
     if ".generate(" in code and "export(" in code:
         gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
     if "student" in code:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tfgptopt.recipe.summarizing import summary as summary
     from tfgptopt.shrinking import shrink as shrink
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "Distiller": "tfgptopt.distillation",

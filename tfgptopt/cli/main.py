@@ -14,6 +14,7 @@ from rich.markup import escape
 from tfgptopt.cli.bench import bench
 from tfgptopt.cli.chat import chat
 from tfgptopt.cli.demo import demo
+from tfgptopt.cli.doctor import doctor
 from tfgptopt.cli.evaluate import evaluate
 from tfgptopt.cli.export import export
 from tfgptopt.cli.generate import generate
@@ -44,6 +45,7 @@ for command in (
     serve,
     monitoring,
     bench,
+    doctor,
 ):
     app.command()(command)
 

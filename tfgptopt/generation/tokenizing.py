@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-import sentencepiece
 import tokenizers
 
 
@@ -51,6 +50,8 @@ class SentencePiece:
     prefixed: bool
 
     def __init__(self, proto: bytes, special: Sequence[str] = ()) -> None:
+        import sentencepiece  # Small devices leave it out where no file needs it.
+
         self._proto = proto
         self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=proto)
         self.size: int = self._model.vocab_size()
@@ -65,6 +66,7 @@ class SentencePiece:
     def _plain(self) -> Any:
         """The model to which its special tokens are text like any other."""
         # It takes memory, and few texts need it.
+        import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
         schema: Any = sentencepiece_model_pb2

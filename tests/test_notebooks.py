@@ -1,0 +1,53 @@
+"""Runs the cells of the notebooks, with few steps on a small text."""
+
+from pathlib import Path
+
+import keras
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+
+NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+# Steps, and how many figures are to be drawn.
+SETTINGS = {
+    "deploy": (8, 1),
+    "fine_tune_chats": (30, 1),
+    "from_tfmot": (20, 1),
+    "monitoring_and_choosing": (20, 2),
+    "pruning": (8, 1),
+    "quantization": (8, 1),
+    "quickstart": (20, 2),
+    "several_gpus_and_resuming": (16, 1),
+    "shrink_and_distill": (10, 2),
+}
+
+
+def test_every_notebook_is_listed_and_kept_without_outputs():
+    assert {path.stem for path in NOTEBOOKS.glob("*.ipynb")} == set(SETTINGS)
+    page = (NOTEBOOKS.parent / "docs/notebooks.md").read_text("utf-8")
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        assert f"`{path.name}`" in page
+        for cell in nbformat.read(path, as_version=4).cells:
+            assert not cell.get("outputs") and not cell.get("execution_count")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_notebook_runs_from_top_to_bottom(name, text_files, tmp_path, monkeypatch):
+    steps, figures = SETTINGS[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STEPS", str(steps))
+    monkeypatch.setenv("TEXT", str(text_files))
+    plt.switch_backend("agg")
+    shown = []
+    monkeypatch.setattr(plt, "show", lambda: shown.extend(plt.get_fignums()) or plt.close("all"))
+    names = {"__name__": "notebook"}
+    try:
+        for cell in nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4).cells:
+            if cell.cell_type == "code":
+                code = cell.source.replace("%pip install", "pass  # ")
+                exec(compile(code, f"{name}.ipynb", "exec"), names)
+    finally:
+        keras.backend.clear_session()
+        plt.close("all")
+    assert len(shown) == figures
