@@ -2,8 +2,12 @@ VENV := .venv
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+# Rooms whose tests need seconds; `make test` runs all.
+QUICK := tests/test_house.py tests/test_packaging.py tests/file tests/terminal tests/decoder \
+	tests/pruning/test_patterns.py tests/pruning/test_schedules.py \
+	tests/quantization/test_rounding.py tests/generation/test_samplers.py
 
-.PHONY: demo test clean
+.PHONY: demo test check docs notebooks clean
 
 demo: $(STAMP)
 	$(VENV)/bin/tfgptopt demo --force
@@ -13,6 +17,18 @@ test: $(TEST_STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/pytest -q
+
+check: $(TEST_STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -q -m "not slow" $(QUICK)
+
+docs: $(TEST_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build -q
+
+notebooks: $(TEST_STAMP)
+	$(VENV)/bin/jupyter execute notebooks/*.ipynb
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
