@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -18,6 +19,9 @@ from tfgptopt.cli.shared import (
     print_size,
     read_text,
 )
+
+if TYPE_CHECKING:
+    import keras
 
 # Windows that tell which parts matter, and how many at once.
 _CALIBRATION_ROWS, _AT_ONCE = 64, 4
@@ -61,6 +65,7 @@ def shrink(
     width: Annotated[float | None, _option("Features of the residual stream")] = None,
     vocabulary: Annotated[float | None, _option("Tokens")] = None,
     context: Annotated[float | None, _option("Positions")] = None,
+    experts: Annotated[float | None, _option("Experts of a mixture")] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="Text to measure perplexity on, before and after.")
     ] = None,
@@ -83,6 +88,7 @@ def shrink(
         "width": width,
         "vocabulary": vocabulary,
         "context": context,
+        "experts": experts,
         "parameters": parameters,
         "latency": latency,
     }
@@ -114,18 +120,12 @@ def shrink(
         )
 
 
-def _table(model: object, small: object) -> Table:
+def _table(model: keras.Model, small: keras.Model) -> Table:
     """Returns shapes and sizes, before and after."""
-    from dataclasses import asdict
-
-    from tfgptopt.shrinking.shapes import count_parameters, shape_of
-
+    old, new = _sizes(model), _sizes(small)
     table = Table("", padding=(0, 1))
     for heading in ("before", "after", "kept"):
         table.add_column(heading, justify="right")
-    old, new = asdict(shape_of(model)), asdict(shape_of(small))
-    old["weights"] = count_parameters(model, shape_of(model))
-    new["weights"] = count_parameters(small, shape_of(small))
     for name, before in old.items():
         after = new[name]
         if before:
@@ -133,3 +133,14 @@ def _table(model: object, small: object) -> Table:
                 name.replace("_", " "), f"{before:,}", f"{after:,}", f"{after / before:.0%}"
             )
     return table
+
+
+def _sizes(model: keras.Model) -> dict[str, int]:
+    """Returns what a model has of all that can be cut, and its weights."""
+    from tfgptopt.families.mixtures import experts_of
+    from tfgptopt.shrinking.shapes import count_parameters, shape_of
+
+    if experts_of(model):
+        return {"experts": model.backbone.num_experts, "weights": model.count_params()}
+    shape = shape_of(model)
+    return {**dataclasses.asdict(shape), "weights": count_parameters(model, shape)}

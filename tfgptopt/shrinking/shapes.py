@@ -124,7 +124,7 @@ def check_depth_score(depth_score: Any) -> None:
         raise ValueError(f"`depth_score` must be 'influence' or 'loss'. Received: {depth_score!r}")
 
 
-def _absolute(name: str, wanted: Any, there: int, multiple: int = 1) -> int:
+def absolute(name: str, wanted: Any, there: int, multiple: int = 1) -> int:
     """Returns a number that was given as it is or as a share."""
     if isinstance(wanted, bool) or not isinstance(wanted, int | float):
         raise ValueError(
@@ -170,7 +170,7 @@ def resolve(model: keras.Model, **wanted: Any) -> Shape:
     for name in ("depth", "feedforward", "vocabulary", "context"):
         if wanted.get(name) is not None:
             multiple = period_of(model) if name == "depth" else 1
-            found = _absolute(name, wanted[name], getattr(old, name), multiple)
+            found = absolute(name, wanted[name], getattr(old, name), multiple)
             new = replace(new, **{name: found})
     period = period_of(model)
     if (old.depth - new.depth) % period:
@@ -192,7 +192,7 @@ def _with_heads(family: Layout, old: Shape, new: Shape, wanted: Any, name: str) 
         )
     tied, group = family.head_dim is None, old.heads // old.kv_heads
     if width is not None:
-        width = _absolute("width", width, old.width, old.head_dim if tied else 1)
+        width = absolute("width", width, old.width, old.head_dim if tied else 1)
         if tied and heads is None:
             if width % old.head_dim:
                 raise ValueError(
@@ -202,11 +202,11 @@ def _with_heads(family: Layout, old: Shape, new: Shape, wanted: Any, name: str) 
                 )
             heads = width // old.head_dim
     if kv_heads is not None:
-        kv_heads = _absolute("kv_heads", kv_heads, old.kv_heads)
+        kv_heads = absolute("kv_heads", kv_heads, old.kv_heads)
         heads = kv_heads * group if heads is None else heads
     if heads is not None:
         step = 1 if family.kv_heads is None else (kv_heads or 1)
-        heads = _absolute("heads", heads, old.heads, step)
+        heads = absolute("heads", heads, old.heads, step)
         if family.kv_heads is None:
             kv_heads = heads
         elif kv_heads is None:

@@ -13,6 +13,7 @@ from tfgptopt.model.current import has_adapters
 from tfgptopt.model.history import history_of, record
 from tfgptopt.model.types import Data
 from tfgptopt.quantization.layers import is_dressed
+from tfgptopt.shrinking.experts import experts_to_keep, fill_experts, make_with_experts
 from tfgptopt.shrinking.families import family_of
 from tfgptopt.shrinking.importance import Importance, importance
 from tfgptopt.shrinking.search import search
@@ -26,8 +27,13 @@ from tfgptopt.terminal.progress import Verbose, showing
 _MEASURED = ("depth", "heads", "kv_heads", "feedforward", "width", "vocabulary")
 
 
-def _check_model(model: keras.Model) -> None:
-    family_of(model)
+def _check_model(model: keras.Model, request: Shrink) -> None:
+    if request.experts is None:
+        family_of(model)
+    elif others := sorted(set(request.cuts()) - {"experts"}):
+        raise ValueError(
+            f"Of a mixture experts alone can be left out. Received: experts and {', '.join(others)}"
+        )
     if not isinstance(model, keras.Model):
         raise ValueError(f"`model` must be a Keras model. Received: {model!r}")
     dressed = any(is_dressed(layer) for layer in model._flatten_layers())
@@ -58,6 +64,7 @@ def shrink(
     latency: float | None = None,
     depth_score: str = "influence",
     verbose: Verbose = "auto",
+    experts: int | float | None = None,
 ) -> Any:
     """Returns a new, smaller model of the same class, made of the most important parts.
 
@@ -89,6 +96,8 @@ def shrink(
             `"influence"`.
         verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
             terminals and notebooks.
+        experts: Experts of each layer to keep, by how much of the tokens is routed to them. For
+            Mixtral, Qwen MoE, Qwen 3 MoE and GPT-OSS, of which nothing else can be cut.
 
     Returns:
         A model of the same class, uncompiled.
@@ -107,7 +116,6 @@ def shrink(
     Reference: Muralidharan et al., 2024, "Compact Language Models via Pruning and Knowledge
     Distillation" (https://arxiv.org/abs/2407.14679).
     """
-    _check_model(model)
     request = Shrink(
         depth=depth,
         heads=heads,
@@ -119,7 +127,9 @@ def shrink(
         parameters=parameters,
         latency=latency,
         depth_score=depth_score,
+        experts=experts,
     )
+    _check_model(model, request)
     with showing(verbose):
         small = _shrunk(model, request, calibration)
     record(small, *history_of(model), request)
@@ -128,6 +138,10 @@ def shrink(
 
 def _shrunk(model: keras.Model, request: Shrink, calibration: Data) -> Any:
     """Returns the smaller model that is asked for."""
+    if request.experts is not None:
+        small = make_with_experts(model, experts_to_keep(model, request.experts))
+        fill_experts(model, small, calibration)
+        return small
     if request.budget:
         found = importance(model, calibration, request.depth_score)
         return search(model, found, calibration, *request.budget, shrink_to)
@@ -154,7 +168,9 @@ def prepare(model: keras.Model, request: Shrink) -> Any:
     Raises:
         ValueError: If the family cannot have the shape.
     """
-    _check_model(model)
+    _check_model(model, request)
+    if request.experts is not None:
+        return make_with_experts(model, experts_to_keep(model, request.experts))
     shape = resolve(model, **request.cuts())
     preprocessor = shrink_preprocessor(getattr(model, "preprocessor", None), None, shape.context)
     with strategy_scope(model):
@@ -173,10 +189,13 @@ def fill(model: keras.Model, small: keras.Model, request: Shrink, calibration: D
     Raises:
         ValueError: If calibration data is missing or empty.
     """
-    _check_model(model)
-    found = _importance_for(model, request, calibration)
-    with strategy_scope(model):
-        operate(model, small, choose(model, shape_of(small), found), found)
+    _check_model(model, request)
+    if request.experts is not None:
+        fill_experts(model, small, calibration)
+    else:
+        found = _importance_for(model, request, calibration)
+        with strategy_scope(model):
+            operate(model, small, choose(model, shape_of(small), found), found)
     record(small, *history_of(model), request)
 
 

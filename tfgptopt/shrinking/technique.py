@@ -37,6 +37,7 @@ class Shrink:
     latency: float | None = None
     depth_score: str = "influence"
     vocabulary: int | float | None = None
+    experts: int | float | None = None
 
     def __post_init__(self) -> None:
         check_request(**self.cuts())
