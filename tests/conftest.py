@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Two workers share two cores: threads that wait for work would only take time from each other.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TFGPTOPT_WEIGHT_CACHE"] = "off"  # Tests leave the user's folders alone.
 
 import json.scanner
@@ -16,13 +20,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+gc.set_threshold(20_000, 10, 10)  # Traced graphs are many objects, and most of them stay.
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
 
 # Files that take longest begin, so that no worker is left alone with one of them at the end.
-_LONGEST = ("test_documents", "training/test_workers", "test_examples", "test_cli",
-            "test_own_model", "test_optimizing", "callbacks", "test_number_type_plugin",
+_LONGEST = ("test_documents", "test_notebooks", "training/test_workers", "test_examples",
+            "test_cli", "test_own_model", "test_optimizing", "callbacks", "test_number_type_plugin",
             "test_converting")  # fmt: skip
 
 

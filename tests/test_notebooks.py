@@ -17,8 +17,8 @@ SETTINGS = {
     "pruning": (8, 1),
     "quantization": (8, 1),
     "quickstart": (20, 2),
-    "several_gpus_and_resuming": (16, 1),
-    "shrink_and_distill": (10, 2),
+    "several_gpus_and_resuming": (12, 1),
+    "shrink_and_distill": (10, 1),
 }
 
 

@@ -3,9 +3,11 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 
@@ -46,6 +48,50 @@ assert dict(os.environ) == before[0]
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     assert run("import tfgptopt").stderr == ""
+
+
+def test_the_runtime_needs_no_more_than_its_requirements(trained, tmp_path):
+    import tfgptopt
+
+    file = tfgptopt.export(trained, tmp_path / "gpt.tflite")
+    alone = tmp_path / "packages"
+    alone.mkdir()
+    (alone / "tfgptopt").symlink_to(ROOT / "tfgptopt")
+    lines = (ROOT / "requirements-runtime.txt").read_text("utf-8").splitlines()
+    for requirement in (Requirement(line) for line in lines if not line.startswith("#")):
+        for path in metadata.files(requirement.name):
+            top = alone / path.parts[0]
+            if path.parts[0] not in ("..", "__pycache__") and not top.exists():
+                top.symlink_to(metadata.distribution(requirement.name).locate_file(path.parts[0]))
+    code = f"""
+import sys; sys.path[:] = [p for p in sys.path if "site-packages" not in p] + [{str(alone)!r}]
+import tfgptopt
+lm = tfgptopt.TFLiteCausalLM({str(file)!r})
+print(lm.generate("import os\\n", max_length=24), end="")
+assert lm.chat(template="chatml").messages == []
+"""
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == tfgptopt.TFLiteCausalLM(file).generate("import os\n", max_length=24)
+
+
+def test_doctor_says_what_is_missing(monkeypatch, capsys):
+    from tfgptopt.cli.main import run_command
+    from tfgptopt.job import doctor
+
+    assert run_command(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "tensorflow" in shown and "All is well." in shown
+    found = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name == "keras" else found(name))
+    monkeypatch.setenv("TFGPTOPT_WEIGHT_CACHE", "/proc/nowhere")
+    problems = {finding.name: finding.problem for finding in doctor.examine() if finding.problem}
+    assert "pip install 'keras>=3.15'" in problems["keras"]
+    assert "start Python" in problems["keras"]
+    assert "set TFGPTOPT_WEIGHT_CACHE to another folder" in problems["cache of packed weights"]
+    assert run_command(["doctor"]) == 1
 
 
 def test_another_backend_is_named_with_what_to_do(tmp_path):
