@@ -62,15 +62,15 @@ SEEN = {
 
 
 @pytest.fixture(scope="module")
-def corpus(text_files):
+def few_windows(text_files):
     source = text_files / "scanner.py"
     return load_corpus(source, vocabulary_size=300, sequence_length=32, batch_size=4)
 
 
 @pytest.fixture(scope="module")
-def folder(corpus, text_files, tmp_path_factory):
+def folder(few_windows, text_files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("documents")
-    fill_folder(folder, corpus, text_files)
+    fill_folder(folder, few_windows, text_files)
     return folder
 
 
@@ -94,21 +94,21 @@ def run_blocks(codes: list[str], names: dict, make_gpt: Callable | None = None) 
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if name not in ELSEWHERE])
-def test_the_examples_of_a_page_run(page, corpus, folder, tmp_path, monkeypatch, capsys):
+def test_the_examples_of_a_page_run(page, few_windows, folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
     def make_gpt():
         if page == "data.md":
             return small_gemma()
-        gpt = small_gpt(corpus, 2)
+        gpt = small_gpt(few_windows, 2)
         if page in WITH_TEXT:
-            gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
+            gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(few_windows.tokenizer)
         if page == "reloading.md":
             tfgptopt.quantize_aware(gpt, Int8())
         return gpt
 
-    names = names_of(make_gpt(), corpus, folder) | {"data": corpus.train.take(8)}
+    names = names_of(make_gpt(), few_windows, folder) | {"data": few_windows.train.take(8)}
     if page == "saved_model.md":
         tfgptopt.export(names["gpt"], "folder")
     if page not in ("evaluation.md", "generation.md"):

@@ -217,10 +217,13 @@ def test_export_offers_every_setting_of_the_formats(tmp_path):
 
 def test_settings_of_a_format_reach_the_file(preset, tmp_path):
     path = tmp_path / "gpt.tflite"
+    (tmp_path / "turns.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     options = ("--context-length", 24, "--cache-dtype", "int8")
-    result = run("export", preset, path, *options)
+    result = run("export", preset, path, *options, "--chat-template", tmp_path / "turns.jinja")
     assert result.returncode == 0, result.stderr
-    decoder = tfgptopt.TFLiteCausalLM(path).metadata.decoder
+    metadata = tfgptopt.TFLiteCausalLM(path).metadata
+    assert metadata.chat.template.startswith("{% for m in messages")
+    decoder = metadata.decoder
     assert (decoder.context_length, decoder.cache_dtype) == (24, "int8")
 
 

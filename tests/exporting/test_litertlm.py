@@ -12,7 +12,7 @@ from exporting.test_mixtures import MIXTURES
 from exporting.test_mixtures import make as make_mixture
 
 import tfgptopt
-from tfgptopt.data import set_template
+from tfgptopt.data import set_template, template_of
 from tfgptopt.exporting import LiteRTLM
 from tfgptopt.generation import ChatTemplate, TFLiteCausalLM
 from tfgptopt.generation.templates import KNOWN
@@ -124,9 +124,10 @@ def test_a_chat_of_two_turns(growing, tmp_path):
 
     def chat_ending_with(stop):
         source = TURNS.replace("STOP", stop)
-        set_template(model, ChatTemplate(source, (stop,), PAIRS[150 - 34], "Bf"))
-        settings = LiteRTLM(growing_cache=growing)
-        path = tfgptopt.export(model, tmp_path / "gpt.litertlm", settings, overwrite=True)
+        template = ChatTemplate(source, (stop,), PAIRS[150 - 34], "Bf")
+        path, settings = tmp_path / "gpt.litertlm", LiteRTLM(growing_cache=growing)
+        tfgptopt.export(model, path, settings, overwrite=True, chat_template=template)
+        assert template_of(model) != template
         return TFLiteCausalLM(path).chat(), engine_of(path)
 
     chat, _ = chat_ending_with("Be")

@@ -114,6 +114,16 @@ def test_greedy_answers_are_those_of_the_runtime(client, lm):
     assert text == lm.generate("What is", max_length=len(ids) + 20, strip_prompt=True)
 
 
+def test_the_example_of_the_page(address, lm, capsys):
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    code = code.replace("http://127.0.0.1:8000", address).replace('"none"', repr(KEY))
+    code = code.replace("stream=True", "stream=True, temperature=0, max_tokens=12")
+    exec(code, {})
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    assert capsys.readouterr().out == lm.chat().generate(question, max_new_tokens=12)
+
+
 def test_seeds_stops_several_choices_and_token_ids(client, lm):
     settings = {"model": "gemma", "max_tokens": 24, "seed": 5, "temperature": 0.9, "top_p": 0.9}
     first, second = (

@@ -35,6 +35,10 @@ def export(
         str | None,
         typer.Option(help="TFLite: preset of a smaller model that guesses, in the same file."),
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(help="gemma, chatml, ..., or a file of Jinja. Default: the model's own."),
+    ] = None,
     growing_cache: Annotated[
         bool, typer.Option("--growing-cache", help="LiteRTLM: the cache grows with a text.")
     ] = False,
@@ -60,5 +64,8 @@ def export(
     model = load(preset)
     if loaded:
         loaded.replay(model)
-    tfgptopt.export(model, path, format, force, draft=load(draft) if draft else None)
+    if chat_template is not None and Path(chat_template).is_file():
+        chat_template = Path(chat_template).read_text("utf-8")
+    guesses = load(draft) if draft else None
+    tfgptopt.export(model, path, format, force, draft=guesses, chat_template=chat_template)
     print_size(path)

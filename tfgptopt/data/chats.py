@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,20 @@ def set_template(model: keras.Model, template: ChatTemplate | str | None) -> Non
         template: A `ChatTemplate`, the name of a known one, Jinja, or `None` to take it away.
     """
     setattr(model, _ATTRIBUTE, None if template is None else get_template(template))
+
+
+@contextlib.contextmanager
+def with_template(model: keras.Model, template: ChatTemplate | str | None) -> Iterator[None]:
+    """Gives a model a chat template for a while; with `None` it keeps what it has."""
+    if template is None:
+        yield
+        return
+    before = getattr(model, _ATTRIBUTE, None)
+    set_template(model, template)
+    try:
+        yield
+    finally:
+        set_template(model, before)
 
 
 def template_of(model: keras.Model) -> ChatTemplate | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import keras
 
+from tfgptopt.data.chats import ChatTemplate, with_template
 from tfgptopt.exporting.formats import Format, check_format, format_of, register_format
 from tfgptopt.exporting.litertlm.format import LiteRTLM
 from tfgptopt.exporting.saved_model.format import SavedModel
@@ -29,6 +30,7 @@ def export(
     overwrite: bool = False,
     verbose: Verbose = "auto",
     draft: keras.Model | None = None,
+    chat_template: ChatTemplate | str | None = None,
 ) -> Path:
     """Exports a model as TFLite (a name that ends with `.tflite`), LiteRT-LM (`.litertlm`) or
     SavedModel (a folder).
@@ -47,6 +49,8 @@ def export(
         draft: A smaller model of the same tokens, which a `.tflite` file carries to guess what the
             model says: `generate(prompt, speculative="auto")`. Weights that both have are in the
             file once, so that one with fewer layers of the same adds little. Defaults to `None`.
+        chat_template: What `.tflite` and `.litertlm` files write messages by: a `ChatTemplate`, the
+            name of a known one, or Jinja. Defaults to `None`: that of the model.
 
     Returns:
         `path`, as a `pathlib.Path`.
@@ -80,6 +84,9 @@ def export(
         write = partial(chosen.write, model, draft=draft)
     else:
         raise ValueError(f"A `draft` is for `.tflite` files. Received: '{target}'")
-    with showing(verbose), stage(f"Writing {target.name}"), replacing(target) as temporary:
+    if chat_template is not None and isinstance(chosen, SavedModel):
+        raise ValueError(f"A SavedModel has no chat template. Received: {chat_template!r}")
+    saying = with_template(model, chat_template)
+    with showing(verbose), saying, stage(f"Writing {target.name}"), replacing(target) as temporary:
         write(temporary)
     return target
