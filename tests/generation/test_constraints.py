@@ -119,3 +119,20 @@ def test_bad_constraints_say_what_is_wrong(byte_pairs, gpt, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ImportError, match=r"pip install 'tfgptopt\[constraints\]'"):
         Regex("a")
+
+
+@pytest.mark.parametrize("speculative", [None, "auto"])
+def test_a_turn_of_a_session_or_chat_has_a_form(lm, speculative):
+    session = lm.session(speculative)
+    answer = session.generate("x", constraint=Regex("(yes|no)[0-9]"))
+    assert re.fullmatch("(yes|no)[0-9]", answer)
+    free = session.generate(" so ", max_new_tokens=3)  # The form was of that turn.
+    assert session.text == "x" + answer + " so " + free
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}:"
+    chat = lm.chat(template=turns, speculative=speculative)
+    for _ in range(2):
+        said = chat.generate("say", constraint=Regex("a[bc]"), sampler=TopK(20), seed=1)
+        assert said in ("ab", "ac") and chat.messages[-1]["content"] == said
+    for turn in (session, chat):
+        with pytest.raises(ValueError, match="complete at the end token"):
+            turn.generate("x", stop=None, constraint=Regex("a"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tfgptopt.generation import samplers
 from tfgptopt.generation.codec import Codec, Stop, StopLike
+from tfgptopt.generation.constraints import Constraint, check_ends
 from tfgptopt.generation.session import Session
 from tfgptopt.generation.templates import (
     ChatTemplate,
@@ -59,6 +60,7 @@ class Chat:
         sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
         stop: StopLike = "auto",
         seed: int | None = None,
+        constraint: Constraint | None = None,
     ) -> str:
         """Appends a message, and returns the answer, which is appended too.
 
@@ -69,6 +71,8 @@ class Chat:
             sampler: As for `TFLiteCausalLM.generate`, as is `seed`.
             stop: `"auto"` for the tokens that end a turn; texts and token ids, or `None`, as for
                 `TFLiteCausalLM.generate`. Defaults to `"auto"`.
+            constraint: What the answer must be, as for `TFLiteCausalLM.generate`. Defaults to
+                `None`.
 
         Returns:
             The answer.
@@ -78,7 +82,7 @@ class Chat:
                 not fit into the context, or an argument is out of range. The chat is then as it
                 was.
         """
-        return "".join(self.stream(message, max_new_tokens, sampler, stop, seed))
+        return "".join(self.stream(message, max_new_tokens, sampler, stop, seed, constraint))
 
     def stream(
         self,
@@ -87,6 +91,7 @@ class Chat:
         sampler: str | samplers.Sampler | Sequence[samplers.Sampler] = "greedy",
         stop: StopLike = "auto",
         seed: int | None = None,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """Appends a message, and yields the answer as it comes.
 
@@ -104,9 +109,11 @@ class Chat:
         new = [{"role": "user", "content": message}] if isinstance(message, str) else message
         messages = [*self.messages, *check_messages(new)]
         chosen, ends = samplers.get(sampler), answer_ends(self._codec, self._template, stop)
+        if constraint is not None:
+            check_ends(ends, self._codec, stop)
         prompt = self._template.render(shielded(messages), add_generation_prompt=True)
         tokens = self._encoded(prompt)
-        answer = self._session.begin(tokens, max_new_tokens, chosen, ends, seed)
+        answer = self._session.begin(tokens, max_new_tokens, chosen, ends, seed, constraint)
         self.messages = messages
         self._written = prompt
         self._turn = self._pieces(answer)

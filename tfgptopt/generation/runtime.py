@@ -353,7 +353,7 @@ class TFLiteCausalLM:
             speculative: As for `generate`. Defaults to `None`.
         """
         decoding = self._decodings.get(speculative)
-        return Session(decoding, self._codec, self._engine.new_cache(), [])
+        return Session(decoding, self._codec, self.texts.matchers, self._engine.new_cache(), [])
 
     def chat(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from tfgptopt.generation import samplers
 from tfgptopt.generation.caches import Cache
 from tfgptopt.generation.codec import Codec, Stop, StopLike
+from tfgptopt.generation.constraints import Constraint, Matchers, check_ends
 from tfgptopt.generation.continuing import Continuation
 from tfgptopt.generation.decoding import Decoding
 
@@ -28,9 +29,15 @@ class Session:
     """
 
     def __init__(
-        self, decoding: Decoding, codec: Codec, cache: Cache, tokens: Sequence[int]
+        self,
+        decoding: Decoding,
+        codec: Codec,
+        matchers: Matchers,
+        cache: Cache,
+        tokens: Sequence[int],
     ) -> None:
         self._tokens = list(tokens)
+        self._matchers = matchers
         self._decoding = decoding
         self._codec = codec
         self._cache = cache
@@ -65,6 +72,7 @@ class Session:
         stop: StopLike = "auto",
         seed: int | None = None,
         special_tokens: bool = False,
+        constraint: Constraint | None = None,
     ) -> str:
         """Appends a text and its continuation to the session, and returns the continuation.
 
@@ -83,7 +91,9 @@ class Session:
                 or an argument is out of range. The session is then as it was.
             RuntimeError: If another thread is using the session.
         """
-        return "".join(self.stream(text, max_new_tokens, sampler, stop, seed, special_tokens))
+        return "".join(
+            self.stream(text, max_new_tokens, sampler, stop, seed, special_tokens, constraint)
+        )
 
     def stream(
         self,
@@ -93,6 +103,7 @@ class Session:
         stop: StopLike = "auto",
         seed: int | None = None,
         special_tokens: bool = False,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """Appends a text to the session, and yields its continuation as it comes.
 
@@ -106,10 +117,12 @@ class Session:
             Pieces of text: whole characters, and nothing of a stop text.
         """
         chosen, ends = samplers.get(sampler), self._codec.stop(stop)
+        if constraint is not None:
+            check_ends(ends, self._codec, stop)
         with self._lock:
             self._end_turn()
             tokens = self.tokens + self._encode(text, special_tokens)
-            return self._begin(tokens, max_new_tokens, chosen, ends, seed)
+            return self._begin(tokens, max_new_tokens, chosen, ends, seed, constraint)
 
     def begin(
         self,
@@ -118,6 +131,7 @@ class Session:
         sampler: Sequence[samplers.Sampler],
         stop: Stop,
         seed: int | None,
+        constraint: Constraint | None = None,
     ) -> Iterator[str]:
         """Continues tokens that take the place of the text so far; what is alike is not read again.
 
@@ -126,13 +140,14 @@ class Session:
             max_new_tokens: As for `stream`, as is `seed`.
             sampler: The samplers.
             stop: What ends the continuation.
+            constraint: What the continuation must be. Defaults to `None`.
 
         Yields:
             Pieces of text, as `stream`.
         """
         with self._lock:
             self._end_turn()
-            return self._begin(tokens, max_new_tokens, sampler, stop, seed)
+            return self._begin(tokens, max_new_tokens, sampler, stop, seed, constraint)
 
     def _begin(
         self,
@@ -141,10 +156,12 @@ class Session:
         sampler: Sequence[samplers.Sampler],
         stop: Stop,
         seed: int | None,
+        constraint: Constraint | None,
     ) -> Iterator[str]:
         """Begins to continue a text, which takes the place of the one so far."""
         length = self._length(len(tokens), max_new_tokens)
-        new = self._decoding.tokens(self._cache, tokens, length, sampler, seed)
+        held = None if constraint is None else self._matchers.matcher(constraint, tokens)
+        new = self._decoding.tokens(self._cache, tokens, length, sampler, seed, matcher=held)
         self._tokens = tokens
         self._continuation = Continuation(self._codec, tokens, stop)
         self._turn = self._continuation.pieces(new)
@@ -161,7 +178,7 @@ class Session:
         with self._lock:
             self._end_turn()
             cache = self._decoding.engine.copy_cache(self._cache)
-            return Session(self._decoding, self._codec, cache, self.tokens)
+            return Session(self._decoding, self._codec, self._matchers, cache, self.tokens)
 
     def _end_turn(self) -> None:
         """Ends a stream that is still open.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -153,16 +152,14 @@ class TextMaker:
 
     Attributes:
         prompts: Checks prompts.
+        matchers: Hold texts to constraints.
     """
 
     def __init__(self, codec: Codec, metadata: Metadata) -> None:
         self._codec, self._metadata = codec, metadata
         self._context_length = metadata.decoder.context_length
         self.prompts = Prompts(codec, self._context_length)
-
-    @functools.cached_property
-    def _matchers(self) -> Matchers:
-        return Matchers(self._codec, self._metadata)
+        self.matchers = Matchers(codec, metadata)
 
     def ends(self, stop: StopLike, constraint: Constraint | None) -> Stop:
         """Returns what ends a continuation.
@@ -197,7 +194,7 @@ class TextMaker:
             as_text: Whether its text is wanted. Defaults to `True`.
         """
         continuation = Continuation(self._codec, ids, ends, as_text)
-        matcher = None if constraint is None else self._matchers.matcher(constraint, ids)
+        matcher = None if constraint is None else self.matchers.matcher(constraint, ids)
         return Text(ids, length, chain, seed, continuation, matcher)
 
     def from_prompt(
