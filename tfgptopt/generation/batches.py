@@ -71,17 +71,17 @@ class Batch:
         self._cache = caches.new()
 
     def place(self, slot: int, cache: Cache, expected: int) -> None:
-        """Puts a text into a slot.
+        """Puts a text into a slot. Where there is but one, it goes on in the cache itself.
 
         Args:
             slot: The slot, whose text is forgotten.
-            cache: The cache of the text.
+            cache: The cache of the text. A batch of one writes into it, so that nothing else may
+                be read in it until the text is finished or another batch has taken it over.
             expected: Tokens that it will have.
         """
         with self._lock:
             if self.size == 1:
-                self._cache = self._caches.copy(cache)
-                self.tokens = [list(cache.tokens)]
+                self._cache, self.tokens = cache, [cache.tokens]
                 return
             self._fit(max(cache.positions, len(cache.tokens) + 1), expected)
             begin = self._model.create_input_buffer_by_name(PLACE, START)
