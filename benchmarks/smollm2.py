@@ -36,7 +36,7 @@ from tfgptopt.callbacks import QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
-from tfgptopt.quantization import Int4, Int8, layers
+from tfgptopt.quantization import Int4, Int8, Rotate, layers, rotation
 
 LENGTH = 512
 
@@ -100,6 +100,7 @@ class Bench:
         """Brings back the float model."""
         if any(layers.is_dressed(layer) for layer in self.model._flatten_layers()):
             tfgptopt.finalize(self.model)
+        rotation.undo(self.model)
         for layer in self.model._flatten_layers():
             layers.forget(layer)
         for variable, value in zip(self.model.variables, self._weights, strict=True):
@@ -132,6 +133,14 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
         "int8, smoothquant": quantized(Int8(), "smoothquant"),
         "int8, smoothquant + awq + gptq": quantized(Int8(), everything),
     }
+    rows["int8, rotation"] = quantized(Int8(), "rotation")
+    rows["int8, rotation without down"] = quantized(Int8(), Rotate(down=None))
+    rows["int8, rotation + gptq"] = quantized(Int8(), ("rotation", "gptq"))
+    rows["int8, rotation + smoothquant + gptq"] = quantized(
+        Int8(), ("rotation", "smoothquant", "gptq")
+    )
+    rows["int4/32, rotation + gptq"] = quantized(Int4(block_size=32), ("rotation", "gptq"))
+    rows["int4/64, rotation + gptq"] = quantized(Int4(block_size=64), ("rotation", "gptq"))
     blocks = Int4(block_size=64)
     rows["int4/64, rtn"] = quantized(blocks, "rtn")
     rows["int4/64, awq"] = quantized(blocks, "awq")

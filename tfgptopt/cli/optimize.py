@@ -36,8 +36,8 @@ def optimize(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="YAML of techniques: shrink, distill, prune, quantize_aware. "
-            "Default: quantization-aware training alone."
+            help="YAML of techniques: shrink, rotate, distill, prune, quantize_aware. "
+            "Default: rotation where the model allows it, and quantization-aware training."
         ),
     ] = None,
     spec: Annotated[
@@ -104,6 +104,8 @@ def optimize(
     loaded = Recipe.load(recipe) if recipe else _recipe(steps, sparsity or 0.0, spec, bits)
     with chosen.scope():
         model = load(preset, dtype)
+        if recipe is None and not sparsity and lora is None:
+            loaded = _rotated(loaded, model)
         check_causal_lm(model)
         reading_tokenizer(model, preset)
         compile_model(model, training)
@@ -116,6 +118,15 @@ def optimize(
             model, corpus, loaded, training, folder, words, force, console, context_length, resume
         )
     print_outcome(outcome, out)
+
+
+def _rotated(recipe: Recipe, model: keras.Model) -> Recipe:
+    """Returns a recipe that rotates first, if a model can be rotated."""
+    from tfgptopt.quantization.rotation import why_not_rotated
+    from tfgptopt.recipe import Recipe, Rotate
+
+    techniques = () if why_not_rotated(model) else (Rotate(),)
+    return Recipe((*techniques, *recipe.techniques))
 
 
 def _found(model: keras.Model, corpus: Corpus, training: Training) -> Training:

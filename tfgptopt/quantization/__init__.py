@@ -2,6 +2,7 @@
 
 from tfgptopt.quantization.aware import quantize_aware_layer
 from tfgptopt.quantization.bit_allocation import BitAllocation, allocate
+from tfgptopt.quantization.rotation import Rotate, rotate
 from tfgptopt.quantization.rounding_report import QuantizationReport, report
 from tfgptopt.quantization.specs import Int4, Int8
 from tfgptopt.quantization.technique import QuantizeAware
@@ -12,7 +13,9 @@ __all__ = [
     "Int8",
     "QuantizationReport",
     "QuantizeAware",
+    "Rotate",
     "allocate",
     "quantize_aware_layer",
     "report",
+    "rotate",
 ]

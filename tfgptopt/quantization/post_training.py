@@ -19,17 +19,19 @@ from tfgptopt.model.current import current, has_adapters
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.model.types import Data
-from tfgptopt.quantization import layers, quantizers, rounding
+from tfgptopt.quantization import layers, quantizers, rotation, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
 from tfgptopt.quantization.balancing import Balance, balance
 from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.gptq import gptq
+from tfgptopt.quantization.rotation import Rotate, rotate
 from tfgptopt.quantization.smoothing import find_pairs
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import Verbose, check_verbose, showing, stage, track
 
-Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "auto"]
+Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "rotation", "auto"]
 
+_ROTATION = "rotation"
 _ROUNDINGS = ("rtn", "mse", "gptq")
 _BALANCES: tuple[Balance, ...] = ("awq", "smoothquant")
 # What `docs/quantization.md` found best, for eight bits and for fewer.
@@ -41,7 +43,7 @@ _FEWEST_TOKENS = 64
 def quantize(
     model: keras.Layer,
     spec: Spec | BitAllocation,
-    method: Method | Sequence[Method] = "rtn",
+    method: Method | Rotate | Sequence[Method | Rotate] = "rtn",
     data: Data = None,
     targets: Selector | None = None,
     verbose: Verbose = "auto",
@@ -52,8 +54,11 @@ def quantize(
     `quantize_aware`: `evaluate` shows the quality that ships, `tfgptopt.export` writes the same
     integers, and `fit` may train on, with the scales that were found. Pruned weights stay zero.
 
-    Methods, which may be combined, `("awq", "gptq")` for example:
+    Methods, which may be combined, `("rotation", "gptq")` for example:
 
+    - `"rotation"`, or a `tfgptopt.quantization.Rotate` with settings: first turns the features of a
+      decoder, so that none stands out; then rounds to nearest or as another method says. It needs
+      no data, and helps most where activations are rounded.
     - `"rtn"`: rounds to nearest, with scales as the spec says.
     - `"mse"`: the same, with the scales of the smallest squared error.
     - `"gptq"`: rounds input by input and corrects the weights still to come, block by block through
@@ -91,11 +96,14 @@ def quantize(
     tfgptopt.export(gpt, "gpt.tflite")
     ```
 
-    Reference: see `tfgptopt.quantization.gptq` and `tfgptopt.quantization.balancing`.
+    Reference: see `tfgptopt.quantization.gptq`, `tfgptopt.quantization.balancing` and
+    `tfgptopt.quantization.rotation`.
     """
     check_setting(spec)
     check_verbose(verbose)
-    balances, final = _methods(_automatic(spec, data) if method == "auto" else method)
+    turning, balances, final = _methods(
+        _automatic(model, spec, data) if method == "auto" else method
+    )
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
@@ -103,8 +111,13 @@ def quantize(
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     data = None if data is None else batches_of(data)  # Read once: a generator serves, too.
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
+    turned = False
     with changing(model), showing(verbose):
         try:
+            if turning is not None:
+                with stage("Rotating"):
+                    rotate(model, turning)
+                turned = True
             told = _told_by_data(chosen, bool(balances) or final == "gptq")
             _check_data(model, told, data)
             _balance(model, told, balances, data)
@@ -116,14 +129,16 @@ def quantize(
                 if layers.is_dressed(target.layer):
                     layers.undress(target.layer)
                 layers.forget(target.layer)
+            if turned:
+                rotation.undo(model)
             for variable, value in before:
                 variable.assign(value)
             raise
     return model
 
 
-def _automatic(spec: Spec | BitAllocation, data: Data) -> tuple[str, ...]:
-    """Returns the methods that are best for a spec, with the data that there is."""
+def _automatic(model: keras.Layer, spec: Spec | BitAllocation, data: Data) -> tuple[str, ...]:
+    """Returns the methods that are best for a model and a spec, with the data that there is."""
     specs = spec.specs.values() if isinstance(spec, BitAllocation) else [spec]
     wide = min(one.bits for one in specs if one is not None) >= 8
     if data is None:
@@ -131,17 +146,23 @@ def _automatic(spec: Spec | BitAllocation, data: Data) -> tuple[str, ...]:
     return _BEST_OF_8 if wide else _BEST_OF_4
 
 
-def _methods(method: Any) -> tuple[list[Balance], str]:
-    """Returns what to do before rounding, and how to round."""
-    names = [method] if isinstance(method, str) else list(method)
-    unknown = [name for name in names if name not in (*_ROUNDINGS, *_BALANCES)]
-    final = [name for name in names if name in _ROUNDINGS]
-    if not names or unknown or len(final) > 1 or len(set(names)) < len(names):
+def _methods(method: Any) -> tuple[Rotate | None, list[Balance], str]:
+    """Returns how to rotate first, what else to do before rounding, and how to round."""
+    names = [method] if isinstance(method, str | Rotate) else list(method)
+    turning = [one if isinstance(one, Rotate) else Rotate() for one in names
+               if one == _ROTATION or isinstance(one, Rotate)]  # fmt: skip
+    rest = [one for one in names if one != _ROTATION and not isinstance(one, Rotate)]
+    final = [one for one in rest if one in _ROUNDINGS]
+    unknown = [one for one in rest if one not in (*_ROUNDINGS, *_BALANCES)]
+    too_many = len(final) > 1 or len(turning) > 1 or len(set(rest)) < len(rest)
+    if not names or unknown or too_many:
+        known = (*_ROUNDINGS, *_BALANCES, _ROTATION)
         raise ValueError(
-            f"`method` must be 'auto', one of {(*_ROUNDINGS, *_BALANCES)}, or several of them with "
-            f"at most one of {_ROUNDINGS}. Received: {method!r}"
+            f"`method` must be 'auto', one of {known}, or several of them with at most one of "
+            f"{_ROUNDINGS}. Received: {method!r}"
         )
-    return [name for name in names if name in _BALANCES], (final or ["rtn"])[0]
+    balances: list[Balance] = [one for one in rest if one in _BALANCES]
+    return next(iter(turning), None), balances, (final or ["rtn"])[0]
 
 
 def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:
