@@ -17,7 +17,7 @@ from tfgptopt.model.targets import target_of
 from tfgptopt.model.turning import Turn, is_turned
 from tfgptopt.quantization import Int4, Int8, Rotate, rotate
 from tfgptopt.quantization.rotatable import rotatable
-from tfgptopt.quantization.rotation import fold_norm, turn_stream, turn_values
+from tfgptopt.quantization.turned_weights import fold_norm, turn_stream, turn_values
 from tfgptopt.recipe import QuantizeAware, Recipe, recipe_of
 
 TEXT = prompt(40)
@@ -92,22 +92,35 @@ def test_file_computes_what_the_rotated_model_computes(name, tmp_path):
     np.testing.assert_allclose(found, logits(model, TEXT), atol=1e-4, rtol=0)
 
 
+def multiply(norm, factors, offset):
+    variable = norm.gamma if hasattr(norm, "gamma") else norm.scale
+    variable.assign((variable.numpy() + offset) * factors - offset)
+
+
 def with_large_features(name):
-    """Returns a model of which a few features in front of products are 100 times as large."""
+    """Returns a model with two features that are 100 times as large in front of products; where
+    the stream cannot be turned, in its table.
+    """
     model = make(name)
     found = rotatable(model)
     factors = np.ones(found.width, np.float32)
     factors[[3, 17]] = 100.0
     for branch in found.branches:
-        norm = branch.norm.gamma if hasattr(branch.norm, "gamma") else branch.norm.scale
-        norm.assign((norm.numpy() + found.norm_offset) * factors - found.norm_offset)
+        if not found.is_free:
+            multiply(branch.norm, 1 / factors, found.norm_offset)
+            continue
+        multiply(branch.norm, factors, found.norm_offset)
         for target in branch.readers:
             matrix = target.to_matrix(target.variable.value).numpy() / factors[:, np.newaxis]
             target.variable.assign(target.from_matrix(matrix))
+    if not found.is_free:
+        table = found.table.embeddings
+        table.assign(table.numpy() * factors)
+        multiply(found.final_norm, 1 / factors**2, found.norm_offset)
     return model
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Llama3"])
+@pytest.mark.parametrize("name", ["GPT2", "Llama3", "Gemma 2"])
 def test_large_features_cost_nothing_once_they_are_turned(name):
     expected = logits(with_large_features(name), TEXT)
     errors = {}
@@ -115,6 +128,35 @@ def test_large_features_cost_nothing_once_they_are_turned(name):
         model = tfgptopt.quantize(with_large_features(name), Int8(), method)
         errors[method] = np.abs(logits(model, TEXT) - expected).mean() / expected.std()
     assert errors["rotation"] < 0.15 * errors["rtn"]
+
+
+def test_large_columns_are_found_and_come_back():
+    model = with_large_features("Gemma 2")
+    expected = logits(model, TEXT)
+    rotate(model)
+    assert moved(model, expected) < 1e-4
+    (technique,) = recipe_of(model).techniques
+    assert [column for column, _ in technique.large] == [3, 17]
+    assert {power for _, power in technique.large} <= {6, 7}  # Of 100.
+    again = make("Gemma 2")
+    again.set_weights(model.get_weights())
+    Rotate.from_config({k: v for k, v in technique.to_config().items() if k != "name"}).replay(
+        again
+    )
+    assert moved(again, expected) < 1e-4
+    with pytest.raises(ValueError, match="pairs of ints"):
+        Rotate(large=((3, "7"),))
+
+
+@pytest.mark.parametrize("name", ["Llama3", "Gemma 2"])
+def test_auto_rotates_where_it_can(name):
+    model = tfgptopt.quantize(make(name), Int8(), "auto")
+    assert any(isinstance(one, Rotate) for one in history_of(model))
+    part = tfgptopt.quantize(make(name), Int8(), "auto", targets="feedforward|ffw")
+    model = make(name)
+    model.backbone.token_embedding.trainable = False
+    for plain in (part, tfgptopt.quantize(model, Int8(), "auto")):
+        assert not history_of(plain)
 
 
 def test_methods_behind_rotation_see_turned_features():
@@ -144,7 +186,7 @@ def test_weights_and_recipe_come_back(name, tmp_path):
     model = tfgptopt.quantize(make(name), Int8(), (Rotate(seed=3, down=8), "mse"))
     expected = logits(model, TEXT)
     recipe = recipe_of(model)
-    assert recipe.techniques == (Rotate(seed=3, down=8), QuantizeAware(Int8()))
+    assert recipe.techniques == (Rotate(seed=3, down=8, large=()), QuantizeAware(Int8()))
     tfgptopt.finalize(model)
     assert recipe_of(model) == recipe
     recipe.save(tmp_path / "recipe.yaml")

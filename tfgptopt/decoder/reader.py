@@ -17,6 +17,7 @@ from tfgptopt.decoder.reading import (
     read_matrix,
     read_norm,
     read_rotary,
+    read_table_turn,
     read_turned_norm,
     turn_matrix,
 )
@@ -99,8 +100,7 @@ class _Reader:
         table = follow(backbone, layout.token_embedding)
         positions = follow(backbone, layout.positions) if layout.positions else None
         normed, offset = layout.embedding_norm, layout.norm_offset
-        first, turned = None, turns_of(table).after
-        embedding_turn = None if turned is None else turn_matrix(turned)
+        first, embedding_turn = None, read_table_turn(table)
         if normed:
             first, embedding_turn = read_turned_norm(follow(backbone, normed), offset)
         last, head_turn = read_turned_norm(follow(backbone, layout.final_norm), offset)

@@ -14,7 +14,7 @@ from tfgptopt.decoder.rotary import Rotary
 from tfgptopt.decoder.spec import Activation, Matrix, Norm
 from tfgptopt.model.current import current
 from tfgptopt.model.targets import Target, target_of
-from tfgptopt.model.turning import Turn, turns_of
+from tfgptopt.model.turning import Turn, factors_of, turns_of
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import read_integers
 
@@ -133,6 +133,15 @@ def read_turned_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> tuple[Nor
     bias = None if norm.beta is None else (norm.beta @ after).astype(np.float32)
     values = np.ascontiguousarray(rows.T, np.float32)
     return replace(norm, gamma=None, beta=None), Matrix(f"{layer.path}/turn", values, bias=bias)
+
+
+def read_table_turn(table: keras.Layer) -> Matrix | None:
+    """Reads what a table multiplies looked-up rows with, or `None` for a plain one."""
+    turns = turns_of(table)
+    if turns.after is None:
+        return None
+    rows = turns.after.matrix * factors_of(turns.exponents, turns.after.size)
+    return Matrix(f"{table.path}/turn", np.ascontiguousarray(rows.T))
 
 
 @functools.lru_cache(maxsize=8)

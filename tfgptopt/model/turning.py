@@ -17,6 +17,16 @@ from tfgptopt.model.dressing import put_on, register_mixin, take_off, worn_by
 from tfgptopt.model.orthogonal import orthogonal
 
 _ATTRIBUTE = "_tfgptopt_turns"
+# Features that are multiplied, each with the exponent of a power of two.
+Exponents = tuple[tuple[int, int], ...]
+
+
+def factors_of(exponents: Exponents, size: int) -> np.ndarray:
+    """Returns a factor for each of so many features, float32."""
+    factors = np.ones(size, np.float32)
+    for feature, exponent in exponents:
+        factors[feature] = 2.0**exponent
+    return factors
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Turns:
-    """What a layer does to its features, and to what it gives: `None` for nothing."""
+    """What a layer does to its features, and to what it gives: `None` for nothing.
+
+    Attributes:
+        before: How what it reads is turned.
+        after: How what it gives is turned.
+        exponents: What that is multiplied with, feature by feature. Powers of two are exact.
+    """
 
     before: Turn | None = None
     after: Turn | None = None
+    exponents: Exponents = ()
 
 
 class TurnedMixin:
@@ -87,6 +104,9 @@ class TurnedMixin:
         if turns.after is None:
             return result
         turned, mask = turns.after.of(result), getattr(result, "_keras_mask", None)
+        if turns.exponents:
+            factors = factors_of(turns.exponents, int(turned.shape[-1]))
+            turned = turned * keras.ops.cast(factors, turned.dtype)
         if mask is not None:
             turned._keras_mask = mask
         return turned

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration.batches import Batches, batches_of
+from tfgptopt.calibration.batches import Batches, batches_of, with_start
 from tfgptopt.calibration.correcting import grams_by_block
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model import masks
@@ -24,7 +24,8 @@ from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
 from tfgptopt.quantization.balancing import Balance, balance
 from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.gptq import gptq
-from tfgptopt.quantization.rotation import Rotate, rotate
+from tfgptopt.quantization.rotatable import rotatable
+from tfgptopt.quantization.rotation import Rotate, rotate, why_not_rotated
 from tfgptopt.quantization.smoothing import find_pairs
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import Verbose, check_verbose, showing, stage, track
@@ -34,9 +35,6 @@ Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "rotation", "auto"]
 _ROTATION = "rotation"
 _ROUNDINGS = ("rtn", "mse", "gptq")
 _BALANCES: tuple[Balance, ...] = ("awq", "smoothquant")
-# What `docs/quantization.md` found best, for eight bits and for fewer.
-_BEST_OF_8 = ("smoothquant", "awq", "gptq")
-_BEST_OF_4 = ("gptq",)
 _FEWEST_TOKENS = 64
 
 
@@ -63,9 +61,10 @@ def quantize(
     - `"mse"`: the same, with the scales of the smallest squared error.
     - `"gptq"`: rounds input by input and corrects the weights still to come, block by block through
       the model. Scales are those of the smallest error, weighted by the inputs.
-    - `"auto"`: what is best for the bits of the spec (`docs/quantization.md`). With data,
-      smoothquant, awq and gptq for int8, and gptq for int4; without, round to nearest for int8,
-      and the smallest error for int4.
+    - `"auto"`: what is best for the bits of the spec (`docs/quantization.md`): rotation where the
+      model allows it and all weights are rounded; then, with data, gptq, for int8 behind
+      smoothquant and awq where the stream is not turned; without, round to nearest for int8, and
+      the smallest error for int4.
     - `"awq"`, `"smoothquant"`: first move the scale of features between inputs and weights, where
       the model allows it; then round to nearest or as another method says. They help where a few
       features are much larger than others.
@@ -75,7 +74,8 @@ def quantize(
         spec: `Int8()` or `Int4()`, or what `tfgptopt.quantization.allocate` returned.
         method: One of the names above, or several. Defaults to `"rtn"`.
         data: Calibration data for `"gptq"`, `"awq"` and `"smoothquant"`: a finite
-            `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more.
+            `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more. Each
+            gets the start token in front that the model's preprocessor puts there.
         targets: Selector of the weights. Defaults to `None`: kernels of Dense and EinsumDense and
             tables of Embedding and ReversibleEmbedding, wherever they are nested.
         verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 shows progress bars with the time left, 2
@@ -102,14 +102,15 @@ def quantize(
     check_setting(spec)
     check_verbose(verbose)
     turning, balances, final = _methods(
-        _automatic(model, spec, data) if method == "auto" else method
+        _automatic(model, spec, data, targets) if method == "auto" else method
     )
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
     if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
-    data = None if data is None else batches_of(data)  # Read once: a generator serves, too.
+    # Read once: a generator serves, too.
+    data = None if data is None else with_start(model, batches_of(data))
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     turned = False
     with changing(model), showing(verbose):
@@ -137,13 +138,22 @@ def quantize(
     return model
 
 
-def _automatic(model: keras.Layer, spec: Spec | BitAllocation, data: Data) -> tuple[str, ...]:
-    """Returns the methods that are best for a model and a spec, with the data that there is."""
+def _automatic(
+    model: keras.Layer, spec: Spec | BitAllocation, data: Data, targets: Selector | None
+) -> tuple[str, ...]:
+    """Returns the methods that `docs/quantization.md` found best, for a model with its data."""
     specs = spec.specs.values() if isinstance(spec, BitAllocation) else [spec]
     wide = min(one.bits for one in specs if one is not None) >= 8
+    # Rotation changes all weights, not some.
+    turns = targets is None and why_not_rotated(model) is None
+    first = (_ROTATION,) if turns else ()
     if data is None:
-        return ("rtn",) if wide else ("mse",)
-    return _BEST_OF_8 if wide else _BEST_OF_4
+        return (*first, "rtn" if wide else "mse")
+    if not wide:
+        return (*first, "gptq")
+    # Where the stream is turned, no feature is left that stands out.
+    balances = () if turns and rotatable(model).is_free else ("smoothquant", "awq")
+    return (*first, *balances, "gptq")
 
 
 def _methods(method: Any) -> tuple[Rotate | None, list[Balance], str]:

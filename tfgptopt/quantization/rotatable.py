@@ -60,6 +60,7 @@ class Rotatable:
         width: Features of the stream.
         is_free: Whether the stream may be turned: nothing but norms in front of products treats
             its features one by one.
+        shares_norms: Whether something else reads the norms in front of products.
         keeps_mean: Whether a norm subtracts the mean.
         norm_offset: What a norm adds to its factors.
     """
@@ -74,6 +75,7 @@ class Rotatable:
     downs: tuple[Target, ...]
     width: int
     is_free: bool
+    shares_norms: bool
     keeps_mean: bool
     norm_offset: float
 
@@ -165,7 +167,9 @@ def rotatable(model: keras.Layer) -> Rotatable:
         values=() if None in values else tuple(one for one in values if one is not None),
         downs=tuple(target_of(one["down"]) for one in parts),
         width=target_of(table).matrix_shape[0],
-        is_free=not any(one[name] is not None for one in parts for name in posts),
+        is_free=not layout.shares_norms
+        and not any(one[name] is not None for one in parts for name in posts),
+        shares_norms=layout.shares_norms,
         keeps_mean=hasattr(final, "gamma"),
         norm_offset=0.0 if hasattr(final, "gamma") else layout.norm_offset,
     )

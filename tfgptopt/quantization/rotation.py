@@ -8,7 +8,7 @@ floats the model computes what it computed.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import keras
@@ -18,22 +18,33 @@ from tfgptopt.model.changing import changing
 from tfgptopt.model.current import full_precision
 from tfgptopt.model.history import history_of, record, rewrite
 from tfgptopt.model.precision import is_half
-from tfgptopt.model.targets import Target, target_of
+from tfgptopt.model.targets import target_of
 from tfgptopt.model.techniques import register_technique
-from tfgptopt.model.turning import Turn, Turns, is_turned, turn, turn_no_more
+from tfgptopt.model.turning import Exponents, Turn, Turns, factors_of, is_turned, turn, turn_no_more
 from tfgptopt.model.types import Config
 from tfgptopt.quantization.rotatable import (
-    Branch,
     Rotatable,
-    Values,
     check_rotatable,
     rotatable,
 )
 from tfgptopt.quantization.smoothing import gain_of
+from tfgptopt.quantization.turned_weights import (
+    fold_into_head,
+    fold_large,
+    fold_norm,
+    move_large,
+    turn_head,
+    turn_inputs,
+    turn_stream,
+    turn_table,
+    turn_values,
+)
 
 # How far logits may move, in standard deviations, when only the roundings of floats change.
 _TOLERANCE = 2e-3
 _TOKENS = 16
+# The least power of two that is taken out of a column.
+_LARGE = 2
 # Fewer neurons than that share little.
 _FEWEST = 8
 
@@ -47,14 +58,18 @@ class Rotate:
     values and what reads them, within each head; and, where it is asked for, the inputs of `down`.
     The final norm of a model whose table is its head goes on computing in the features of the
     model, one product of `width x width` floats for each token. In families with norms behind
-    their branches (Gemma 2 and later) the stream stays as it is: the table alone is turned, and
-    what is looked up is turned back.
+    their branches (Gemma 2 and later) the stream stays as it is: the table alone is turned, its
+    large columns made smaller before, and what is looked up is turned back.
 
     Args:
         seed: int. Which random signs. Defaults to `0`.
         down: int. How many neurons, one after the other, are turned together in front of `down`
             while the model runs; where that does not divide them, the largest of its halves that
             does. Defaults to `64`. `None`: none are.
+
+        large: Large columns of a table that is turned alone, each with the power of two that is
+            taken out of it, such as `((5, 7),)`. Defaults to `None`: they are found, and what is
+            recorded of a model has them.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -65,6 +80,7 @@ class Rotate:
 
     seed: int = 0
     down: int | None = 64
+    large: Exponents | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
@@ -72,10 +88,13 @@ class Rotate:
         size = self.down
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 2):
             raise ValueError(f"`down` must be None or an int >= 2. Received: {size!r}")
+        if self.large is not None:
+            object.__setattr__(self, "large", _checked(self.large))
 
     def to_config(self) -> Config:
         """Returns the technique as plain data."""
-        return {"name": self.name, **asdict(self)}
+        large = None if self.large is None else [list(pair) for pair in self.large]
+        return {"name": self.name, **asdict(self), "large": large}
 
     @classmethod
     def from_config(cls, config: Config) -> Rotate:
@@ -99,6 +118,22 @@ class Rotate:
     def found_on(cls, model: keras.Layer) -> list[Rotate]:
         """Returns how a model was rotated, as its history shows."""
         return [technique for technique in history_of(model) if isinstance(technique, cls)]
+
+
+def _checked(large: Any) -> Exponents:
+    """Returns pairs of a column and an exponent.
+
+    Raises:
+        ValueError: If they are something else.
+    """
+    try:
+        pairs = tuple((column, exponent) for column, exponent in large)
+        if all(isinstance(x, int) and 0 <= x < limit for pair in pairs
+               for x, limit in zip(pair, (2**31, 64), strict=True)):  # fmt: skip
+            return pairs
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"`large` must be None or pairs of ints, (column, power). Received: {large!r}")
 
 
 def rotate(model: keras.Layer, technique: Rotate | None = None) -> keras.Layer:
@@ -129,6 +164,7 @@ def rotate(model: keras.Layer, technique: Rotate | None = None) -> keras.Layer:
     technique = technique or Rotate()
     found = rotatable(model)
     check_rotatable(found)
+    technique = replace(technique, large=_large_columns(found, technique))
     probe = _Probe(model, found)
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     with changing(model):
@@ -222,7 +258,7 @@ def _turning_layers(found: Rotatable, technique: Rotate) -> list[tuple[keras.Lay
     if found.is_free and found.embedding_norm is not None:
         layers.append((found.embedding_norm, around))
     if not found.is_free and found.is_tied:
-        layers.append((found.table, Turns(after=stream.inverse)))
+        layers.append((found.table, Turns(None, stream.inverse, technique.large or ())))
     if down is not None:
         layers += [(target.layer, Turns(before=down)) for target in found.downs]
     return layers
@@ -234,135 +270,29 @@ def _turn_weights(found: Rotatable, technique: Rotate) -> None:
         for branch in found.branches:
             fold_norm(branch, found.norm_offset)
         if _folds_final(found):
-            _fold_into_head(found)
+            fold_into_head(found)
         turn_stream(found, stream)
-    elif found.is_tied:
-        _turn_table(found.table, stream)
+    for branch in () if found.is_free or found.shares_norms else found.branches:
+        fold_large(branch, found.norm_offset, _LARGE)
+    if not found.is_free and found.is_tied:
+        move_large(found, factors_of(technique.large or (), found.width))
+        turn_table(found.table, stream)
     if not found.is_tied:
-        _turn_head(found.table, stream)
+        turn_head(found.table, stream)
     for values in found.values:
         turn_values(values, Turn(values.head_dim, technique.seed + 1))
     for target in found.downs if down is not None else ():
         assert down is not None
-        _turn_inputs(target, down)
+        turn_inputs(target, down)
 
 
-def _matrix(target: Target) -> np.ndarray:
-    found: np.ndarray = target.to_matrix(full_precision(target.variable)).numpy()
-    return found
-
-
-def _assign(target: Target, matrix: np.ndarray) -> None:
-    target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
-
-
-def _bias(target: Target) -> np.ndarray | None:
-    bias = getattr(target.layer, "bias", None)
-    return None if bias is None else full_precision(bias).numpy().reshape(-1)
-
-
-def _assign_bias(target: Target, values: np.ndarray) -> None:
-    target.layer.bias.assign(values.reshape(target.layer.bias.shape))
-
-
-def _turn_inputs(target: Target, turn: Turn) -> None:
-    _assign(target, turn.rows(np.ascontiguousarray(_matrix(target).T)).T)
-
-
-def _turn_outputs(target: Target, turn: Turn) -> None:
-    _assign(target, turn.rows(_matrix(target)))
-    bias = _bias(target)
-    if bias is not None:
-        _assign_bias(target, turn.rows(bias))
-
-
-def fold_norm(branch: Branch, offset: float) -> None:
-    """Moves factors and summands of a norm into the products that read it.
-
-    Args:
-        branch: The norm and the products.
-        offset: What the norm adds to its factors.
-
-    Raises:
-        ValueError: If summands can go nowhere.
-    """
-    gain = gain_of(branch.norm)
-    if gain is None:
-        return
-    factors = full_precision(gain).numpy() + offset
-    beta = getattr(branch.norm, "beta", None)
-    if beta is not None:
-        _fold_beta(branch, beta, factors)
-    for target in branch.readers:
-        _assign(target, _matrix(target) * factors[:, np.newaxis])
-    gain.assign(np.full_like(factors, 1.0 - offset))
-
-
-def _fold_beta(branch: Branch, beta: keras.Variable, factors: np.ndarray) -> None:
-    summands = full_precision(beta).numpy()
-    if all(_bias(target) is not None for target in branch.readers):
-        for target in branch.readers:
-            _assign_bias(target, _bias(target) + summands @ _matrix(target))
-        beta.assign(np.zeros_like(summands))
-        return
-    if (np.abs(factors) < 1e-3 * np.abs(factors).max()).any() and summands.any():
-        raise ValueError(
-            f"{branch.norm.path} adds a summand that the products behind it, which have no bias, "
-            "cannot take, and some of its factors are next to zero. Leave rotation out."
-        )
-    beta.assign(np.divide(summands, factors, where=factors != 0, out=np.zeros_like(summands)))
-
-
-def turn_stream(found: Rotatable, stream: Turn) -> None:
-    """Turns all that reads or writes the stream. Norms before products are folded already."""
-    _turn_table(found.table, stream)
-    if found.positions is not None:
-        table = found.positions.position_embeddings
-        table.assign(stream.rows(full_precision(table).numpy()))
-    for branch in found.branches:
-        beta = getattr(branch.norm, "beta", None)
-        if beta is not None:
-            beta.assign(stream.rows(full_precision(beta).numpy()))
-        for target in branch.readers:
-            _turn_inputs(target, stream)
-    for target in found.writers:
-        _turn_outputs(target, stream)
-
-
-def _turn_table(table: Any, stream: Turn) -> None:
-    variable = target_of(table).variable
-    variable.assign(stream.rows(full_precision(variable).numpy()))
-
-
-def _turn_head(table: Any, stream: Turn) -> None:
-    head = table.reverse_embeddings
-    turned = stream.rows(np.ascontiguousarray(full_precision(head).numpy().T))
-    head.assign(turned.T)
-
-
-def _fold_into_head(found: Rotatable) -> None:
-    gain, head = gain_of(found.final_norm), found.table.reverse_embeddings
-    factors = full_precision(gain).numpy() + found.norm_offset
-    head.assign(full_precision(head).numpy() * factors[:, np.newaxis])
-    gain.assign(np.full_like(factors, 1.0 - found.norm_offset))
-
-
-def turn_values(values: Values, turn: Turn) -> None:
-    """Turns the values of each head, and the product that reads them."""
-    if values.value is not None:
-        _turn_last(values.value, turn, values.parts)
-    _turn_inputs(values.output, turn)
-
-
-def _turn_last(target: Target, turn: Turn, parts: int) -> None:
-    """Turns the last of the parts that a projection gives for each head."""
-
-    def turned(rows: np.ndarray) -> np.ndarray:
-        by_part = rows.reshape(*rows.shape[:-1], -1, parts, turn.size).copy()
-        by_part[..., -1, :] = turn.rows(np.ascontiguousarray(by_part[..., -1, :]))
-        return by_part.reshape(rows.shape)
-
-    _assign(target, turned(_matrix(target)))
-    bias = _bias(target)
-    if bias is not None:
-        _assign_bias(target, turned(bias))
+def _large_columns(found: Rotatable, technique: Rotate) -> Exponents:
+    """Returns the columns of a table that is turned alone which are much larger than the rest."""
+    if found.is_free or not found.is_tied or gain_of(found.final_norm) is None:
+        return ()
+    if technique.large is not None:
+        return technique.large
+    table = full_precision(target_of(found.table).variable).numpy()
+    sizes = np.sqrt(np.square(table).mean(0))
+    exponents = np.rint(np.log2(np.maximum(sizes, 1e-30) / max(np.median(sizes), 1e-30)))
+    return tuple((int(i), int(exponents[i])) for i in np.flatnonzero(exponents >= _LARGE))
