@@ -75,7 +75,8 @@ def _started(batch: Any, start: int) -> Any:
         return batch
     tokens = np.asarray(tokens)
     moved = np.concatenate([np.full_like(tokens[:, :1], start), tokens[:, :-1]], axis=1)
-    return {**batch, "token_ids": np.where(tokens[:, :1] == start, tokens, moved)}
+    started = np.where(tokens[:, :1] == start, tokens, moved)
+    return {**batch, "token_ids": tf.convert_to_tensor(started)}
 
 
 def first_row(batch: Data) -> Any:
