@@ -7,6 +7,7 @@ Three other channels of what norms give are made 200 times as large as well, whi
 behind undo exactly. Perplexity is that of held-out text; rises are against the same float model.
 
     python benchmarks/large_channels.py
+    python benchmarks/large_channels.py --gpt2   # a GPT-2 as it was trained, nothing enlarged
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ FACTOR, IN_STREAM, BEHIND_NORMS = 200.0, [5, 40, 77], [9, 33, 100]
 VALIDATION = 24  # Batches of 16 windows of 128 tokens.
 
 
-def make(vocabulary: int) -> Any:
-    """Returns a small Gemma 3."""
+def make(vocabulary: int, gpt2: bool) -> Any:
+    """Returns a small Gemma 3, or a GPT-2."""
+    if gpt2:
+        inner = keras_hub.models.GPT2Backbone(
+            vocabulary, 4, 4, 128, 512, dropout=0.0, max_sequence_length=128
+        )
+        return keras_hub.models.GPT2CausalLM(inner, preprocessor=None)
     backbone = keras_hub.models.Gemma3Backbone(
         vocabulary_size=vocabulary, image_size=None, num_layers=4, num_query_heads=4,
         num_key_value_heads=1, hidden_dim=128, intermediate_dim=512, head_dim=32,
@@ -102,17 +108,20 @@ def main() -> None:
     """Trains, rounds and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400, help="steps, and half as many behind")
+    parser.add_argument("--gpt2", action="store_true")
     arguments = parser.parse_args()
     keras.utils.set_random_seed(0)
     corpus = load_corpus(vocabulary_size=2048, sequence_length=128, batch_size=16)
     vocabulary = corpus.tokenizer.vocabulary_size()
-    model = make(vocabulary)
+    model = make(vocabulary, arguments.gpt2)
     train(model, corpus, arguments.steps, 3e-3)
-    enlarge_stream(model)
-    train(model, corpus, arguments.steps // 2, 1e-3)
-    enlarge_inputs(model)
+    if not arguments.gpt2:
+        enlarge_stream(model)
+        train(model, corpus, arguments.steps // 2, 1e-3)
+        enlarge_inputs(model)
     weights, floats = model.get_weights(), loss_of(model, corpus)
-    table = Table(title=f"Gemma 3 of 4 layers with large channels, perplexity {np.exp(floats):.2f}")
+    name = "GPT-2 of 4 layers" if arguments.gpt2 else "Gemma 3 of 4 layers with large channels"
+    table = Table(title=f"{name}, perplexity {np.exp(floats):.2f}")
     table.add_column("how")
     table.add_column("rise", justify="right")
     windows = corpus.train.take(2)
@@ -121,7 +130,7 @@ def main() -> None:
         (Int8(), "auto", None), (Int8(), "auto", windows), (Int4(block_size=32), "rtn", None),
         (Int4(block_size=32), "gptq", windows), (Int4(block_size=32), "auto", windows),
     ):  # fmt: skip
-        copy = make(vocabulary)
+        copy = make(vocabulary, arguments.gpt2)
         copy.set_weights(weights)
         copy.compile(sampler="greedy")
         with tokens_as_input(copy):

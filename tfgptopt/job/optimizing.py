@@ -249,8 +249,9 @@ class _Job:
                 name = "distilled"
                 record(self.model, stage)
                 first = stage.steps or 0  # Never none: `check_recipe` has looked.
-                self.train(name, self.distiller(teacher, stage, first), first)
-                self.keep(name)
+                if first:
+                    self.train(name, self.distiller(teacher, stage, first), first)
+                    self.keep(name)
                 trained = self.distiller(teacher, stage, steps)
         return trained or self.model
 

@@ -6,6 +6,7 @@ from tfgptopt.pruning.regularizing import Regularize
 from tfgptopt.pruning.technique import Prune
 from tfgptopt.quantization.rotation import Rotate
 from tfgptopt.quantization.technique import QuantizeAware
+from tfgptopt.recipe import recipes
 from tfgptopt.recipe.recipe import Recipe, recipe_of
 from tfgptopt.shrinking.technique import Shrink
 
@@ -19,5 +20,6 @@ __all__ = [
     "Shrink",
     "Technique",
     "recipe_of",
+    "recipes",
     "register_technique",
 ]
