@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,12 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
-from smollm2_files import make_smollm2, make_smollm2_tokenizer
+from smollm2_files import make_smollm2, make_smollm2_tokenizer, smollm2_gguf
 from tfgptopt.callbacks import QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
-from tfgptopt.quantization import Int4, Int8, layers
+from tfgptopt.quantization import Int4, Int8, Rotate, layers, rotation
 
 LENGTH = 512
 
@@ -100,6 +101,7 @@ class Bench:
         """Brings back the float model."""
         if any(layers.is_dressed(layer) for layer in self.model._flatten_layers()):
             tfgptopt.finalize(self.model)
+        rotation.undo(self.model)
         for layer in self.model._flatten_layers():
             layers.forget(layer)
         for variable, value in zip(self.model.variables, self._weights, strict=True):
@@ -132,6 +134,11 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
         "int8, smoothquant": quantized(Int8(), "smoothquant"),
         "int8, smoothquant + awq + gptq": quantized(Int8(), everything),
     }
+    rows["int8, rotation"] = quantized(Int8(), "rotation")
+    rows["int8, rotation without down"] = quantized(Int8(), Rotate(down=None))
+    rows["int8, rotation + gptq"] = quantized(Int8(), ("rotation", "gptq"))
+    rows["int4/32, rotation + gptq"] = quantized(Int4(block_size=32), ("rotation", "gptq"))
+    rows["int4/64, rotation + gptq"] = quantized(Int4(block_size=64), ("rotation", "gptq"))
     blocks = Int4(block_size=64)
     rows["int4/64, rtn"] = quantized(blocks, "rtn")
     rows["int4/64, awq"] = quantized(blocks, "awq")
@@ -168,6 +175,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=16, help="windows to calibrate with")
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
     parser.add_argument("--only", nargs="*", help="only rows whose name has one of these texts")
+    parser.add_argument("--llama", action="store_true", help="llama.cpp's formats as well")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
     bench = Bench(windows_of_text(), arguments.windows, arguments.calibration)
@@ -179,9 +187,43 @@ def main() -> None:
         given = arguments.only
         if any(text in name for text in given) if given else "qat" not in name:
             bench.row(name, change)
+    if arguments.llama:
+        beside_llama(bench, windows_of_text()[: arguments.windows])
     print_table(bench.found, arguments.windows)
     if arguments.json:
         arguments.json.write_text(json.dumps(bench.found, indent=1), "utf-8")
+
+
+def beside_llama(bench: Bench, windows: np.ndarray) -> None:
+    """Measures llama.cpp's own formats of the same weights on the same tokens."""
+    import llama_cpp
+    from decode_files import requantize_gguf
+
+    with tempfile.TemporaryDirectory() as temporary:
+        floats = Path(temporary) / "F32.gguf"
+        requantize_gguf(smollm2_gguf(), floats, "ALL_F32")
+        for kind in ("ALL_F32", "MOSTLY_Q8_0", "MOSTLY_Q4_0", "MOSTLY_Q4_K_M"):
+            path = Path(temporary) / f"{kind}.gguf"
+            begin = time.monotonic()
+            requantize_gguf(floats, path, kind)
+            seconds = time.monotonic() - begin
+            model = llama_cpp.Llama(
+                str(path), n_ctx=LENGTH, n_batch=LENGTH, logits_all=True, verbose=False
+            )
+            total = 0.0
+            for tokens in windows:
+                model.reset()
+                model.eval(tokens.tolist())
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                    tokens[1:], model.scores[: LENGTH - 1]
+                )
+                total += float(tf.reduce_sum(losses))
+            value = float(np.exp(total / (len(windows) * (LENGTH - 1))))
+            bench.found[f"llama.cpp {kind.removeprefix('MOSTLY_').removeprefix('ALL_')}"] = {
+                "perplexity": value, "megabytes": path.stat().st_size / 1e6, "seconds": seconds,
+            }  # fmt: skip
+            print(f"llama.cpp {kind}: {value:.3f}", file=sys.stderr, flush=True)
+            model.close()
 
 
 def print_table(found: dict[str, dict[str, float]], windows: int) -> None:

@@ -62,13 +62,13 @@ def from_recipe(recipe: Recipe, calibration: Data = None) -> list[keras.callback
         List of callbacks, in the order of the recipe.
 
     Raises:
-        ValueError: If the recipe shrinks or distills, which is not done by callbacks, or holds a
-            technique that no callback was registered for.
+        ValueError: If the recipe shrinks, rotates or distills, which is not done by callbacks, or
+            holds a technique that no callback was registered for.
     """
     if recipe.in_fit != recipe:
         raise ValueError(
-            "Shrinking and distillation are no callbacks. Use `tfgptopt optimize` for the whole "
-            "recipe, or `tfgptopt.shrink` and `tfgptopt.Distiller` with "
+            "Shrinking, rotation and distillation are no callbacks. Use `tfgptopt optimize` for "
+            "the whole recipe, or `tfgptopt.shrink`, `rotate` and `tfgptopt.Distiller` with "
             "`from_recipe(recipe.in_fit)`."
         )
     for technique in recipe.techniques:

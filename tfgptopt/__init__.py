@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tfgptopt.quantization.aware import quantize_aware as quantize_aware
     from tfgptopt.quantization.post_training import quantize as quantize
     from tfgptopt.recipe import Recipe as Recipe
+    from tfgptopt.recipe import recipes as recipes
     from tfgptopt.recipe.finalizing import finalize as finalize
     from tfgptopt.recipe.summarizing import summary as summary
     from tfgptopt.shrinking import shrink as shrink
@@ -37,6 +38,7 @@ _PUBLIC = {
     "prune": "tfgptopt.pruning.one_shot",
     "quantize": "tfgptopt.quantization.post_training",
     "quantize_aware": "tfgptopt.quantization.aware",
+    "recipes": "tfgptopt.recipe",
     "shrink": "tfgptopt.shrinking",
     "summary": "tfgptopt.recipe.summarizing",
 }

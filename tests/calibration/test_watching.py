@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import tensorflow as tf
 from conftest import make_gpt, random_batch
 
 import tfgptopt.pruning
-from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.batches import batches_of, with_start
 from tfgptopt.calibration.blocks import block_by_block, targets_by_block
 from tfgptopt.calibration.statistics import Grams
 from tfgptopt.calibration.watching import observe_all
@@ -227,3 +229,17 @@ def test_a_model_that_reads_one_shape_only_is_calibrated_with_whole_batches():
     seen = []
     observe_all(model, select(model), tokens, lambda target, rows: seen.append(len(rows)))
     assert sum(seen) == 40
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_texts_begin_with_the_start_token_where_the_model_is_given_one(adds):
+    model = SimpleNamespace(
+        preprocessor=SimpleNamespace(
+            tokenizer=SimpleNamespace(start_token_id=2), add_start_token=adds
+        )
+    )
+    tokens = np.asarray([[5, 6, 7], [2, 8, 9]])
+    (batch,) = with_start(model, batches_of([{"token_ids": tokens, "mask": tokens > 0}]))
+    expected = [[2, 5, 6], [2, 8, 9]] if adds else tokens
+    np.testing.assert_array_equal(batch["token_ids"], expected)
+    np.testing.assert_array_equal(batch["mask"], tokens > 0)

@@ -53,7 +53,8 @@ def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     after = tflite_loss(tfgptopt.TFLiteCausalLM(path), held_out(preset, text, 32))
     assert float(words[2]) == pytest.approx(np.exp(after), abs=1e-4)  # That of the file.
     metadata = tfgptopt.TFLiteCausalLM(path).metadata
-    assert metadata.recipe["techniques"][0]["spec"]["block_size"] == 32
+    turned, rounded = metadata.recipe["techniques"]
+    assert turned["name"] == "rotate" and rounded["spec"]["block_size"] == 32
     shown = run("inspect", path)
     for word in ("GPT2CausalLM", "decode", "byte pairs", "quantize_aware", "float32", "4.50"):
         assert word in shown.stdout, shown.stdout

@@ -6,14 +6,15 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from conftest import make_gpt
+from conftest import make_gpt, random_batch
 
+import tfgptopt
 from tfgptopt.distillation import HiddenStates
 from tfgptopt.distillation.technique import Distill
 from tfgptopt.job.optimizing import check_fit, check_recipe, optimize
 from tfgptopt.model.targets import select
 from tfgptopt.quantization import Int4, Int8
-from tfgptopt.recipe import QuantizeAware, Recipe
+from tfgptopt.recipe import QuantizeAware, Recipe, recipes
 from tfgptopt.shrinking.technique import Shrink
 from tfgptopt.training.planning import Training, compile_model
 
@@ -81,6 +82,30 @@ def test_a_recipe_shrinks_distills_prunes_and_rounds(corpus, tmp_path):
     assert "distilled TFLite" in page and "of the weights" in page
     for name in ("model", "dense", "shrunk", "distilled"):
         assert (out / f"{name}.tflite").is_file()
+
+
+def test_the_named_recipe_of_4_bits_rotates_teaches_and_rounds(corpus, tmp_path):
+    preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer, sequence_length=32)
+    model = make_gpt(corpus.tokenizer.vocabulary_size(), preprocessor)
+    training = Training(0, 6, 1e-3, dense_run=False)
+    compile_model(model, training)
+    out = tmp_path / "out"
+    outcome = optimize(model, corpus, recipes.int4(), training, out)
+    assert list(outcome.curves) == ["optimized"]  # No stage of teaching alone.
+    dense, keras_, file = (outcome.results[i].loss for i in (0, -2, -1))
+    assert file == pytest.approx(keras_, abs=1e-3) and file < dense + 0.3
+    reloaded = keras_hub.models.CausalLM.from_preset(str(out / "model"))
+    Recipe.load(out / "recipe.yaml").replay(reloaded)
+    inputs = random_batch()[0]
+    # `optimize` finalized it: only what turns is dressed, and what is reloaded rounds besides.
+    np.testing.assert_allclose(reloaded(inputs), rounded_again(model)(inputs), atol=1e-4)
+    training = Training(0, 6, 1e-3, False, lora=2)
+    with pytest.raises(ValueError, match=r"rotate.*cannot train LoRA adapters alone"):
+        optimize(model, corpus, recipes.int4(), training, tmp_path / "other")
+
+
+def rounded_again(model):
+    return tfgptopt.quantize_aware(model, Int4(block_size=32))
 
 
 def test_shrinking_alone_is_a_job_too(corpus, tmp_path):

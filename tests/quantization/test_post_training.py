@@ -176,6 +176,29 @@ def test_bits_go_where_the_loss_needs_them(tmp_path):
         tfgptopt.quantize(make_gpt(), BitAllocation({"elsewhere/kernel": Int8()}))
 
 
+def test_bits_go_where_predictions_move():
+    model = make_gpt()
+    decisive = model.backbone.transformer_layers[1]._feedforward_output_dense.kernel
+    decisive.assign(decisive * 40)
+    inputs = random_batch(4)[0]
+    inputs["padding_mask"][0, 5:] = 0
+    exact = tf.nn.softmax(model(inputs)).numpy()
+    found = allocate(model, inputs, 5.6, (Int4(), Int8()), targets="transformer", by="kl")
+    assert found.specs[decisive.path] == Int8()
+    rise = {one.spec: one.rise for one in found.measured[decisive.path]}
+    assert 0 < rise[Int8()] < rise[Int4()]
+    # The same by the formula.
+    (layer,) = (x for x in model._flatten_layers() if getattr(x, "_kernel", None) is decisive)
+    scale = np.abs(decisive.numpy()).max(0) / 7
+    layer.kernel.assign(np.clip(np.rint(decisive.numpy() / scale), -7, 7) * scale)
+    rounded = tf.nn.softmax(model(inputs)).numpy()
+    each = (exact * np.log(exact / rounded)).sum(-1)
+    mean = np.average(each, weights=inputs["padding_mask"])
+    assert rise[Int4()] == pytest.approx(mean, rel=0.02)
+    with pytest.raises(ValueError, match="`by` must be"):
+        allocate(model, inputs, 5.6, by="accuracy")
+
+
 def test_report_is_the_formula():
     model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(8), keras.layers.Dense(2)])
     data = np.random.default_rng(0).normal(0, 1, (64, 32)).astype(np.float32)

@@ -12,7 +12,7 @@ from tfgptopt.model.cloning import clone
 from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity, PolynomialDecay, Unstructured, Wanda
 from tfgptopt.quantization import Int4, Int8
-from tfgptopt.recipe import Prune, QuantizeAware, Recipe, recipe_of
+from tfgptopt.recipe import Prune, QuantizeAware, Recipe, Rotate, recipe_of, recipes
 from tfgptopt.shrinking.technique import Shrink
 
 RECIPE = Recipe(
@@ -159,13 +159,29 @@ def test_stages_to_yaml_and_back(tmp_path):
         from_recipe(again)
 
 
+def test_named_recipes_come_back_from_yaml(tmp_path):
+    for name in recipes.names():
+        recipe = recipes.named(name, steps=50)
+        recipe.save(tmp_path / "recipe.yaml")
+        assert Recipe.load(tmp_path / "recipe.yaml").to_config() == recipe.to_config()
+    assert tfgptopt.recipes.int8().techniques == (Rotate(), QuantizeAware(Int8()))
+    assert tfgptopt.recipes.int4(64).techniques[-1] == QuantizeAware(Int4(block_size=64))
+    schedule = recipes.pruned_int8(0.4, steps=50).techniques[0].schedule
+    assert (schedule.final_sparsity, schedule.end_step) == (0.4, 30)
+    with pytest.raises(ValueError, match="named int8, int4, pruned_int8, small"):
+        recipes.named("int3", 50)
+    with pytest.raises(ValueError, match="`steps` must be"):
+        recipes.pruned_int8(steps=0)
+
+
 BAD_STAGES = {
     "order": ([{"name": "distill"}, {"name": "shrink", "depth": 1}], "shrinks first"),
     "twice": ([{"name": "distill"}, {"name": "distill"}], "each technique once"),
     "nothing": ([{"name": "shrink"}], "Give what to shrink"),
     "budget": ([{"name": "shrink", "depth": 1, "latency": 0.5}], "or one budget"),
     "shrink field": ([{"name": "shrink", "tokens": 0.5}], "unexpected keyword"),
-    "steps": ([{"name": "distill", "steps": 0}], "int >= 1"),
+    "steps": ([{"name": "distill", "steps": -1}], "int >= 0"),
+    "seed": ([{"name": "rotate", "seed": -1}], "`seed` must be"),
     "losses": ([{"name": "distill", "losses": []}], "is empty"),
     "loss": ([{"name": "distill", "losses": [{"name": "mse"}]}], "A loss is named"),
     "field": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -47,6 +48,35 @@ def batches_of(data: Data) -> Batches:
     if not inputs or any(0 in tf.shape(leaf) for x in inputs for leaf in tf.nest.flatten(x)):
         raise ValueError(f"The calibration data is empty. Received: {data!r}")
     return Batches(inputs)
+
+
+def with_start(model: keras.Layer, batches: Batches) -> Batches:
+    """Returns batches whose texts begin as those that a model is given in use.
+
+    What goes into layers behind a start token can be hundreds of times as large as elsewhere.
+
+    Args:
+        model: The model. If its preprocessor puts a start token in front of texts, so does this.
+        batches: Inputs. A text that does not begin with the token gets it, and loses its last one.
+
+    Returns:
+        The batches, or the same ones where there is nothing to do.
+    """
+    preprocessor = getattr(model, "preprocessor", None)
+    start = getattr(getattr(preprocessor, "tokenizer", None), "start_token_id", None)
+    if start is None or not getattr(preprocessor, "add_start_token", False):
+        return batches
+    return Batches([_started(batch, start) for batch in batches])
+
+
+def _started(batch: Any, start: int) -> Any:
+    tokens = batch.get("token_ids") if isinstance(batch, dict) else None
+    if tokens is None or len(np.shape(tokens)) != 2:
+        return batch
+    tokens = np.asarray(tokens)
+    moved = np.concatenate([np.full_like(tokens[:, :1], start), tokens[:, :-1]], axis=1)
+    started = np.where(tokens[:, :1] == start, tokens, moved)
+    return {**batch, "token_ids": tf.convert_to_tensor(started)}
 
 
 def first_row(batch: Data) -> Any:

@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfgptopt.calibration.batches import batches_of, first_row
 from tfgptopt.model.overriding import overriding
 from tfgptopt.model.targets import Target
+from tfgptopt.model.turning import turns_of
 from tfgptopt.model.types import Data
 from tfgptopt.terminal.progress import Stage
 
@@ -63,7 +64,9 @@ def check_kernels(chosen: list[Target]) -> None:
 
 
 def _rows(target: Target, inputs: tf.Tensor) -> tf.Tensor:
-    """Returns the input of a layer as float32 `(rows, inputs)`."""
+    """Returns what the product of a layer reads as float32 `(rows, inputs)`."""
+    turn = turns_of(target.layer).before
+    inputs = inputs if turn is None else turn.of(inputs)
     rank = len(inputs.shape)
     contracted = [axis % rank for axis in target.row_axes]
     others = [axis for axis in range(rank) if axis not in contracted]
@@ -93,8 +96,9 @@ def watching(
         call, target = layer.call, by_layer[id(layer)]
 
         def watched(inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
-            if inputs is not last[0] or target.row_axes != last[1]:
-                last[:] = inputs, target.row_axes, _rows(target, inputs)
+            how = target.row_axes, turns_of(layer).before
+            if inputs is not last[0] or how != last[1]:
+                last[:] = inputs, how, _rows(target, inputs)
             observe(target, last[2])
             return call(inputs, *args, **kwargs)
 

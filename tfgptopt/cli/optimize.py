@@ -36,8 +36,9 @@ def optimize(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="YAML of techniques: shrink, distill, prune, quantize_aware. "
-            "Default: quantization-aware training alone."
+            help="int8, int4, pruned_int8 or small; or a YAML of techniques: shrink, rotate, "
+            "distill, prune, quantize_aware. "
+            "Default: rotation where the model allows it, and quantization-aware training."
         ),
     ] = None,
     spec: Annotated[
@@ -88,7 +89,6 @@ def optimize(
     from tfgptopt.file.replacing import check_target
     from tfgptopt.job.optimizing import check_causal_lm
     from tfgptopt.job.optimizing import optimize as run
-    from tfgptopt.recipe import Recipe
     from tfgptopt.training.devices import for_chief
     from tfgptopt.training.planning import Training, compile_model
 
@@ -101,9 +101,11 @@ def optimize(
     if recipe and given:
         raise ValueError(f"The recipe says what is done: leave out {' and '.join(given)}.")
     chosen, words = choose_strategy(strategy)  # Several workers have to meet before all else.
-    loaded = Recipe.load(recipe) if recipe else _recipe(steps, sparsity or 0.0, spec, bits)
+    loaded = _loaded(recipe, steps) if recipe else _recipe(steps, sparsity or 0.0, spec, bits)
     with chosen.scope():
         model = load(preset, dtype)
+        if recipe is None and not sparsity and lora is None:
+            loaded = _rotated(loaded, model)
         check_causal_lm(model)
         reading_tokenizer(model, preset)
         compile_model(model, training)
@@ -116,6 +118,24 @@ def optimize(
             model, corpus, loaded, training, folder, words, force, console, context_length, resume
         )
     print_outcome(outcome, out)
+
+
+def _loaded(recipe: Path, steps: int) -> Recipe:
+    """Returns a recipe by its name, or that of a file."""
+    from tfgptopt.recipe import Recipe, recipes
+
+    if str(recipe) in recipes.names() and not recipe.exists():
+        return recipes.named(str(recipe), steps)
+    return Recipe.load(recipe)
+
+
+def _rotated(recipe: Recipe, model: keras.Model) -> Recipe:
+    """Returns a recipe that rotates first, if a model can be rotated."""
+    from tfgptopt.quantization.rotation import why_not_rotated
+    from tfgptopt.recipe import Recipe, Rotate
+
+    techniques = () if why_not_rotated(model) else (Rotate(),)
+    return Recipe((*techniques, *recipe.techniques))
 
 
 def _found(model: keras.Model, corpus: Corpus, training: Training) -> Training:

@@ -37,7 +37,8 @@ def quantize(
         str, typer.Option(help="int8, int4, or int4:32 in blocks of 32 inputs.")
     ] = "int8",
     method: Annotated[
-        str, typer.Option(help="rtn, mse, gptq, awq, smoothquant, several with +, or auto.")
+        str,
+        typer.Option(help="rtn, mse, gptq, awq, smoothquant, rotation, several with +, or auto."),
     ] = "auto",
     calibration: Annotated[
         list[str] | None, typer.Option(help="Text or records to calibrate with.")

@@ -9,15 +9,8 @@ import keras_hub
 
 from tfgptopt.decoder.kerashub import ARITHMETIC
 from tfgptopt.decoder.reader import Arithmetic, read_with
-from tfgptopt.decoder.spec import (
-    Attention,
-    Block,
-    DecoderSpec,
-    FeedForward,
-    Matrix,
-    Norm,
-    Rotary,
-)
+from tfgptopt.decoder.rotary import Rotary
+from tfgptopt.decoder.spec import Attention, Block, DecoderSpec, FeedForward, Matrix, Norm
 from tfgptopt.families import known_families, layout_of
 
 __all__ = [

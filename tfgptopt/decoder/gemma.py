@@ -19,7 +19,8 @@ from tfgptopt.decoder.reading import (
     read_norm,
     read_rotary,
 )
-from tfgptopt.decoder.spec import Attention, Block, DecoderSpec, FeedForward, Rotary
+from tfgptopt.decoder.rotary import Rotary
+from tfgptopt.decoder.spec import Attention, Block, DecoderSpec, FeedForward
 from tfgptopt.decoder.streams import AltUp, Laurel, LayerInput, LayerInputs, Streams
 
 

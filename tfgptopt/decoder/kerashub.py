@@ -13,7 +13,8 @@ from tfgptopt.decoder.experts import MIXTURE_ARITHMETIC
 from tfgptopt.decoder.gemma import GEMMA_ARITHMETIC
 from tfgptopt.decoder.reader import Arithmetic
 from tfgptopt.decoder.reading import alibi_slopes, as_floats, read_rotary
-from tfgptopt.decoder.spec import Attention, Rotary
+from tfgptopt.decoder.rotary import Rotary
+from tfgptopt.decoder.spec import Attention
 from tfgptopt.decoder.windows import mistral_window, qwen3_window, qwen_window
 
 

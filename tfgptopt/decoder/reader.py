@@ -17,7 +17,11 @@ from tfgptopt.decoder.reading import (
     read_matrix,
     read_norm,
     read_rotary,
+    read_table_turn,
+    read_turned_norm,
+    turn_matrix,
 )
+from tfgptopt.decoder.rotary import Rotary
 from tfgptopt.decoder.spec import (
     Activation,
     Attention,
@@ -26,9 +30,9 @@ from tfgptopt.decoder.spec import (
     FeedForward,
     Matrix,
     Norm,
-    Rotary,
 )
 from tfgptopt.families import Layout, Part, follow
+from tfgptopt.model.turning import turns_of
 
 
 def _rotary_of(attention: keras.Layer, rotary: Any, head_dim: int) -> Rotary | None:
@@ -95,21 +99,27 @@ class _Reader:
         self.arithmetic.check_backbone(backbone)
         table = follow(backbone, layout.token_embedding)
         positions = follow(backbone, layout.positions) if layout.positions else None
-        normed = layout.embedding_norm
+        normed, offset = layout.embedding_norm, layout.norm_offset
+        first, embedding_turn = None, read_table_turn(table)
+        if normed:
+            first, embedding_turn = read_turned_norm(follow(backbone, normed), offset)
+        last, head_turn = read_turned_norm(follow(backbone, layout.final_norm), offset)
         found = DecoderSpec(
             family=type(backbone).__name__,
             config=keras.saving.serialize_keras_object(backbone)["config"],
             token_embedding=read_matrix(table),
             blocks=tuple(self._block(block) for block in follow(backbone, layout.blocks)),
-            final_norm=self._norm(follow(backbone, layout.final_norm)),
+            final_norm=last,
             head=read_head(table) if hasattr(table, "tie_weights") else None,
             position_embedding=(
                 None if positions is None else as_floats(positions.position_embeddings)
             ),
             embedding_scale=float(backbone.hidden_dim) ** 0.5 if layout.scales_tokens else 1.0,
-            embedding_norm=self._norm(follow(backbone, normed)) if normed else None,
+            embedding_norm=first,
             logit_soft_cap=getattr(table, "logit_soft_cap", None),
             context_length=None if positions is None else backbone.max_sequence_length,
+            embedding_turn=embedding_turn,
+            head_turn=head_turn,
         )
         return self.arithmetic.decoder(backbone, found)
 
@@ -192,12 +202,14 @@ class _Reader:
                 f"Nothing says which activation {type(self.backbone).__name__} has. Give its "
                 "layout a path to it, or register `Arithmetic(activation=...)`."
             )
+        turned = turns_of(layout.down.of(block)).before
         of_the_layer = layout.activation == f"{layout.up.path}.activation"
         return FeedForward(
             up=read_matrix(layout.up.of(block), activated=of_the_layer),
             down=read_matrix(layout.down.of(block)),
             gate=read_matrix(layout.gate.of(block)) if layout.gate else None,
             activation=activation,
+            turn=None if turned is None else turn_matrix(turned),
         )
 
 

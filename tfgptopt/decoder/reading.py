@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 
-from tfgptopt.decoder.spec import Activation, Matrix, Norm, Rotary
+from tfgptopt.decoder.rotary import Rotary
+from tfgptopt.decoder.spec import Activation, Matrix, Norm
 from tfgptopt.model.current import current
 from tfgptopt.model.targets import Target, target_of
+from tfgptopt.model.turning import Turn, factors_of, turns_of
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import read_integers
 
@@ -105,6 +109,45 @@ def read_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> Norm:
             raise ValueError(f"{layer.path} has weights, and none is its `gamma` or `scale`.")
         return Norm(layer.path, "rms", None, float(epsilon))
     return Norm(layer.path, "rms", np.float32(gamma_offset) + as_floats(scale), float(epsilon))
+
+
+def read_turned_norm(layer: keras.Layer, gamma_offset: float = 0.0) -> tuple[Norm, Matrix | None]:
+    """Reads a normalization that may turn what it reads and gives.
+
+    Normalizing and turning can change places, factors and turning cannot: they are one product.
+
+    Args:
+        layer: A built normalization.
+        gamma_offset: What the layer adds to its `scale`.
+
+    Returns:
+        `(norm, turn)`; the product behind the norm is `None` for a plain layer.
+    """
+    norm, turns = read_norm(layer, gamma_offset), turns_of(layer)
+    if turns.after is None:
+        return norm, None
+    after = turns.after.matrix.astype(np.float64)
+    rows = after if norm.gamma is None else norm.gamma[:, np.newaxis] * after
+    if turns.before is not None:
+        rows = turns.before.matrix @ rows
+    bias = None if norm.beta is None else (norm.beta @ after).astype(np.float32)
+    values = np.ascontiguousarray(rows.T, np.float32)
+    return replace(norm, gamma=None, beta=None), Matrix(f"{layer.path}/turn", values, bias=bias)
+
+
+def read_table_turn(table: keras.Layer) -> Matrix | None:
+    """Reads what a table multiplies looked-up rows with, or `None` for a plain one."""
+    turns = turns_of(table)
+    if turns.after is None:
+        return None
+    rows = turns.after.matrix * factors_of(turns.exponents, turns.after.size)
+    return Matrix(f"{table.path}/turn", np.ascontiguousarray(rows.T))
+
+
+@functools.lru_cache(maxsize=8)
+def turn_matrix(turn: Turn) -> Matrix:
+    """Returns a turn as a product: one object for all layers that turn alike."""
+    return Matrix(f"turn/{turn.size}/{turn.seed}", np.ascontiguousarray(turn.matrix.T))
 
 
 def _erf_gelu(x: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from tfgptopt.decoder.rotary import Rotary
 from tfgptopt.model.types import Config
 
 if TYPE_CHECKING:
@@ -91,52 +92,6 @@ class Norm:
 
 
 @dataclass(frozen=True, eq=False)
-class Rotary:
-    """Rotation of queries and keys by an angle that grows with the position.
-
-    Feature `i` of the first half of the rotated features turns together with feature `i` of the
-    second half. Features behind those pass as they are.
-
-    Attributes:
-        frequencies: float32 angle per position, one for each pair: all scaling is in them.
-        magnitude: Factor on the rotated features.
-        long_frequencies: Frequencies for contexts of more than `original_length` positions, or
-            `None` if they are the same.
-        original_length: See `long_frequencies`.
-    """
-
-    frequencies: np.ndarray
-    magnitude: float = 1.0
-    long_frequencies: np.ndarray | None = None
-    original_length: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Number of rotated features of a head."""
-        return 2 * self.frequencies.size
-
-    def table(self, context_length: int) -> np.ndarray:
-        """Returns cosines and sines of each position, float32 `(context_length, size)`."""
-        frequencies = self.frequencies
-        if self.long_frequencies is not None and self.original_length is not None:
-            longer = context_length > self.original_length
-            frequencies = self.long_frequencies if longer else frequencies
-        angles = np.outer(np.arange(context_length, dtype=np.float32), frequencies)
-        both = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-        return (both * self.magnitude).astype(np.float32)
-
-    def __str__(self) -> str:
-        turning = self.frequencies[self.frequencies > 0]
-        longest = 2 * np.pi / float(turning.min())
-        text = f"rotary over {2 * turning.size} features, wavelengths up to {longest:.0f}"
-        if self.magnitude != 1.0:
-            text += f", times {self.magnitude:.3g}"
-        if self.long_frequencies is not None:
-            text += f", others above {self.original_length} positions"
-        return text
-
-
-@dataclass(frozen=True, eq=False)
 class Attention:
     """Causal attention: `softmax(scale * query . key + bias) . value`.
 
@@ -198,6 +153,8 @@ class FeedForward:
     Attributes:
         up, down, gate: The projections; no `gate` if it is not gated.
         activation: Of the neurons, or of the gate.
+        turn: What neurons are multiplied with in front of `down`, as many as it has inputs at a
+            time, or `None`.
         cutoff: What a gate must exceed to be more than zero before its activation, in standard
             deviations above the mean of all gates of a token; it loses as much. `None`: no limit.
     """
@@ -207,6 +164,7 @@ class FeedForward:
     activation: Activation
     gate: Matrix | None = None
     cutoff: float | None = None
+    turn: Matrix | None = None
 
     def matrices(self) -> list[Matrix]:
         """Returns the weights of products."""
@@ -216,7 +174,8 @@ class FeedForward:
         gated = "gated " if self.gate else ""
         biases = ", biases" if self.up.bias is not None else ""
         cut = "" if self.cutoff is None else f" above {self.cutoff:.3g} deviations"
-        return f"{gated}{self.activation}{cut} of {self.up.values.shape[0]}{biases}"
+        turned = "" if self.turn is None else f", turned by {self.turn.inputs}"
+        return f"{gated}{self.activation}{cut} of {self.up.values.shape[0]}{biases}{turned}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,6 +258,8 @@ class DecoderSpec:
         context_length: Positions that the model has, in tokens; `None` for any number.
         layer_inputs: What each layer reads of each token besides the stream, or `None`.
         streams: How one stream becomes several and one again, or `None`.
+        embedding_turn: Product behind the embeddings and their norm, or `None`.
+        head_turn: Product between the final norm and the head, or `None`.
     """
 
     family: str
@@ -314,6 +275,8 @@ class DecoderSpec:
     context_length: int | None = None
     layer_inputs: LayerInputs | None = None
     streams: Streams | None = None
+    embedding_turn: Matrix | None = None
+    head_turn: Matrix | None = None
 
     @property
     def hidden_dim(self) -> int:
@@ -351,6 +314,7 @@ class DecoderSpec:
             yield self.head
         for extra in self._extras:
             yield from extra.matrices()
+        yield from (turn for turn in (self.embedding_turn, self.head_turn) if turn is not None)
 
     @property
     def _extras(self) -> list[LayerInputs | Streams]:
@@ -373,6 +337,7 @@ class DecoderSpec:
         extras += ["norm of the embeddings"] * (self.embedding_norm is not None)
         extras += ["own head" if self.head is not None else "tied head"]
         extras += [f"logit soft cap {self.logit_soft_cap:g}"] if self.logit_soft_cap else []
+        extras += ["turned head inputs"] * (self.head_turn is not None)
         extras += [str(extra) for extra in self._extras]
         lines = [
             f"{self.family}: {len(self.blocks)} layers, width {self.hidden_dim}, vocabulary "

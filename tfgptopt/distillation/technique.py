@@ -19,8 +19,9 @@ class Distill:
     pruned or rounded, and on through the steps that prune and round.
 
     Args:
-        steps: int. Training steps of the stage; `None` in the history of a model whose `Distiller`
-            was called by hand. Defaults to `500`.
+        steps: int. Training steps of the stage, 0 for none: it teaches in those that prune and
+            round alone. `None` in the history of a model whose `Distiller` was called by hand.
+            Defaults to `500`.
         losses: See `tfgptopt.Distiller`. Defaults to `(LogitsKL(), HardLabels(0.5))`.
 
     Raises:
@@ -35,8 +36,8 @@ class Distill:
 
     def __post_init__(self) -> None:
         whole = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        if self.steps is not None and (not whole or self.steps < 1):
-            raise ValueError(f"`steps` of distill must be an int >= 1. Received: {self.steps!r}")
+        if self.steps is not None and (not whole or self.steps < 0):
+            raise ValueError(f"`steps` of distill must be an int >= 0. Received: {self.steps!r}")
         object.__setattr__(self, "losses", tuple(self.losses))
         if not self.losses:
             raise ValueError("`losses` of distill is empty. Give one at least, or leave it out.")

@@ -1,4 +1,4 @@
-"""How much the loss of a model rises when one weight after the other is changed."""
+"""What becomes of a model when one weight after the other is changed: its loss, its logits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
+from tfgptopt.calibration.batches import batches_of
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Data
@@ -59,6 +61,58 @@ def rise_of_loss(
             values = change.values()
             rises.append(0.0 if values is None else _with(change.target, values, loss) - exact)
     return exact, rises
+
+
+def divergences(
+    model: keras.Layer, data: Data, changes: Sequence[Change], description: str = "Measuring"
+) -> list[float]:
+    """Measures how far what a model predicts moves with each change alone.
+
+    It tells more of few tokens than their loss does: a change that makes one token likelier and
+    another one less likely leaves the loss, and not the divergence. It needs no labels.
+
+    Args:
+        model: A built causal LM. Its weights are the same afterwards.
+        data: Its inputs, see `tfgptopt.calibration.batches.batches_of`. Logits of all tokens are
+            held.
+        changes: What to try.
+        description: str. What the progress bar says. Defaults to `"Measuring"`.
+
+    Returns:
+        For each change the mean over tokens of `KL(p || q)` in nats, where `p` is what the model
+        predicts as it is, and `q` what it predicts with the change.
+
+    Raises:
+        ValueError: If there is no data.
+    """
+    batches = batches_of(data)
+
+    @tf.function(reduce_retracing=True)
+    def likely(inputs: Any) -> tf.Tensor:
+        return tf.nn.log_softmax(tf.cast(model(inputs, training=False), tf.float32))
+
+    @tf.function(reduce_retracing=True)
+    def divergence(inputs: Any, expected: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+        each = tf.reduce_sum(tf.exp(expected) * (expected - likely(inputs)), -1)
+        return tf.reduce_sum(each * weights)
+
+    held = []
+    for inputs in batches:
+        expected = likely(inputs)
+        mask = inputs.get("padding_mask") if isinstance(inputs, dict) else None
+        weights = tf.ones(tf.shape(expected)[:-1]) if mask is None else tf.cast(mask, tf.float32)
+        held.append((inputs, expected, weights))
+    total = sum(float(tf.reduce_sum(weights)) for *_, weights in held)
+
+    def mean() -> float:
+        return sum(float(divergence(*one)) for one in held) / max(total, 1.0)
+
+    found = []
+    with strategy_scope(model):
+        for change in track(changes, description):
+            values = change.values()
+            found.append(0.0 if values is None else _with(change.target, values, mean))
+    return found
 
 
 def _with(target: Target, values: Any, loss: Callable[[], float]) -> float:

@@ -168,6 +168,7 @@ GEMMA3N = Layout(
     blocks="language_model.transformer_layers",
     token_embedding="language_model.embed_tokens.embedding",
     final_norm="language_model.final_normalization",
+    shares_norms=True,
     towers=("vision_encoder", "audio_encoder"),
 )
 BLOOM = replace(

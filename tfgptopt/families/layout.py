@@ -73,6 +73,7 @@ class Layout:
         positions: Path of the position table, or `None`.
         norm_offset: What a norm adds to its weight.
         scales_tokens: Whether looked-up tokens are multiplied with `sqrt(hidden_dim)`.
+        shares_norms: Whether other layers than the projections read norms of a block, too.
         gates_in_intermediate: Whether `intermediate_dim` counts gates and neurons together.
         shrinks: Whether surgery knows all of it: every part then has `axes`.
         towers: Settings that may hold encoders of images or sound; what reads text alone leaves
@@ -112,6 +113,7 @@ class Layout:
     positions: str | None = None
     norm_offset: float = 0.0
     scales_tokens: bool = False
+    shares_norms: bool = False
     gates_in_intermediate: bool = False
     shrinks: bool = False
     towers: tuple[str, ...] = ()

@@ -32,6 +32,8 @@ from tfgptopt.model.current import has_adapters
 from tfgptopt.model.history import history_of, record
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.pruning.pruner import zero_share
+from tfgptopt.quantization.rotatable import check_rotatable, rotatable
+from tfgptopt.quantization.rotation import Rotate, rotate
 from tfgptopt.recipe import Recipe
 from tfgptopt.recipe.finalizing import finalize
 from tfgptopt.shrinking.shrinker import fill, prepare, shrink
@@ -72,12 +74,13 @@ def _check_adapters(recipe: Recipe, training: Training) -> None:
     """Raises where a recipe and LoRA adapters do not go together.
 
     Raises:
-        ValueError: If the recipe shrinks.
+        ValueError: If the recipe shrinks or rotates.
     """
-    if training.lora is not None and any(isinstance(one, Shrink) for one in recipe.techniques):
+    first = next((one for one in recipe.techniques if isinstance(one, Shrink | Rotate)), None)
+    if training.lora is not None and first is not None:
         raise ValueError(
-            "A recipe with `shrink` cannot train LoRA adapters alone: all weights of the smaller "
-            "model have to recover. Leave out `lora`, or shrink in a job of its own."
+            f"A recipe with `{first.name}` cannot train LoRA adapters alone: all weights of the "
+            f"model change. Leave out `lora`, or {first.name} in a job of its own."
         )
 
 
@@ -142,6 +145,8 @@ def check_recipe(model: keras.Model, corpus: Corpus, recipe: Recipe) -> Any:
                 )
             student = student if stage.budget else prepare(student, stage)
             check_fit(student, corpus)
+        if isinstance(stage, Rotate):
+            check_rotatable(rotatable(student))
         if isinstance(stage, Distill):
             if stage.steps is None:
                 raise ValueError(f"A job needs `steps` of distill. Received: {stage!r}")
@@ -228,19 +233,25 @@ class _Job:
         return distiller
 
     def run_stages(self, recipe: Recipe, teacher: keras.Model) -> Any:
-        """Shrinks and distills, and returns what is trained from then on."""
+        """Shrinks, rotates and distills, and returns what is trained from then on."""
         trained, steps = None, self.training.steps
         for stage in recipe.techniques:
             if isinstance(stage, Shrink):
                 self.shrink(stage)
                 with strategy_scope(self.model):
                     compile_model(self.model, replace(self.training, shared_steps=0))
+            if isinstance(stage, Rotate):
+                rotate(self.model, stage)
+                with strategy_scope(self.model):
+                    # What the optimizer knew of weights was of those before.
+                    compile_model(self.model, replace(self.training, shared_steps=0))
             if isinstance(stage, Distill):
                 name = "distilled"
                 record(self.model, stage)
                 first = stage.steps or 0  # Never none: `check_recipe` has looked.
-                self.train(name, self.distiller(teacher, stage, first), first)
-                self.keep(name)
+                if first:
+                    self.train(name, self.distiller(teacher, stage, first), first)
+                    self.keep(name)
                 trained = self.distiller(teacher, stage, steps)
         return trained or self.model
 

@@ -8,6 +8,7 @@ import keras
 import keras_hub
 
 from tfgptopt.model.current import merged_weights
+from tfgptopt.model.turning import copy_turns
 from tfgptopt.model.types import Config
 
 
@@ -33,6 +34,8 @@ def with_backbone(
 def clone(model: keras.Model) -> keras.Model:
     """Returns a plain copy of a built Keras 3 model, with the same weights, adapters merged.
 
+    Layers that turn features do so in the copy too.
+
     Args:
         model: A causal LM of KerasHub, a backbone, or a model that `keras.models.clone_model`
             can copy.
@@ -44,4 +47,5 @@ def clone(model: keras.Model) -> keras.Model:
     else:
         copy = keras.models.clone_model(model)
     copy.set_weights(merged_weights(model))
+    copy_turns(model, copy)
     return copy

@@ -2,6 +2,8 @@
 
 from tfgptopt.quantization.aware import quantize_aware_layer
 from tfgptopt.quantization.bit_allocation import BitAllocation, allocate
+from tfgptopt.quantization.outliers import Outliers, outliers
+from tfgptopt.quantization.rotation import Rotate, rotate
 from tfgptopt.quantization.rounding_report import QuantizationReport, report
 from tfgptopt.quantization.specs import Int4, Int8
 from tfgptopt.quantization.technique import QuantizeAware
@@ -10,9 +12,13 @@ __all__ = [
     "BitAllocation",
     "Int4",
     "Int8",
+    "Outliers",
     "QuantizationReport",
     "QuantizeAware",
+    "Rotate",
     "allocate",
+    "outliers",
     "quantize_aware_layer",
     "report",
+    "rotate",
 ]

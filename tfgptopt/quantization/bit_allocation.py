@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 from rich.table import Table
 
-from tfgptopt.evaluation.sensitivity import Change, rise_of_loss
+from tfgptopt.evaluation.sensitivity import Change, divergences, rise_of_loss
 from tfgptopt.model.current import current
 from tfgptopt.model.targets import Selector, Target, select
 from tfgptopt.model.types import Data
@@ -32,7 +32,8 @@ class Measured:
     Attributes:
         spec: The choice.
         bits: Bits per weight, scales included.
-        rise: How much the loss rises when this weight alone is rounded so.
+        rise: How much the loss rises when this weight alone is rounded so, or how far predictions
+            move, in nats.
     """
 
     spec: Spec | None
@@ -152,28 +153,34 @@ def allocate(
     choices: Sequence[Spec | None] = (Int4(), Int8(), None),
     targets: Selector | None = None,
     verbose: Verbose = "auto",
+    by: Literal["loss", "kl"] = "loss",
 ) -> BitAllocation:
     """Assigns a number of bits to each weight, so that the loss rises least within a budget.
 
-    Each weight is rounded alone, to each choice, and the loss is measured. Then all weights begin
-    with the fewest bits, and the budget is spent where a bit lowers the loss most.
+    Each weight is rounded alone, to each choice, and the loss is measured, or how far predictions
+    move. Then all weights begin with the fewest bits, and the budget is spent where a bit lowers
+    that most.
 
     Args:
-        model: A built and compiled Keras 3 model. Its weights are the same afterwards.
-        data: What `model.evaluate` takes, with labels; a few batches are enough.
+        model: A built Keras 3 model, compiled for `by="loss"`. Its weights are the same afterwards.
+        data: What `model.evaluate` takes, with labels; a few batches are enough. For `by="kl"`,
+            text without labels, as calibration takes it.
         bits: float, the mean over all weights, scales included.
         choices: Specs to choose from, `None` for floats. Defaults to `(Int4(), Int8(), None)`.
         targets: Selector of the weights. Defaults to `None`: kernels and tables.
         verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
             terminals and notebooks.
+        by: `"loss"`, or `"kl"`: how far what a causal LM predicts moves from what it predicts as it
+            is. That is steadier on little text: rounding one weight moves the loss up or down by
+            chance, and the divergence up only. Defaults to `"loss"`.
 
     Returns:
         `BitAllocation`, to be given to `quantize`, `quantize_aware` or the callback; print it to
         see a table, `plot()` draws it.
 
     Raises:
-        ValueError: If the model is not compiled, a choice does not fit, or `bits` is below the
-            fewest that the choices allow.
+        ValueError: If the model has no loss to go by, a choice does not fit, `by` is unknown, or
+            `bits` is below the fewest that the choices allow.
 
     Example:
 
@@ -183,8 +190,10 @@ def allocate(
     tfgptopt.quantize(gpt, allocation)
     ```
     """
-    if not getattr(model, "compiled", False):
-        raise ValueError("The model has no loss: compile it first.")
+    if by not in ("loss", "kl"):
+        raise ValueError(f'`by` must be "loss" or "kl". Received: {by!r}')
+    if by == "loss" and not getattr(model, "compiled", False):
+        raise ValueError('The model has no loss: compile it first, or give by="kl".')
     chosen = select(model, targets, ("kernel", "head", "embedding"), frozen=True)
     if not choices:
         raise ValueError("`choices` is empty: give specs such as (Int4(), Int8()).")
@@ -199,7 +208,7 @@ def allocate(
             f"`choices`, scales included. Received: {bits!r}"
         )
     with showing(verbose):
-        measured = _measure(model, data, chosen, choices)
+        measured = _measure(model, data, chosen, choices, by)
     specs = _spend(chosen, measured, bits)
     return BitAllocation(specs, {t.path: t.size for t in chosen}, measured)
 
@@ -219,12 +228,20 @@ def _bits(target: Target, spec: Spec | None) -> float:
 
 
 def _measure(
-    model: keras.Model, data: Data, chosen: list[Target], choices: Sequence[Spec | None]
+    model: keras.Model,
+    data: Data,
+    chosen: list[Target],
+    choices: Sequence[Spec | None],
+    by: str,
 ) -> dict[str, tuple[Measured, ...]]:
     changes = [
         Change(target, partial(_rounded, target, spec)) for target in chosen for spec in choices
     ]
-    _, rises = rise_of_loss(model, data, changes, "Measuring each weight")
+    words = "Measuring each weight"
+    if by == "kl":
+        rises = divergences(model, data, changes, words)
+    else:
+        _, rises = rise_of_loss(model, data, changes, words)
     found: dict[str, list[Measured]] = {target.path: [] for target in chosen}
     specs = [spec for _ in chosen for spec in choices]
     for change, spec, rise in zip(changes, specs, rises, strict=True):

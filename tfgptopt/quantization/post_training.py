@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.calibration.batches import Batches, batches_of
+from tfgptopt.calibration.batches import Batches, batches_of, with_start
 from tfgptopt.calibration.correcting import grams_by_block
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model import masks
@@ -19,29 +19,29 @@ from tfgptopt.model.current import current, has_adapters
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.model.types import Data
-from tfgptopt.quantization import layers, quantizers, rounding
+from tfgptopt.quantization import layers, quantizers, rotation, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
 from tfgptopt.quantization.balancing import Balance, balance
 from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.gptq import gptq
+from tfgptopt.quantization.rotatable import rotatable
+from tfgptopt.quantization.rotation import Rotate, rotate, why_not_rotated
 from tfgptopt.quantization.smoothing import find_pairs
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import Verbose, check_verbose, showing, stage, track
 
-Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "auto"]
+Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "rotation", "auto"]
 
+_ROTATION = "rotation"
 _ROUNDINGS = ("rtn", "mse", "gptq")
 _BALANCES: tuple[Balance, ...] = ("awq", "smoothquant")
-# What `docs/quantization.md` found best, for eight bits and for fewer.
-_BEST_OF_8 = ("smoothquant", "awq", "gptq")
-_BEST_OF_4 = ("gptq",)
 _FEWEST_TOKENS = 64
 
 
 def quantize(
     model: keras.Layer,
     spec: Spec | BitAllocation,
-    method: Method | Sequence[Method] = "rtn",
+    method: Method | Rotate | Sequence[Method | Rotate] = "rtn",
     data: Data = None,
     targets: Selector | None = None,
     verbose: Verbose = "auto",
@@ -52,15 +52,19 @@ def quantize(
     `quantize_aware`: `evaluate` shows the quality that ships, `tfgptopt.export` writes the same
     integers, and `fit` may train on, with the scales that were found. Pruned weights stay zero.
 
-    Methods, which may be combined, `("awq", "gptq")` for example:
+    Methods, which may be combined, `("rotation", "gptq")` for example:
 
+    - `"rotation"`, or a `tfgptopt.quantization.Rotate` with settings: first turns the features of a
+      decoder, so that none stands out; then rounds to nearest or as another method says. It needs
+      no data, and helps most where activations are rounded.
     - `"rtn"`: rounds to nearest, with scales as the spec says.
     - `"mse"`: the same, with the scales of the smallest squared error.
     - `"gptq"`: rounds input by input and corrects the weights still to come, block by block through
       the model. Scales are those of the smallest error, weighted by the inputs.
-    - `"auto"`: what is best for the bits of the spec (`docs/quantization.md`). With data,
-      smoothquant, awq and gptq for int8, and gptq for int4; without, round to nearest for int8,
-      and the smallest error for int4.
+    - `"auto"`: what is best for the bits of the spec (`docs/quantization.md`): rotation where the
+      model allows it and all weights are rounded; then, with data, gptq, for int8 behind
+      smoothquant and awq where the stream is not turned; without, round to nearest for int8, and
+      the smallest error for int4.
     - `"awq"`, `"smoothquant"`: first move the scale of features between inputs and weights, where
       the model allows it; then round to nearest or as another method says. They help where a few
       features are much larger than others.
@@ -70,7 +74,8 @@ def quantize(
         spec: `Int8()` or `Int4()`, or what `tfgptopt.quantization.allocate` returned.
         method: One of the names above, or several. Defaults to `"rtn"`.
         data: Calibration data for `"gptq"`, `"awq"` and `"smoothquant"`: a finite
-            `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more.
+            `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more. Each
+            gets the start token in front that the model's preprocessor puts there.
         targets: Selector of the weights. Defaults to `None`: kernels of Dense and EinsumDense and
             tables of Embedding and ReversibleEmbedding, wherever they are nested.
         verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 shows progress bars with the time left, 2
@@ -91,20 +96,29 @@ def quantize(
     tfgptopt.export(gpt, "gpt.tflite")
     ```
 
-    Reference: see `tfgptopt.quantization.gptq` and `tfgptopt.quantization.balancing`.
+    Reference: see `tfgptopt.quantization.gptq`, `tfgptopt.quantization.balancing` and
+    `tfgptopt.quantization.rotation`.
     """
     check_setting(spec)
     check_verbose(verbose)
-    balances, final = _methods(_automatic(spec, data) if method == "auto" else method)
+    turning, balances, final = _methods(
+        _automatic(model, spec, data, targets) if method == "auto" else method
+    )
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
     if data is None and (balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
-    data = None if data is None else batches_of(data)  # Read once: a generator serves, too.
+    # Read once: a generator serves, too.
+    data = None if data is None else with_start(model, batches_of(data))
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
+    turned = False
     with changing(model), showing(verbose):
         try:
+            if turning is not None:
+                with stage("Rotating"):
+                    rotate(model, turning)
+                turned = True
             told = _told_by_data(chosen, bool(balances) or final == "gptq")
             _check_data(model, told, data)
             _balance(model, told, balances, data)
@@ -116,32 +130,49 @@ def quantize(
                 if layers.is_dressed(target.layer):
                     layers.undress(target.layer)
                 layers.forget(target.layer)
+            if turned:
+                rotation.undo(model)
             for variable, value in before:
                 variable.assign(value)
             raise
     return model
 
 
-def _automatic(spec: Spec | BitAllocation, data: Data) -> tuple[str, ...]:
-    """Returns the methods that are best for a spec, with the data that there is."""
+def _automatic(
+    model: keras.Layer, spec: Spec | BitAllocation, data: Data, targets: Selector | None
+) -> tuple[str, ...]:
+    """Returns the methods that `docs/quantization.md` found best, for a model with its data."""
     specs = spec.specs.values() if isinstance(spec, BitAllocation) else [spec]
     wide = min(one.bits for one in specs if one is not None) >= 8
+    # Rotation changes all weights, not some.
+    turns = targets is None and why_not_rotated(model) is None
+    first = (_ROTATION,) if turns else ()
     if data is None:
-        return ("rtn",) if wide else ("mse",)
-    return _BEST_OF_8 if wide else _BEST_OF_4
+        return (*first, "rtn" if wide else "mse")
+    if not wide:
+        return (*first, "gptq")
+    # Where the stream is turned, no feature is left that stands out.
+    balances = () if turns and rotatable(model).is_free else ("smoothquant", "awq")
+    return (*first, *balances, "gptq")
 
 
-def _methods(method: Any) -> tuple[list[Balance], str]:
-    """Returns what to do before rounding, and how to round."""
-    names = [method] if isinstance(method, str) else list(method)
-    unknown = [name for name in names if name not in (*_ROUNDINGS, *_BALANCES)]
-    final = [name for name in names if name in _ROUNDINGS]
-    if not names or unknown or len(final) > 1 or len(set(names)) < len(names):
+def _methods(method: Any) -> tuple[Rotate | None, list[Balance], str]:
+    """Returns how to rotate first, what else to do before rounding, and how to round."""
+    names = [method] if isinstance(method, str | Rotate) else list(method)
+    turning = [one if isinstance(one, Rotate) else Rotate() for one in names
+               if one == _ROTATION or isinstance(one, Rotate)]  # fmt: skip
+    rest = [one for one in names if one != _ROTATION and not isinstance(one, Rotate)]
+    final = [one for one in rest if one in _ROUNDINGS]
+    unknown = [one for one in rest if one not in (*_ROUNDINGS, *_BALANCES)]
+    too_many = len(final) > 1 or len(turning) > 1 or len(set(rest)) < len(rest)
+    if not names or unknown or too_many:
+        known = (*_ROUNDINGS, *_BALANCES, _ROTATION)
         raise ValueError(
-            f"`method` must be 'auto', one of {(*_ROUNDINGS, *_BALANCES)}, or several of them with "
-            f"at most one of {_ROUNDINGS}. Received: {method!r}"
+            f"`method` must be 'auto', one of {known}, or several of them with at most one of "
+            f"{_ROUNDINGS}. Received: {method!r}"
         )
-    return [name for name in names if name in _BALANCES], (final or ["rtn"])[0]
+    balances: list[Balance] = [one for one in rest if one in _BALANCES]
+    return next(iter(turning), None), balances, (final or ["rtn"])[0]
 
 
 def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:

@@ -15,6 +15,7 @@ from tfgptopt.model.current import current
 from tfgptopt.model.targets import Skipped, Target, candidates
 from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, rounding
+from tfgptopt.quantization.outliers import Outliers, Spread, SpreadOfRows
 from tfgptopt.quantization.quantizers import Quantizer, quantizers_of
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.tables import across_layers, as_text
@@ -34,6 +35,7 @@ class Row:
             weights that lie on their grid already, as GPTQ leaves them.
         output_sqnr: The same of what the product gives, inputs rounded too; `None` if it was not
             measured.
+        inputs: How the features of its input rows are spread, or `None` likewise.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Row:
     clipped: float
     weight_sqnr: float
     output_sqnr: float | None = None
+    inputs: Spread | None = None
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,17 @@ class QuantizationReport:
     rows: tuple[Row, ...]
     skipped: tuple[tuple[str, str], ...]
 
+    @property
+    def outliers(self) -> Outliers:
+        """How far features stand out in what products read, where it was measured."""
+        return Outliers({row.path: row.inputs for row in self.rows if row.inputs is not None})
+
     def __rich__(self) -> Group:
-        title = f"{len(self.rows)} rounded weights; signal to noise in dB, the worst of each row"
+        title = f"{len(self.rows)} rounded weights; signal to noise in dB; range of input rows in "
+        title += "their deviations; the worst of each line"
         table = Table(padding=(0, 1), title=title)
         table.add_column("weight", overflow="fold")
-        for name in ("count", "bits", "scales", "clipped", "weights", "outputs"):
+        for name in ("count", "bits", "scales", "clipped", "weights", "outputs", "rows"):
             table.add_column(name, justify="right", no_wrap=True)
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
@@ -85,6 +94,7 @@ def _cells(rows: list[Row]) -> list[str]:
     """Returns what a table says of weights that are rounded alike."""
     low, high = min(r.smallest_scale for r in rows), max(r.largest_scale for r in rows)
     weights = min(row.weight_sqnr for row in rows)
+    ranges = [row.inputs.range for row in rows if row.inputs is not None]
     measured = [row.output_sqnr for row in rows if row.output_sqnr is not None]
     return [
         str(len(rows)),
@@ -93,6 +103,7 @@ def _cells(rows: list[Row]) -> list[str]:
         f"{max(row.clipped for row in rows):.1%}",
         "exact" if np.isinf(weights) else f"{weights:.1f}",
         f"{min(measured):.1f}" if measured else "",
+        f"{max(ranges):.1f}" if ranges else "",
     ]
 
 
@@ -161,6 +172,7 @@ def _row(target: Target, quantizer: Quantizer, noise: _Noise | None) -> Row:
             float(tf.reduce_sum(tf.square(weights))), float(tf.reduce_sum(tf.square(error)))
         ),
         output_sqnr=None if noise is None else _decibels(noise.signal, noise.noise),
+        inputs=None if noise is None else noise.spread.result(),
     )
 
 
@@ -174,9 +186,11 @@ class _Noise:
         self._rounded = target.to_matrix(quantizer.fake_quantize(weights))
         self._rounds_inputs = target.layer.quantization_spec.activations is not None
         self.signal = self.noise = 0.0
+        self.spread = SpreadOfRows()
 
     def add(self, rows: tf.Tensor) -> None:
         """Adds what the product gives for some rows."""
+        self.spread.add(rows)
         exact = rows @ self._exact
         inputs = rounding.fake_quantize_rows(rows, (-1,)) if self._rounds_inputs else rows
         self.signal += float(tf.reduce_sum(tf.square(exact)))

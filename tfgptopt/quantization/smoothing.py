@@ -69,7 +69,7 @@ def _divide_outputs(target: Target, factors: np.ndarray) -> None:
         bias.assign(keras.ops.convert_to_numpy(bias) / factors.reshape(bias.shape))
 
 
-def _gain(norm: keras.Layer) -> Any:
+def gain_of(norm: keras.Layer) -> Any:
     """Returns the factors of a normalization, a variable, or `None`."""
     for name in ("gamma", "scale"):
         variable = getattr(norm, name, None)
@@ -79,7 +79,7 @@ def _gain(norm: keras.Layer) -> Any:
 
 
 def _divide_norm(norm: keras.Layer, factors: np.ndarray) -> None:
-    variable, offset = _gain(norm), _offset(norm)
+    variable, offset = gain_of(norm), _offset(norm)
     values = keras.ops.convert_to_numpy(variable)
     variable.assign((values + offset) / factors - offset)
     beta = getattr(norm, "beta", None)
@@ -89,7 +89,7 @@ def _divide_norm(norm: keras.Layer, factors: np.ndarray) -> None:
 
 def _offset(norm: keras.Layer) -> float:
     """Returns what a normalization adds to its factors: 1 in Gemma, else 0."""
-    variable = _gain(norm)
+    variable = gain_of(norm)
     values = keras.ops.convert_to_numpy(variable)
     inputs = tf.random.stateless_normal((4, len(values)), (0, 1))
     beta = getattr(norm, "beta", None)
@@ -149,7 +149,7 @@ def _touched(pair: Pair) -> Iterator[Any]:
         if getattr(pair.producer.layer, "bias", None) is not None:
             yield pair.producer.layer.bias
         return
-    yield _gain(pair.producer)
+    yield gain_of(pair.producer)
     if isinstance(getattr(pair.producer, "beta", None), keras.Variable):
         yield pair.producer.beta
 
@@ -179,7 +179,7 @@ def _norm_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[P
     norms = [
         layer
         for layer in model._flatten_layers()
-        if "norm" in type(layer).__name__.lower() and _gain(layer) is not None
+        if "norm" in type(layer).__name__.lower() and gain_of(layer) is not None
     ]
     calls = recorded_calls(model, [*norms, *(t.layer for t in chosen)], batch)
     made = [(layer, result) for layer, _, result in calls if id(layer) not in by_layer]
@@ -188,7 +188,7 @@ def _norm_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[P
     for norm, result in made:
         readers = [by_layer[id(x)] for x, args, _ in calls
                    if id(x) in by_layer and args and args[0] is result]  # fmt: skip
-        width = int(_gain(norm).shape[0])
+        width = int(gain_of(norm).shape[0])
         whole = all(target.matrix_shape[0] == width for target in readers)
         if readers and whole and times.count(norm) == 1:
             pairs.append(Pair(norm, tuple(readers), np.arange(width)))

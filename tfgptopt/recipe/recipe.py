@@ -56,8 +56,8 @@ class Recipe:
     ```
 
     Args:
-        techniques: `Shrink`, `Distill`, `Prune` and `QuantizeAware`, in the order of their
-            application, each once for the same targets.
+        techniques: `Shrink`, `Rotate`, `Distill`, `Prune` and `QuantizeAware`, in the order of
+            their application, each once for the same targets.
 
     Raises:
         ValueError: If something else is in the list, or a technique is there twice.

@@ -11,6 +11,7 @@ from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.cloning import with_backbone
 from tfgptopt.model.current import has_adapters
 from tfgptopt.model.history import history_of, record
+from tfgptopt.model.turning import is_turned
 from tfgptopt.model.types import Data
 from tfgptopt.quantization.layers import is_dressed
 from tfgptopt.shrinking.experts import experts_to_keep, fill_experts, make_with_experts
@@ -41,6 +42,12 @@ def _check_model(model: keras.Model, request: Shrink) -> None:
         raise ValueError(
             f"'{model.name}' is pruned or quantize-aware. Shrink first, then prune and quantize; "
             "or call `tfgptopt.finalize(model)` before."
+        )
+    turned = next((x.path for x in model._flatten_layers() if is_turned(x)), None)
+    if turned is not None:
+        raise ValueError(
+            f"'{model.name}' is rotated, so none of its features can go alone: {turned} goes on "
+            "turning them. Shrink first, then rotate."
         )
     adapted = [x.path for x in model._flatten_layers() if has_adapters(x)]
     if adapted:

@@ -153,6 +153,8 @@ def _add_signature(
     if spec.streams is not None and streams is not None:
         x = join(graph, spec.streams, streams)
     x = op.normalize(graph, x, spec.final_norm)
+    if spec.head_turn is not None:
+        x = op.fully_connected(graph, x, spec.head_turn)
     logits = op.fully_connected(graph, x, spec.head or spec.token_embedding)
     if spec.logit_soft_cap is not None:
         logits = op.soft_cap(graph, logits, spec.logit_soft_cap)
@@ -183,7 +185,10 @@ def _embed(graph: Graph, spec: DecoderSpec, tokens: Tensor, positions: Positions
     if spec.position_embedding is not None:
         learned = graph.weight("position_embedding", spec.position_embedding)
         x = op.binary(graph, "ADD", x, op.embedding_lookup(graph, positions.indices, learned))
-    return _maybe_normalize(graph, x, spec.embedding_norm)
+    x = _maybe_normalize(graph, x, spec.embedding_norm)
+    if spec.embedding_turn is not None:
+        x = op.fully_connected(graph, x, spec.embedding_turn)
+    return x
 
 
 def _maybe_normalize(graph: Graph, x: Tensor, norm: Norm | None) -> Tensor:

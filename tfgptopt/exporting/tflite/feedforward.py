@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tfgptopt.decoder.mixtures import Mixture
-from tfgptopt.decoder.spec import FeedForward
+from tfgptopt.decoder.spec import FeedForward, Matrix
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
 
@@ -29,7 +29,18 @@ def _network(graph: Graph, network: FeedForward, x: Tensor) -> Tensor:
         hidden = op.binary(graph, "MUL", op.activate(graph, gate, network.activation), hidden)
     elif not relu:
         hidden = op.activate(graph, hidden, network.activation)
+    if network.turn is not None:
+        hidden = _turned(graph, network.turn, hidden)
     return op.fully_connected(graph, hidden, network.down)
+
+
+def _turned(graph: Graph, turn: Matrix, x: Tensor) -> Tensor:
+    """Returns features of which each few, one after the other, are multiplied with a matrix."""
+    if x.shape[1] == turn.inputs:
+        return op.fully_connected(graph, x, turn)
+    blocks = (x.shape[0], x.shape[1] // turn.inputs, turn.inputs)
+    found = op.fully_connected(graph, op.reshape(graph, x, blocks, free=0), turn)
+    return op.reshape(graph, found, x.shape, free=0)
 
 
 def _above_cutoff(graph: Graph, gate: Tensor, deviations: float) -> Tensor:

@@ -163,9 +163,9 @@ def normalize(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
     variance = reduce(graph, "MEAN", squares, -1, keep=True)
     inverse = unary(graph, "RSQRT", binary(graph, "ADD", variance, scalar(graph, norm.epsilon)))
     x = binary(graph, "MUL", x, inverse)
-    if norm.gamma is not None:
+    if norm.gamma is not None and (norm.gamma != 1).any():  # Rotation folds them into products.
         x = binary(graph, "MUL", x, graph.weight(f"{norm.name}/gamma", norm.gamma))
-    if norm.beta is None:
+    if norm.beta is None or not norm.beta.any():
         return x
     return binary(graph, "ADD", x, graph.weight(f"{norm.name}/beta", norm.beta))
 

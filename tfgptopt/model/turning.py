@@ -1,0 +1,147 @@
+"""Layers that turn what they read, or what they give, by an orthogonal matrix.
+
+Where a model's weights were turned and one of its layers cannot be, because it treats features one
+by one, that layer computes with its features turned back: it is dressed, and keeps its variables,
+name and path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from tfgptopt.model.dressing import put_on, register_mixin, take_off, worn_by
+from tfgptopt.model.orthogonal import orthogonal
+
+_ATTRIBUTE = "_tfgptopt_turns"
+# Features that are multiplied, each with the exponent of a power of two.
+Exponents = tuple[tuple[int, int], ...]
+
+
+def factors_of(exponents: Exponents, size: int) -> np.ndarray:
+    """Returns a factor for each of so many features, float32."""
+    factors = np.ones(size, np.float32)
+    for feature, exponent in exponents:
+        factors[feature] = 2.0**exponent
+    return factors
+
+
+@dataclass(frozen=True)
+class Turn:
+    """By which matrix rows of features are turned.
+
+    Attributes:
+        size: How many features, one after the other, are turned together.
+        seed: Which matrix: see `orthogonal`.
+        keeps_mean: As there.
+        back: Whether it is the inverse, which turns back.
+    """
+
+    size: int
+    seed: int
+    keeps_mean: bool = False
+    back: bool = False
+
+    @property
+    def inverse(self) -> Turn:
+        """The turn that undoes it."""
+        return replace(self, back=not self.back)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """float32 array `(size, size)` that rows are multiplied with."""
+        found = orthogonal(self.size, self.seed, self.keeps_mean)
+        return found.T if self.back else found
+
+    def rows(self, features: np.ndarray) -> np.ndarray:
+        """Returns a float32 array whose last axis is turned, `size` features after another."""
+        blocks = features.reshape(-1, self.size) @ self.matrix
+        found: np.ndarray = blocks.reshape(features.shape)
+        return found
+
+    def of(self, features: Any) -> Any:
+        """Returns a tensor whose last axis is turned, `size` features after another."""
+        shape = tuple(features.shape)
+        matrix = keras.ops.cast(keras.ops.convert_to_tensor(self.matrix), features.dtype)
+        if shape[-1] == self.size:
+            return keras.ops.matmul(features, matrix)
+        sizes = [keras.ops.shape(features)[i] if n is None else n for i, n in enumerate(shape)]
+        blocks = keras.ops.reshape(features, (*sizes[:-1], shape[-1] // self.size, self.size))
+        return keras.ops.reshape(keras.ops.matmul(blocks, matrix), sizes)
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What a layer does to its features, and to what it gives: `None` for nothing.
+
+    Attributes:
+        before: How what it reads is turned.
+        after: How what it gives is turned.
+        exponents: What that is multiplied with, feature by feature. Powers of two are exact.
+    """
+
+    before: Turn | None = None
+    after: Turn | None = None
+    exponents: Exponents = ()
+
+
+class TurnedMixin:
+    """Runs the layer's own `call` on turned features, or turns what it gives.
+
+    Of a table, rows that are looked up are turned; what it multiplies with as a head is not.
+    """
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        turns = turns_of(self)  # type: ignore[arg-type]
+        is_table = isinstance(self, keras.layers.Embedding)
+        if is_table and (args[0] if args else kwargs.get("reverse", False)):
+            return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
+        given = inputs if turns.before is None else turns.before.of(inputs)
+        result = super().call(given, *args, **kwargs)  # type: ignore[misc]
+        if turns.after is None:
+            return result
+        turned, mask = turns.after.of(result), getattr(result, "_keras_mask", None)
+        if turns.exponents:
+            factors = factors_of(turns.exponents, int(turned.shape[-1]))
+            turned = turned * keras.ops.cast(factors, turned.dtype)
+        if mask is not None:
+            turned._keras_mask = mask
+        return turned
+
+
+register_mixin(TurnedMixin, "Turned", 0)
+
+
+def turns_of(layer: keras.Layer) -> Turns:
+    """Returns what a layer turns: nothing, of a plain one."""
+    found: Turns = getattr(layer, _ATTRIBUTE, Turns())
+    return found
+
+
+def is_turned(layer: keras.Layer) -> bool:
+    """Returns whether a layer turns something."""
+    return TurnedMixin in worn_by(layer)
+
+
+def turn(layer: keras.Layer, turns: Turns) -> None:
+    """Lets a layer turn what it reads and gives from now on."""
+    object.__setattr__(layer, _ATTRIBUTE, turns)
+    put_on(layer, TurnedMixin)
+
+
+def turn_no_more(layer: keras.Layer) -> None:
+    """Lets a layer compute as its own class does."""
+    take_off(layer, TurnedMixin)
+    if hasattr(layer, _ATTRIBUTE):
+        object.__delattr__(layer, _ATTRIBUTE)
+
+
+def copy_turns(model: keras.Layer, copy: keras.Layer) -> None:
+    """Lets the layers of a copy turn what those of the model turn."""
+    pairs = zip(model._flatten_layers(), copy._flatten_layers(), strict=True)
+    for layer, its_copy in list(pairs):
+        if is_turned(layer):
+            turn(its_copy, turns_of(layer))
