@@ -27,8 +27,8 @@ _COLORS = ("#8a8f98", "#3566c9", "#d9762b", "#2b9b6c")
 def _cells(result: Result) -> list[str]:
     return [
         result.name,
-        f"{result.size.parameters / 1e6:.2f} M",
-        f"{result.size.nonzero_share:.0%}",
+        "" if result.size.parameters is None else f"{result.size.parameters / 1e6:.2f} M",
+        "" if result.size.nonzero_share is None else f"{result.size.nonzero_share:.0%}",
         f"{result.size.file_bytes / 1e6:.2f}",
         f"{result.size.gzip_bytes / 1e6:.2f}",
         f"{result.perplexity:.2f}",
@@ -91,6 +91,52 @@ def quality_table(results: Sequence[Result]) -> Table:
     return table
 
 
+def domains_table(results: Sequence[Result]) -> Table:
+    """Returns perplexity and bits per byte of each domain, a column for each model."""
+    table = _compared(("domain", *(result.name for result in results)), 24)
+    for domain in results[0].quality.domains:
+        cells = []
+        for result in results:
+            quality = result.quality.domains[domain]
+            change = "" if not quality.kl else f"\n{quality.change:+.2%}"
+            bits = "" if quality.bits_per_byte is None else f" ({quality.bits_per_byte:.3f})"
+            cells.append(f"{quality.perplexity:.2f}{bits}{change}")
+        table.add_row(domain, *cells)
+    return table
+
+
+def tasks_table(results: Sequence[Result]) -> Table:
+    """Returns what models reached in tasks, a column for each model."""
+    table = _compared(("task", *(result.name for result in results)), 24)
+    for task, first in results[0].tasks.items():
+        for number in first.numbers:
+            cells = []
+            for result in results:
+                score = result.tasks[task]
+                known = score.intervals.get(number)
+                around = "" if known is None else f"\n{known[0]:.3f}..{known[1]:.3f}"
+                cells.append(f"{score.numbers[number]:.3f}{around}")
+            table.add_row(f"{task} {number}", *cells)
+    return table
+
+
+def latency_table(results: Sequence[Result]) -> Table:
+    """Returns how evenly tokens come, and what loading takes, as far as it was measured."""
+    heads = ("", "load s", "peak MB", "depth", "p50 ms", "p95 ms", "p99 ms")
+    table = _compared(heads, 24)
+    for result in results:
+        speed = result.speed
+        load = "" if speed.load_seconds is None else f"{speed.load_seconds:.2f}"
+        peak = "" if speed.peak_rss_bytes is None else f"{speed.peak_rss_bytes / 1e6:.0f}"
+        rows = [
+            (depth, *(f"{ms:.2f}" for ms in (one.p50, one.p95, one.p99)))
+            for depth, one in speed.by_depth.items()
+        ] or [("", "", "", "")]
+        for i, row in enumerate(rows):
+            table.add_row(*(("", "", "") if i else (result.name, load, peak)), *row)
+    return table
+
+
 def summary_lines(outcome: Outcome) -> list[str]:
     """Returns what the measurements say, in a few sentences."""
     dense, dense_file, *stages, small, small_file = outcome.results
@@ -112,7 +158,7 @@ def summary_lines(outcome: Outcome) -> list[str]:
 
 def _stage_line(stage: Result, dense: Result) -> str:
     """Returns what one stage on the way changed."""
-    size = stage.size.parameters / dense.size.parameters
+    size = (stage.size.parameters or 0) / (dense.size.parameters or 1)
     speed = stage.speed.tokens_per_second / dense.speed.tokens_per_second
     change = stage.perplexity / dense.perplexity - 1
     return (
