@@ -132,7 +132,7 @@ def _data(
 
 def _print(results: list[Result]) -> None:
     """Prints tables of what was measured."""
-    from tfgptopt.job.reporting import (
+    from tfgptopt.job.tables import (
         domains_table,
         latency_table,
         quality_table,

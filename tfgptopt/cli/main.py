@@ -21,6 +21,7 @@ from tfgptopt.cli.inspect import inspect
 from tfgptopt.cli.monitoring import monitoring
 from tfgptopt.cli.optimize import optimize
 from tfgptopt.cli.quantize import quantize
+from tfgptopt.cli.report import report
 from tfgptopt.cli.serve import serve
 from tfgptopt.cli.shrink import shrink
 
@@ -38,6 +39,7 @@ for command in (
     shrink,
     export,
     evaluate,
+    report,
     inspect,
     generate,
     chat,

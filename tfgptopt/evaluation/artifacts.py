@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ from tfgptopt.evaluation.size import Size, keras_size, tflite_size
 from tfgptopt.generation import TFLiteCausalLM
 from tfgptopt.generation.tokenizing import TextTokenizer
 
+_GREEDY = keras_hub.samplers.GreedySampler()
 FILE_SUFFIXES = (".tflite", ".litertlm")
 _KINDS = (
     "a keras_hub.models.CausalLM, a .tflite, .litertlm or .gguf file, a SavedModel that "
@@ -84,24 +86,26 @@ class KerasArtifact:
 
     def generation(self, prompt: list[int], new_tokens: int) -> Callable[[], list[int]]:
         """Returns a call of KerasHub's compiled `generate_step`."""
-        inputs, model = _padded(prompt, new_tokens), self.model
-        sampler, function = getattr(model, "sampler", None), model.generate_function
-        model.sampler, model.generate_function = keras_hub.samplers.GreedySampler(), None
-        try:
-            greedy = model.make_generate_function()
-        finally:
-            model.sampler, model.generate_function = sampler, function
+        inputs, model, greedy = _padded(prompt, new_tokens), self.model, self._greedy
 
         def call() -> list[int]:
-            before, model.sampler = getattr(model, "sampler", None), greedy_sampler
-            try:  # It is traced at the first call, with the sampler that is there then.
+            before, model.sampler = getattr(model, "sampler", None), _GREEDY
+            try:  # It is traced at the first call of a shape, with the sampler that is there then.
                 found = np.asarray(greedy(inputs, stop_token_ids=None)["token_ids"])
             finally:
                 model.sampler = before
             return found[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
-        greedy_sampler = keras_hub.samplers.GreedySampler()
         return call
+
+    @functools.cached_property
+    def _greedy(self) -> Callable[..., dict[str, tf.Tensor]]:
+        """What the model compiles, apart from the function that it keeps for its own sampler."""
+        kept, self.model.generate_function = self.model.generate_function, None
+        try:
+            return self.model.make_generate_function()  # type: ignore[no-any-return]
+        finally:
+            self.model.generate_function = kept
 
     def steps(self, depth: int) -> None:
         """Returns `None`: all tokens come from one call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class GgufArtifact:
 
     Args:
         path: The file.
-        context_length: Positions of its cache. Defaults to `0`: those of its training.
+        context_length: Positions of its cache. llama-cpp-python keeps the logits of each, so that
+            long ones take gigabytes. Defaults to `1024`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -54,7 +56,7 @@ class GgufArtifact:
 
     kind = "llama.cpp"
 
-    def __init__(self, path: Path, context_length: int = 0) -> None:
+    def __init__(self, path: Path, context_length: int = 1024) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file '{path}'.")
         try:
@@ -65,7 +67,15 @@ class GgufArtifact:
             ) from None
         self.path: Path | None = path
         self._file = path
-        self._llama = Llama(str(path), n_ctx=context_length, logits_all=True, verbose=False)
+        threads = os.cpu_count() or 1  # As files of ours are run.
+        self._llama = Llama(
+            str(path),
+            n_ctx=context_length,
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=True,
+            verbose=False,
+        )
         self.tokenizer: Any = _Tokenizer(self._llama)
         starts = self._llama.metadata.get("tokenizer.ggml.add_bos_token") == "true"
         self.start_token_id: int | None = self._llama.token_bos() if starts else None

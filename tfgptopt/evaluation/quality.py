@@ -163,7 +163,7 @@ def _numbers(
     if sizes is not None:
         found["bits_per_byte"] = sums[..., _LOSS] / np.log(2) / np.maximum(sizes, 1)
     if known is not None:
-        found["kl"] = sums[..., _KL] / weight
+        found["kl"] = np.maximum(sums[..., _KL], 0.0) / weight
         found["agreement"] = sums[..., _SAME] / weight
         found["change"] = np.exp((sums[..., _LOSS] - known[..., _LOSS]) / weight) - 1
     return found

@@ -59,8 +59,8 @@ class Training:
     Attributes:
         curves: Names of runs to `(step, loss, sparsity)`.
         sparsity: Paths of weights to their share of zeros.
-        noise: Paths of weights to how far rounding moved them: the standard deviation of the error
-            divided by that of the weights.
+        noise: Paths of rounded weights to their ratio of signal to noise, in dB: 6 dB more are half
+            the error.
         recipe: The techniques, as `Recipe.to_config` gives them.
         bigram_loss: Held-out loss of a bigram model, in nats per token, or `None`.
     """

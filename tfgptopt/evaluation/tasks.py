@@ -15,6 +15,7 @@ from tfgptopt.evaluation.likelihoods import encode_pair, log_likelihood
 from tfgptopt.terminal.progress import track
 
 _SAMPLES = 1000
+_ALIKE = 32
 Items = Sequence[Mapping[str, Any]]
 
 
@@ -204,7 +205,11 @@ def continuation(artifact: Artifact, prompt: str, new_tokens: int) -> str:
         ids = ids[-(most - new_tokens) :]
     if not ids:
         raise ValueError(f"The prompt {prompt!r} is empty to the tokenizer: it has no ids.")
-    return artifact.tokenizer.decode(artifact.generation(ids, new_tokens)())
+    room = -(len(ids) + new_tokens) % _ALIKE  # Keras compiles each length anew.
+    made = artifact.generation(
+        ids, new_tokens + (room if most is None or len(ids) + new_tokens + room <= most else 0)
+    )()
+    return artifact.tokenizer.decode(made[:new_tokens])
 
 
 def read_task(path: str | Path) -> MultipleChoice | References:
