@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from tfgptopt.evaluation import Result, perplexity
+from tfgptopt.job.search import Found
 
 
 def cells(result: Result) -> list[str]:
@@ -121,4 +122,18 @@ def latency_table(results: Sequence[Result]) -> Table:
         ] or [("", "", "", "")]
         for i, row in enumerate(rows):
             table.add_row(*(("", "", "") if i else (result.name, load, peak)), *row)
+    return table
+
+
+def trials_table(found: Found) -> Table:
+    """Returns the trials of a search; those on the front have a star, the kept one an arrow."""
+    table = _compared(("", "candidate", "steps", "MB", "gzip", "tok/s", "rise"), 2)
+    for trial in found.trials:
+        mark = "→" if trial is found.kept else "*" if trial in found.front else ""
+        numbers = ("", "", "", "failed")
+        if trial.error is None:
+            numbers = (f"{trial.size / 1e6:.2f}", f"{trial.download / 1e6:.2f}",
+                       f"{trial.speed:,.0f}", f"{trial.rise:+.1%}")  # fmt: skip
+        table.add_row(mark, trial.name, str(trial.steps or ""), *numbers)
+    table.columns[1].justify, table.columns[1].no_wrap = "left", False
     return table
