@@ -58,8 +58,8 @@ def file(trained, tmp_path_factory) -> Path:
 def test_help_names_every_command():
     result = run_process("--help")
     assert result.returncode == 0
-    for command in ("demo", "optimize", "quantize", "shrink", "export", "evaluate", "inspect",
-                    "generate", "chat", "serve", "monitoring", "bench"):  # fmt: skip
+    for command in ("demo", "optimize", "quantize", "shrink", "export", "evaluate", "report",
+                    "inspect", "generate", "chat", "serve", "monitoring", "bench"):  # fmt: skip
         assert command in result.stdout
 
 
@@ -109,9 +109,18 @@ def test_optimize_does_the_whole_job_on_a_users_own_text(preset, text_files, tmp
         "optimized Keras",
         "optimized TFLite",
     ]
-    assert all(share >= 0.59 for share in found["sparsity"].values())
+    assert all(share >= 0.59 for share in found["training"]["sparsity"].values())
+    assert len(found["training"]["noise"]) >= 13  # In dB, of each rounded weight.
     page = (out / "report.html").read_text("utf-8")
-    assert page.count("data:image/png;base64") == 3 and "http" not in page.split("</style>")[1]
+    assert page.count("<svg") == 3 and "The same prompts, continued" in page
+    both = run("report", out / "results.json", out / "results.json", "--out", tmp_path / "two.html")
+    assert both.returncode == 0, both.stderr
+    assert "optimized TFLite (2)" in (tmp_path / "two.html").read_text("utf-8")
+    assert "smaller" in both.stdout
+    (tmp_path / "bad.json").write_text("{}")
+    refused = run("report", tmp_path / "bad.json", "--out", tmp_path / "bad.html")
+    assert_refused(refused, "schema None; this tfgptopt reads schema 2")
+    assert not (tmp_path / "bad.html").exists()
     assert_refused(run(*command), "exists already")
     made = run("generate", out / "model.tflite", "import", "--max-length", 12)
     assert made.returncode == 0 and made.stdout.startswith("import")

@@ -58,8 +58,10 @@ def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     shown = run("inspect", path)
     for word in ("GPT2CausalLM", "decode", "byte pairs", "quantize_aware", "float32", "4.50"):
         assert word in shown.stdout, shown.stdout
+    (tmp_path / "task.jsonl").write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}')
     compared = run("evaluate", path, preset, "--text", text, "--sequence-length", 16,
-                   "--json", tmp_path / "results.json", "--reference", preset)  # fmt: skip
+                   "--json", tmp_path / "results.json", "--reference", preset, "--stride", 8,
+                   "--task", tmp_path / "task.jsonl", "--prompt", "import")  # fmt: skip
     assert compared.returncode == 0, compared.stderr
     assert "small.tflite" in compared.stdout and "perp" in compared.stdout
     assert all(len(line) <= 80 and "…" not in line for line in compared.stdout.splitlines())
@@ -67,6 +69,11 @@ def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     file, model = saved["results"]
     assert file["name"] == "small.tflite" and model["quality"]["kl"] < 1e-6 < file["quality"]["kl"]
     assert 1 < file["quality"]["bits_per_byte"] < 8
+    assert "task accuracy_norm" in compared.stdout and "sliding by 8" in compared.stdout
+    assert file["tasks"]["task"]["items"] == 1 and "import" in file["continuations"]
+    assert saved["reference"] == "gpt" and saved["machine"]["cores"] >= 1
+    none = run("evaluate", path, "--text", tmp_path / "task.jsonl")
+    assert_refused(none, "Give a preset with a tokenizer")
 
 
 def test_what_cannot_be_done_is_one_sentence_and_writes_nothing(preset, tmp_path):

@@ -87,5 +87,5 @@ def test_sizes(tmp_path):
 def test_bad_input(corpus):
     with pytest.raises(ValueError, match="is empty"):
         tfgptopt.evaluate({}, corpus.validation)
-    with pytest.raises(ValueError, match=r"neither a keras_hub.*nor a path"):
+    with pytest.raises(ValueError, match=r"'x': Expected a keras_hub.*or a preset"):
         tfgptopt.evaluate({"x": 5}, corpus.validation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,55 +17,139 @@ from tfgptopt.cli.shared import (
     read_text,
 )
 
+if TYPE_CHECKING:
+    from tfgptopt.evaluation.results import Result
+
 
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(help=".tflite and .litertlm files and presets, of one tokenizer.")
+        list[str],
+        typer.Argument(help=".tflite, .litertlm, .gguf, SavedModels and presets."),
     ],
-    text: Annotated[list[str], typer.Option(help="Text or records to measure on, all of it.")],
+    text: Annotated[
+        list[str], typer.Option(help="Text or records to measure on, all of it; by folder.")
+    ],
     tokenizer: Annotated[
-        str | None, typer.Option(help="Preset to tokenize with. Default: the first preset given.")
+        str | None, typer.Option(help="Preset whose tokenizer models without one get.")
     ] = None,
     sequence_length: Annotated[int, typer.Option(help="Tokens per window.")] = 128,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens that a window moves on. Default: packed windows.")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate for the speed.", min=1)] = 32,
     reference: Annotated[
         str | None, typer.Option(help="Model to compare the others with. Default: the first.")
     ] = None,
+    task: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON Lines of question, choices, answer, or of prompt and references."),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text that each continues, for the report.")
+    ] = None,
+    processes: Annotated[
+        bool, typer.Option("--processes", help="Also load each in a process of its own.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
     force: Force = False,
 ) -> None:
-    """Measure size, quality and speed of files and presets, side by side."""
+    """Measure size, quality and speed of models, files and presets, side by side."""
     load_libraries()
     import tfgptopt
-    from tfgptopt.evaluation.results import save_results
+    from tfgptopt.data.presets import reading_tokenizer
+    from tfgptopt.evaluation import Windows
+    from tfgptopt.evaluation.machine import measure_machine
+    from tfgptopt.evaluation.results import Run, save_results
+    from tfgptopt.evaluation.tasks import read_task
     from tfgptopt.file.replacing import check_target
-    from tfgptopt.job.reporting import quality_table, results_table
 
     if json is not None:
         check_target(json, force)
-
+    tasks = [read_task(path) for path in task or ()]
+    windows = Windows(sequence_length, stride)
     loaded: dict[str, Any] = {}
-    presets: dict[str, Any] = {}
     for name in models:
         short = Path(name).name if Path(name).name not in loaded else name
-        if name.endswith(FILE_SUFFIXES):
-            loaded[short] = Path(name)
-        else:
-            loaded[short] = presets[name] = load(name)
-    reader = tokenizer or next(iter(presets), None)
-    if reader is None:
-        raise ValueError("Give a preset with a tokenizer among the models, or with --tokenizer.")
-    reading = presets[reader] if reader in presets else load(reader)
-    corpus = read_text(text, reading, reader, sequence_length, 4, validation_share=1.0)
-    print_corpus(corpus)
+        loaded[short] = Path(name) if _is_artifact(name) else load(name)
+    reading = None if tokenizer is None else load(tokenizer)
+    data, records = _data(text, loaded, reading, tokenizer or models[0], windows)
     names = dict(zip(models, loaded, strict=True))
     compared = None if reference is None else names.get(reference, reference)
     results = tfgptopt.evaluate(
-        loaded, corpus.validation, new_tokens=new_tokens, reference=compared
+        loaded,
+        data,
+        new_tokens=new_tokens,
+        reference=compared,
+        windows=None if records else windows,
+        tasks=tasks,
+        prompts=prompt or (),
+        processes=processes,
+        tokenizer=None if reading is None else reading_tokenizer(reading, str(tokenizer)),
     )
+    _print(results)
+    if json is not None:
+        about = {"text": text, "windows": windows.describe(), "sequence_length": sequence_length}
+        first = next(iter(loaded)) if len(loaded) > 1 else None
+        run = Run(tuple(results), compared or first, about, measure_machine())
+        save_results(run, json)
+
+
+def _is_artifact(name: str) -> bool:
+    """Returns whether a name is that of a file or a SavedModel, and not of a preset."""
+    path = Path(name)
+    return (
+        name.endswith((*FILE_SUFFIXES, ".gguf"))
+        or path.is_file()
+        or (path / "saved_model.pb").is_file()
+    )
+
+
+def _data(
+    text: list[str], loaded: dict[str, Any], reading: Any, preset: str, windows: Any
+) -> tuple[Any, bool]:
+    """Returns what is measured on, and whether it is records, which have windows of their own.
+
+    Raises:
+        ValueError: If nothing can tokenize records, or they are to be cut otherwise.
+    """
+    from tfgptopt.data.records import record_files
+    from tfgptopt.evaluation import read_texts
+
+    if not record_files(text):
+        texts = read_texts(text)
+        words = "" if len(texts.domains) == 1 else f" in {len(texts.domains)} domains"
+        console.print(f"Text: {texts.size:,} bytes{words}, {windows.describe()}")
+        return texts, False
+    if windows.stride is not None:
+        raise ValueError("Records have a window each: leave out --stride.")
+    model = reading or next((m for m in loaded.values() if not isinstance(m, Path)), None)
+    if model is None:
+        raise ValueError("Give a preset with a tokenizer among the models, or with --tokenizer.")
+    corpus = read_text(text, model, preset, windows.length, 4, validation_share=1.0)
+    print_corpus(corpus)
+    return corpus.validation, True
+
+
+def _print(results: list[Result]) -> None:
+    """Prints tables of what was measured."""
+    from tfgptopt.job.tables import (
+        domains_table,
+        latency_table,
+        quality_table,
+        results_table,
+        tasks_table,
+    )
+
     console.print(results_table(results))
     console.print(quality_table(results))
     console.print("Below a number: where 95 % of windows drawn anew would put it.")
-    if json is not None:
-        about = {"text": text, "sequence_length": sequence_length, "reference": compared}
-        save_results(results, json, about)
+    if len({result.quality.tokens for result in results}) > 1:
+        console.print(
+            "Models of several tokenizers: their perplexities do not compare, bits per byte do."
+        )
+    if results[0].quality.domains:
+        console.print(domains_table(results))
+    if any(r.speed.by_depth or r.speed.load_seconds is not None for r in results):
+        console.print(latency_table(results))
+    if results[0].tasks:
+        console.print(tasks_table(results))

@@ -22,8 +22,10 @@ from tfgptopt.cli.inspect import inspect
 from tfgptopt.cli.monitoring import monitoring
 from tfgptopt.cli.optimize import optimize
 from tfgptopt.cli.quantize import quantize
+from tfgptopt.cli.report import report
 from tfgptopt.cli.serve import serve
 from tfgptopt.cli.shrink import shrink
+from tfgptopt.cli.tune import tune
 
 app = typer.Typer(
     help="Make GPTs written in Keras small and fast while they train, and ship what was trained.",
@@ -35,10 +37,12 @@ app = typer.Typer(
 for command in (
     demo,
     optimize,
+    tune,
     quantize,
     shrink,
     export,
     evaluate,
+    report,
     inspect,
     generate,
     chat,

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 def print_outcome(outcome: Outcome, out: Path) -> None:
     """Prints the table of results, what follows from them, and where the files are."""
-    from tfgptopt.job.reporting import results_table, summary_lines
+    from tfgptopt.job.reporting import headline
+    from tfgptopt.job.tables import results_table
 
     console.print(results_table(outcome.results))
-    for line in summary_lines(outcome):
+    for line in headline(outcome.as_run()):
         console.print(f"- {line}")
     console.print(f"\nReport: {out / 'report.html'}")
     console.print(f"Try it: tfgptopt generate {out / 'model.tflite'} 'import os'")

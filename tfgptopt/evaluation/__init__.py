@@ -3,71 +3,66 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import keras
 import keras_hub
 
 from tfgptopt.data.corpus import tokens_as_input
-from tfgptopt.data.encoding import tokenizer_of
+from tfgptopt.evaluation.artifacts import Artifact, KerasArtifact, open_artifact
 from tfgptopt.evaluation.loss import perplexity
+from tfgptopt.evaluation.processes import with_processes
 from tfgptopt.evaluation.quality import Quality, compare_quality
-from tfgptopt.evaluation.size import Size, keras_size, tflite_size
-from tfgptopt.evaluation.speed import Speed, compare_speed
-from tfgptopt.generation import TFLiteCausalLM
+from tfgptopt.evaluation.results import Result
+from tfgptopt.evaluation.size import Size
+from tfgptopt.evaluation.speed import Speed, compare_speed, with_latencies
+from tfgptopt.evaluation.tasks import Task, continuation
+from tfgptopt.evaluation.texts import Texts, Windowed, Windows, read_texts, windows_of
 from tfgptopt.model.types import Data
-from tfgptopt.terminal.progress import Verbose, showing, stage
+from tfgptopt.terminal.progress import Verbose, showing, stage, track
 
-__all__ = ["Quality", "Result", "Size", "Speed", "evaluate", "perplexity"]
+__all__ = [
+    "Quality",
+    "Result",
+    "Size",
+    "Speed",
+    "Texts",
+    "Windows",
+    "evaluate",
+    "open_artifact",
+    "perplexity",
+    "read_texts",
+]
 
-
-@dataclass(frozen=True)
-class Result:
-    """What was measured of one model.
-
-    Attributes:
-        name: What it is called in tables.
-        size: Parameters, zeros, bytes.
-        quality: What it makes of the held-out text.
-        speed: Time to the first token and tokens per second.
-    """
-
-    name: str
-    size: Size
-    quality: Quality
-    speed: Speed
-
-    @property
-    def loss(self) -> float:
-        """Negative log-likelihood per held-out token, in nats."""
-        return self.quality.loss
-
-    @property
-    def perplexity(self) -> float:
-        """Perplexity on the held-out text."""
-        return perplexity(self.loss)
+_PROMPT = 16
 
 
 def evaluate(
-    models: Mapping[str, keras.Model | str | Path],
-    data: Data,
+    models: Mapping[str, Any] | Sequence[str | Path],
+    data: Data | Texts,
     prompt: Sequence[int] | None = None,
     new_tokens: int = 96,
     runs: int = 5,
     verbose: Verbose = "auto",
     reference: str | None = None,
+    windows: Windows | None = None,
+    tasks: Sequence[Task] = (),
+    prompts: Sequence[str] = (),
+    processes: bool = False,
+    tokenizer: keras_hub.tokenizers.Tokenizer | None = None,
 ) -> list[Result]:
-    """Measures Keras models and exported files side by side, each as itself.
+    """Measures artifacts of any kind side by side, each as itself.
 
     An exported file is scored through its own signatures, not through the model it came from.
 
     Args:
-        models: Names to causal LMs of KerasHub, or to paths of exported files.
+        models: Names to causal LMs of KerasHub, dressed or not, or to paths of `.tflite`,
+            `.litertlm` and `.gguf` files, SavedModels and presets; or a list of paths.
         data: Batches of `({"token_ids", "padding_mask"}, labels, sample_weight)`, such as
-            `Corpus.validation`.
+            `Corpus.validation`, for models of one tokenizer; or what `read_texts` gave: then each
+            model reads it with its own tokenizer, and those of the reference's are compared with
+            it token by token, the others by bits per byte.
         prompt: Token ids to generate from. Defaults to `None`: the first 16 of `data`.
         new_tokens: int. Tokens to generate for the speed. Defaults to `96`.
         runs: int. Generations whose median counts. Defaults to `5`.
@@ -75,13 +70,21 @@ def evaluate(
             terminals and notebooks.
         reference: Name of the model that the others are compared with (KL, equal likeliest tokens,
             change of perplexity). Defaults to `None`: the first one, if there are several.
+        windows: How texts are cut. Defaults to `None`: `Windows()`; only for texts.
+        tasks: Tasks to be done by each, such as `MultipleChoice` and `References` of
+            `tfgptopt.evaluation.tasks`. Defaults to none.
+        prompts: Texts that each continues greedily, to be shown side by side. Defaults to none.
+        processes: bool. Also load each artifact that lies on disk in a process of its own, for the
+            time of loading and the peak memory. Defaults to `False`.
+        tokenizer: Tokenizer for artifacts without one, such as SavedModels. Defaults to `None`.
 
     Returns:
         List of `Result`, in the order of `models`.
 
     Raises:
-        ValueError: If there is no model, one is neither a causal LM nor a path, the reference is
-            not among them, or the data are empty.
+        FileNotFoundError, ImportError: If an artifact is not there, or what reads it.
+        ValueError: If there is no model, one is none of these, the reference is not among them, or
+            the data are empty.
 
     Example:
 
@@ -93,53 +96,127 @@ def evaluate(
     """
     if not models:
         raise ValueError("`models` is empty. Give names and models to measure.")
-    for name, model in models.items():
-        if not isinstance(model, keras_hub.models.CausalLM | str | Path):
-            raise ValueError(
-                f"'{name}' is neither a keras_hub.models.CausalLM nor a path of an exported file. "
-                f"Received: {model!r} (of type {type(model)})"
-            )
-    if reference is not None and reference not in models:
-        raise ValueError(f"`reference` must be one of {list(models)}. Received: {reference!r}")
-    if reference is None and len(models) > 1:
-        reference = next(iter(models))
-    if prompt is None:
-        inputs, _, _ = next(data.as_numpy_iterator())
-        prompt = inputs["token_ids"][0, :16].tolist()
-    loaded: dict[str, keras_hub.models.CausalLM | TFLiteCausalLM] = {
-        name: TFLiteCausalLM(m) if isinstance(m, str | Path) else m for name, m in models.items()
-    }
-    detokenize = _detokenizer(loaded)  # While models still have their preprocessors.
+    named = models if isinstance(models, Mapping) else _names(models)
+    if reference is not None and reference not in named:
+        raise ValueError(f"`reference` must be one of {list(named)}. Received: {reference!r}")
+    if reference is None and len(named) > 1:
+        reference = next(iter(named))
+    if windows is not None and not isinstance(data, Texts):
+        raise ValueError("`windows` cut texts: give `read_texts(...)`, or batches without it.")
+    artifacts = {name: _open(name, model, tokenizer) for name, model in named.items()}
+    cut = {name: _windowed(name, one, data, windows) for name, one in artifacts.items()}
     with showing(verbose):
         with stage("Measuring speed, in turns"):
-            speeds = compare_speed(loaded, list(prompt), new_tokens, runs)
+            speeds = _speeds(artifacts, cut, prompt, new_tokens, runs)
+        if processes:
+            speeds = with_processes(speeds, artifacts)
         with contextlib.ExitStack() as stack:
-            for model in loaded.values():
-                if isinstance(model, keras_hub.models.CausalLM):
-                    stack.enter_context(tokens_as_input(model))
-            found = compare_quality(loaded, data, reference, detokenize)
+            for one in artifacts.values():
+                if isinstance(one, KerasArtifact):
+                    stack.enter_context(tokens_as_input(one.model))
+            quality = _qualities(artifacts, cut, reference)
+            scores = {n: {t.name: t.score(a) for t in tasks} for n, a in artifacts.items()}
+            told = {name: _continued(one, prompts, new_tokens) for name, one in artifacts.items()}
     return [
-        Result(name, _size_of(model), found[name], speeds[name]) for name, model in loaded.items()
+        Result(name, one.size(), quality[name], speeds[name], scores[name], told[name])
+        for name, one in artifacts.items()
     ]
 
 
-def _size_of(model: keras_hub.models.CausalLM | TFLiteCausalLM) -> Size:
-    return tflite_size(model.path) if isinstance(model, TFLiteCausalLM) else keras_size(model)
+def _names(paths: Sequence[str | Path]) -> dict[str, str | Path]:
+    """Returns short names of paths, whole ones where two would be alike."""
+    found: dict[str, str | Path] = {}
+    for path in paths:
+        short = Path(path).name or str(path)
+        found[str(path) if short in found else short] = path
+    return found
 
 
-def _detokenizer(
-    models: Mapping[str, keras_hub.models.CausalLM | TFLiteCausalLM],
-) -> Callable[[list[int]], str] | None:
-    """Returns what makes text of ids, from the first model that can."""
-    for model in models.values():
-        if isinstance(model, TFLiteCausalLM):
-            if model.metadata.tokenizer or model.metadata.sentencepiece:
-                return model.detokenize
-        elif (tokenizer := tokenizer_of(model)) is not None:
-            return functools.partial(_text_of, tokenizer)
-    return None
+def _open(name: str, model: Any, tokenizer: Any) -> Artifact:
+    try:
+        return open_artifact(model, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"'{name}': {error}") from None
 
 
-def _text_of(tokenizer: keras_hub.tokenizers.Tokenizer, ids: list[int]) -> str:
-    text = tokenizer.detokenize(ids)
-    return text if isinstance(text, str) else bytes(text.numpy()).decode(errors="replace")
+def _windowed(
+    name: str, artifact: Artifact, data: Data | Texts, windows: Windows | None
+) -> Windowed:
+    """Returns the data as an artifact reads them.
+
+    Raises:
+        ValueError: If it has no tokenizer for texts, or too short a context.
+    """
+    if not isinstance(data, Texts):
+        return Windowed(data)
+    if artifact.tokenizer is None:
+        raise ValueError(
+            f"'{name}' has no tokenizer, so that it cannot read text. Give `tokenizer` (on the "
+            "command line --tokenizer PRESET)."
+        )
+    windows = windows or Windows()
+    if artifact.context_length is not None and artifact.context_length < windows.length:
+        raise ValueError(
+            f"'{name}' has a context of {artifact.context_length} tokens, and windows have "
+            f"{windows.length}. Choose shorter windows (--sequence-length)."
+        )
+    return windows_of(data, artifact.tokenizer, artifact.start_token_id, windows)
+
+
+def _speeds(
+    artifacts: Mapping[str, Artifact],
+    cut: Mapping[str, Windowed],
+    prompt: Sequence[int] | None,
+    new_tokens: int,
+    runs: int,
+) -> dict[str, Speed]:
+    """Returns the speeds of greedy generation, and of each token by depth."""
+    prompts = {name: list(prompt or _first(one)) for name, one in cut.items()}
+    return with_latencies(compare_speed(artifacts, prompts, new_tokens, runs), artifacts)
+
+
+def _first(windowed: Windowed) -> list[int]:
+    """Returns the first tokens of data."""
+    inputs, _, _ = next(windowed.batches.as_numpy_iterator())
+    found: list[int] = inputs["token_ids"][0, :_PROMPT].tolist()
+    return found
+
+
+def _qualities(
+    artifacts: Mapping[str, Artifact], cut: Mapping[str, Windowed], reference: str | None
+) -> dict[str, Quality]:
+    """Returns the qualities; those with the same tokens are measured together."""
+    found: dict[str, Quality] = {}
+    for group in _alike(artifacts, cut):
+        windowed = cut[group[0]]
+        known = reference if reference in group else None
+        decode = _decoder([artifacts[name] for name in group])
+        members = {name: artifacts[name] for name in group}
+        found |= compare_quality(members, windowed, known, decode)
+    return found
+
+
+def _alike(artifacts: Mapping[str, Artifact], cut: Mapping[str, Windowed]) -> list[list[str]]:
+    """Returns the names in groups that have the same windows."""
+    groups: list[list[str]] = []
+    for name in artifacts:
+        for group in groups:
+            if cut[group[0]].same_as(cut[name]):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return groups
+
+
+def _decoder(artifacts: Sequence[Artifact]) -> Callable[[list[int]], str] | None:
+    """Returns what makes text of ids, from the first artifact that can."""
+    return next((a.tokenizer.decode for a in artifacts if a.tokenizer is not None), None)
+
+
+def _continued(artifact: Artifact, prompts: Sequence[str], new_tokens: int) -> dict[str, str]:
+    """Returns what an artifact makes of prompts, if it can read them."""
+    if artifact.tokenizer is None:
+        return {}
+    shown = track(prompts, "Continuing prompts")
+    return {prompt: continuation(artifact, prompt, new_tokens) for prompt in shown}

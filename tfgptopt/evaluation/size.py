@@ -18,14 +18,14 @@ class Size:
     """What a model takes.
 
     Attributes:
-        parameters: Number of weights.
-        nonzero_share: Share of them that are not zero.
+        parameters: Number of weights; `None` where the artifact does not tell.
+        nonzero_share: Share of them that are not zero, or `None`.
         file_bytes: Bytes on disk.
         gzip_bytes: Bytes under gzip, as a download has them.
     """
 
-    parameters: int
-    nonzero_share: float
+    parameters: int | None
+    nonzero_share: float | None
     file_bytes: int
     gzip_bytes: int
 

@@ -1,16 +1,33 @@
-"""How fast a model answers: time to the first token, and tokens per second after it."""
+"""How fast a model answers: the first token, tokens after it, and how evenly they come."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import keras_hub
 import numpy as np
 
-from tfgptopt.generation import TFLiteCausalLM
+from tfgptopt.evaluation.artifacts import Artifact, open_artifact
+
+# New tokens whose times the percentiles are of, at each depth.
+_STEPS = 32
+DEPTHS = (64, 512)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds that new tokens took, behind so many others.
+
+    Attributes:
+        p50, p95, p99: Half, 95 % and 99 % of the tokens took no longer.
+    """
+
+    p50: float
+    p95: float
+    p99: float
 
 
 @dataclass(frozen=True)
@@ -21,10 +38,18 @@ class Speed:
         first_token_ms: Time from the call to the first new token, in milliseconds.
         tokens_per_second: New tokens per second of one greedy generation, prompt included in the
             time.
+        by_depth: Time of a token by the number of tokens before it, as a text; empty where all
+            tokens come from one call (Keras, SavedModels).
+        load_seconds: From the path to a model that has made its first token, in a process of its
+            own; `None` if it was not asked for, or the model is in memory alone.
+        peak_rss_bytes: Most memory of that process, all of Python included, or `None`.
     """
 
     first_token_ms: float
     tokens_per_second: float
+    by_depth: Mapping[str, Latency] = field(default_factory=dict)
+    load_seconds: float | None = None
+    peak_rss_bytes: int | None = None
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -33,39 +58,9 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _keras_calls(
-    model: keras_hub.models.CausalLM, prompt: list[int], new_tokens: int
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Returns generation of one and of many tokens with KerasHub's compiled `generate_step`."""
-
-    def call(count: int) -> Callable[[], object]:
-        length = len(prompt) + count
-        token_ids = np.zeros((1, length), np.int32)
-        token_ids[0, : len(prompt)] = prompt
-        mask = np.arange(length)[np.newaxis] < len(prompt)
-        inputs = {"token_ids": token_ids, "padding_mask": mask}
-        generate = model.make_generate_function()
-        return lambda: np.asarray(generate(inputs, stop_token_ids=None)["token_ids"])
-
-    return call(1), call(new_tokens)
-
-
-def _tflite_calls(
-    lm: TFLiteCausalLM, prompt: list[int], new_tokens: int
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    def call(count: int) -> Callable[[], object]:
-        def timed() -> object:
-            lm.reset()  # Else the prompt would not be read again.
-            return lm.generate(prompt, max_length=len(prompt) + count, stop=None)
-
-        return timed
-
-    return call(1), call(new_tokens)
-
-
 def compare_speed(
-    models: Mapping[str, keras_hub.models.CausalLM | TFLiteCausalLM],
-    prompt: list[int],
+    models: Mapping[str, Any],
+    prompt: list[int] | Mapping[str, list[int]],
     new_tokens: int = 96,
     runs: int = 5,
 ) -> dict[str, Speed]:
@@ -74,32 +69,25 @@ def compare_speed(
     The models take turns within each run, so that a change of the machine's speed hits all.
 
     Args:
-        models: Names to `keras_hub.models.CausalLM` or `TFLiteCausalLM`.
-        prompt: Token ids.
+        models: Names to what `open_artifact` takes.
+        prompt: Token ids; of models of several tokenizers, names to those.
         new_tokens: int. Tokens to generate. Defaults to `96`.
         runs: int. Measurements of each, after one that compiles. Defaults to `5`.
 
     Returns:
         Names to `Speed`.
     """
-    samplers = {n: getattr(m, "sampler", None) for n, m in models.items()}
+    artifacts = {name: open_artifact(model) for name, model in models.items()}
     calls = {}
-    for name, model in models.items():
-        if isinstance(model, TFLiteCausalLM):
-            calls[name] = _tflite_calls(model, prompt, new_tokens)
-            continue
-        model.sampler = keras_hub.samplers.GreedySampler()
-        model.generate_function = None
-        calls[name] = _keras_calls(model, prompt, new_tokens)
+    for name, artifact in artifacts.items():
+        ids = prompt[name] if isinstance(prompt, Mapping) else prompt
+        calls[name] = (artifact.generation(ids, 1), artifact.generation(ids, new_tokens))
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     for run in range(runs + 1):
         for name, (one, many) in calls.items():
             measured = (_seconds(one), _seconds(many))
             if run:  # The first run compiles.
                 times[name].append(measured)
-    for name, model in models.items():
-        if isinstance(model, keras_hub.models.CausalLM):
-            model.sampler, model.generate_function = samplers[name], None
     return {
         name: Speed(
             first_token_ms=1e3 * statistics.median(first for first, _ in measured),
@@ -107,3 +95,30 @@ def compare_speed(
         )
         for name, measured in times.items()
     }
+
+
+def with_latencies(
+    speeds: Mapping[str, Speed], artifacts: Mapping[str, Artifact], depths: Sequence[int] = DEPTHS
+) -> dict[str, Speed]:
+    """Returns speeds with the time of each token by depth, the artifacts in turns.
+
+    Args:
+        speeds: What `compare_speed` gave.
+        artifacts: The same names to artifacts.
+        depths: Tokens before the new ones; those that a context cannot hold are left out.
+    """
+    found: dict[str, dict[str, Latency]] = {name: {} for name in speeds}
+    for depth in depths:
+        steps = {name: artifacts[name].steps(depth) for name in speeds}
+        times: dict[str, list[float]] = {name: [] for name in speeds}
+        for run in range(_STEPS + 1):
+            for name, step in steps.items():
+                if step is not None:
+                    took = _seconds(step)
+                    if run:  # The first one makes buffers.
+                        times[name].append(1e3 * took)
+        for name, took_all in times.items():
+            if took_all:
+                ends = (float(x) for x in np.percentile(took_all, (50, 95, 99)))
+                found[name][str(depth)] = Latency(*ends)
+    return {name: replace(speed, by_depth=found[name]) for name, speed in speeds.items()}

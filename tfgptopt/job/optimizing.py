@@ -21,9 +21,10 @@ from tfgptopt.distillation import Distiller
 from tfgptopt.distillation.technique import Distill
 from tfgptopt.evaluation import evaluate
 from tfgptopt.evaluation.bigram import bigram_loss
+from tfgptopt.evaluation.machine import measure_machine
 from tfgptopt.exporting import TFLite, export
 from tfgptopt.file.replacing import check_target, replacing
-from tfgptopt.job.outcome import Curve, Outcome, write_results
+from tfgptopt.job.outcome import Curve, Outcome, first_words, rounding_noise, write_results
 from tfgptopt.job.reporting import write_report
 from tfgptopt.job.stages import checkpoints_beside, train
 from tfgptopt.model.changing import strategy_scope
@@ -338,6 +339,7 @@ def _measure_and_write(
     model, corpus = job.model, job.corpus
     found = [item for item in candidates(model) if isinstance(item, Target)]
     kernels = {t.path: zero_share(t) for t in found if t.role == "kernel"}
+    noise = rounding_noise(model)
     small = export(model, folder / "model.tflite", files)
     large = export(dense, folder / "dense.tflite", files)
     if recipe.in_fit.techniques or job.training.lora is not None:
@@ -351,7 +353,8 @@ def _measure_and_write(
     positions = files.context_length
     if positions is None:
         positions = getattr(model.backbone, "max_sequence_length", 1024)
-    results = evaluate(rows, corpus.validation, new_tokens=min(96, positions - 16))
+    prompts = first_words(corpus, dense)
+    results = evaluate(rows, corpus.validation, new_tokens=min(96, positions - 16), prompts=prompts)
     export(model, folder / "saved_model")
     save_preset(model, folder / "model")
     recipe.save(folder / "recipe.yaml")
@@ -363,22 +366,12 @@ def _measure_and_write(
         recipe=recipe,
         strategy=strategy,
         corpus=corpus,
-        sample=_sample(small, corpus),
+        noise=noise,
+        machine=measure_machine(),
     )
     write_results(outcome, folder / "results.json")
-    write_report(outcome, folder / "report.html")
+    write_report([outcome.as_run()], folder / "report.html")
     return outcome
-
-
-def _sample(path: Path, corpus: Corpus) -> str:
-    """Returns a continuation of the first held-out words by the exported file."""
-    from tfgptopt.generation import TFLiteCausalLM
-
-    lm = TFLiteCausalLM(path)
-    inputs, _, _ = next(corpus.validation.as_numpy_iterator())
-    text: str = lm.detokenize(inputs["token_ids"][0, :12])
-    continued: str = lm.generate(text or "\n", sampler="top_k", seed=0)
-    return continued
 
 
 def small_gpt(corpus: Corpus, **shape: int) -> keras_hub.models.GPT2CausalLM:

@@ -1,242 +1,252 @@
-"""Shows the outcome of a job: a table in the terminal, and one HTML file with plots."""
+"""One self-contained page of what was measured, of one run or of several."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
-from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
+from markupsafe import Markup
 
-import tfgptopt
 from tfgptopt.evaluation import Result, perplexity
-from tfgptopt.job.outcome import Outcome
-from tfgptopt.pruning.schedules import Timeline
-from tfgptopt.recipe import Prune
+from tfgptopt.evaluation.passages import ChangedPassage
+from tfgptopt.evaluation.results import Run
+from tfgptopt.file.replacing import replacing
+from tfgptopt.job.charts import Point, curves_chart, front_chart
+from tfgptopt.job.tables import HEADINGS, cells
+from tfgptopt.terminal.tables import across_layers
 
-_COLORS = ("#8a8f98", "#3566c9", "#d9762b", "#2b9b6c")
-
-
-def _cells(result: Result) -> list[str]:
-    return [
-        result.name,
-        f"{result.size.parameters / 1e6:.2f} M",
-        f"{result.size.nonzero_share:.0%}",
-        f"{result.size.file_bytes / 1e6:.2f}",
-        f"{result.size.gzip_bytes / 1e6:.2f}",
-        f"{result.perplexity:.2f}",
-        f"{result.speed.first_token_ms:.1f}",
-        f"{result.speed.tokens_per_second:,.0f}",
-    ]
+# Rows of weights that are shown one by one; of more, those of all layers are one row.
+_MOST_ROWS = 40
+# Nats at which a token has all of its color.
+_FULL = 2.0
+# Mean change of a passage, in nats, from which on it is worth looking at.
+_SHOWN = 0.02
 
 
-HEADINGS = (
-    "",
-    "weights",
-    "non-zero",
-    "MB",
-    "MB gzip",
-    "perplexity",
-    "first token ms",
-    "tokens/s",
-)
+@dataclass(frozen=True)
+class _Bar:
+    """A row of a chart of bars.
+
+    Attributes:
+        name: What it is of.
+        share: How long the bar is, in [0, 1].
+        text: The number.
+    """
+
+    name: str
+    share: float
+    text: str
 
 
-def results_table(results: Sequence[Result]) -> Table:
-    """Returns measurements as a table for a terminal of 80 columns."""
-    narrow = ("", "weights", "non-\nzero", "MB", "MB\ngzip", "perp-\nlexity", "1st\nms")
-    table = _compared((*narrow, "tokens\nper s"), 24)
-    for result in results:
-        table.add_row(*_cells(result))
-    return table
-
-
-def _compared(headings: Sequence[str], width: int) -> Table:
-    """Returns a table of models, whose names are folded where they are longer than `width`."""
-    table = Table(box=box.HORIZONTALS, pad_edge=False, padding=(0, 1), collapse_padding=True)
-    for i, heading in enumerate(headings):
-        if i:
-            table.add_column(heading, justify="right", no_wrap=True)
-        else:
-            table.add_column(heading, max_width=width, overflow="fold")
-    return table
-
-
-def quality_table(results: Sequence[Result]) -> Table:
-    """Returns what models make of a text, with intervals, for a terminal of 80 columns."""
-    table = _compared(("", "perplexity", "change", "bits/B", "right", "top 5", "KL", "same"), 16)
-    for result in results:
-        quality = result.quality
-        low, high = (perplexity(loss) for loss in quality.intervals["loss"])
-        change = quality.intervals.get("change")
-        table.add_row(
-            result.name,
-            f"{quality.perplexity:.2f}\n{low:.2f}..{high:.2f}",
-            f"{quality.change:+.2%}\n{change[0]:+.1%}..{change[1]:+.1%}"
-            if change and quality.kl
-            else "",
-            "" if quality.bits_per_byte is None else f"{quality.bits_per_byte:.3f}",
-            f"{quality.accuracy:.1%}",
-            f"{quality.top5_accuracy:.1%}",
-            f"{quality.kl:.4f}" if quality.kl else "",
-            f"{quality.agreement:.1%}" if quality.kl and quality.agreement is not None else "",
-        )
-    return table
-
-
-def summary_lines(outcome: Outcome) -> list[str]:
-    """Returns what the measurements say, in a few sentences."""
-    dense, dense_file, *stages, small, small_file = outcome.results
-    change = small_file.perplexity / dense.perplexity - 1
-    return [
-        f"The optimized file is {small_file.size.file_bytes / dense_file.size.file_bytes:.2f} of "
-        f"the float32 file ({small_file.size.gzip_bytes / dense_file.size.gzip_bytes:.2f} under "
-        f"gzip), at {change:+.1%} perplexity.",
-        f"It generates {small_file.speed.tokens_per_second / dense.speed.tokens_per_second:.1f} "
-        "times the tokens per second of Keras' compiled generate with the dense model "
-        f"({small_file.speed.tokens_per_second / small.speed.tokens_per_second:.1f} times with "
-        "the optimized one).",
-        *(_stage_line(stage, dense_file) for stage in stages),
-        f"A bigram model has perplexity {perplexity(outcome.bigram_loss):.2f} "
-        f"(loss {outcome.bigram_loss:.3f}); the dense GPT {dense.perplexity:.2f} "
-        f"(loss {dense.loss:.3f}).",
-    ]
-
-
-def _stage_line(stage: Result, dense: Result) -> str:
-    """Returns what one stage on the way changed."""
-    size = stage.size.parameters / dense.size.parameters
-    speed = stage.speed.tokens_per_second / dense.speed.tokens_per_second
-    change = stage.perplexity / dense.perplexity - 1
-    return (
-        f"{stage.name}: {size:.2f} of the weights, {speed:.2f} times the tokens per second, "
-        f"{change:+.1%} perplexity, against the dense file."
-    )
-
-
-def _inline(figure: Figure) -> str:
-    """Returns a figure as an image inside a page."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _tidy(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-
-
-def _loss_figure(outcome: Outcome) -> Figure:
-    """Draws loss over steps, with the pruning schedule under it."""
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    prunes: list[Prune] = [t for t in outcome.recipe.techniques if isinstance(t, Prune)]
-    grid = figure.add_gridspec(2, 1, height_ratios=(3, 1)) if prunes else None
-    top = figure.add_subplot(grid[0] if grid else 111)
-    last = 0
-    for (name, curve), color in zip(outcome.curves.items(), _COLORS, strict=False):
-        top.plot([c[0] for c in curve], [c[1] for c in curve], label=name, color=color)
-        last = max(last, curve[-1][0])
-    top.axhline(outcome.bigram_loss, color="#555", ls=":", lw=1, label="bigram (held-out)")
-    top.set_ylabel("training loss")
-    top.legend(frameon=False)
-    _tidy(top)
-    if grid:
-        bottom = figure.add_subplot(grid[1], sharex=top)
-        timeline = Timeline(prunes[0].schedule)
-        steps, values, held = range(last + 1), [], 0.0
-        for step in steps:
-            fires, sparsity = timeline.at(step)
-            held = sparsity if fires else held
-            values.append(held)
-        bottom.fill_between(steps, values, step="post", color=_COLORS[2], alpha=0.35)
-        bottom.set_ylabel("sparsity")
-        bottom.set_ylim(0, 1)
-        bottom.set_xlabel("step")
-        _tidy(bottom)
-    else:
-        top.set_xlabel("step")
-    return figure
-
-
-def _sparsity_figure(outcome: Outcome) -> Figure:
-    """Draws the share of zeros of each kernel."""
-    names = [path.removesuffix("/kernel") for path in outcome.sparsity]
-    shared = _common_prefix(names)
-    figure = Figure(figsize=(8, 0.9 + 0.22 * len(names)), layout="constrained")
-    axes = figure.add_subplot()
-    axes.barh([n[shared:] for n in names], list(outcome.sparsity.values()), color=_COLORS[2])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of exact zeros")
-    axes.tick_params(axis="y", labelsize=8)
-    _tidy(axes)
-    return figure
-
-
-def _common_prefix(names: Sequence[str]) -> int:
-    """Returns the length of the folders that all names begin with."""
-    folders = [name.split("/")[:-1] for name in names]
-    same = 0
-    while all(len(f) > same and f[same] == folders[0][same] for f in folders):
-        same += 1
-    return len("/".join(folders[0][:same])) + bool(same) if folders else 0
-
-
-def _bars_figure(outcome: Outcome) -> Figure:
-    """Draws size, speed and quality before and after."""
-    figure = Figure(figsize=(8, 2.6), layout="constrained")
-    panels = (
-        ("MB on disk", [r.size.file_bytes / 1e6 for r in outcome.results], "{:.1f}"),
-        ("tokens per second", [r.speed.tokens_per_second for r in outcome.results], "{:,.0f}"),
-        ("perplexity", [r.perplexity for r in outcome.results], "{:.1f}"),
-    )
-    names = [result.name.replace(" ", "\n") for result in outcome.results]
-    for i, (title, values, form) in enumerate(panels):
-        axes = figure.add_subplot(1, 3, i + 1)
-        bars = axes.bar(names, values, color=_COLORS)
-        axes.bar_label(bars, [form.format(value) for value in values], fontsize=8)
-        axes.set_title(title, fontsize=10)
-        axes.tick_params(axis="x", labelsize=7)
-        axes.margins(y=0.15)
-        _tidy(axes)
-    return figure
-
-
-def write_report(outcome: Outcome, path: Path) -> None:
-    """Writes one self-contained page with tables and plots.
+def headline(run: Run) -> list[str]:
+    """Returns what a run found, in sentences: how much smaller, faster and worse.
 
     Args:
-        outcome: The outcome of a job.
-        path: The file to write.
+        run: The run; the first sentence is of its last result.
     """
+    results = {result.name: result for result in run.results}
+    known = results.get(run.reference or "")
+    others = [result for result in run.results if result is not known]
+    lines = [] if known is None else [_compared(one, known) for one in reversed(others)]
+    if not lines:
+        one = run.results[-1]
+        lines = [
+            f"{one.name}: {one.size.file_bytes / 1e6:.2f} MB, "
+            f"{one.speed.tokens_per_second:,.0f} tokens per second, perplexity "
+            f"{one.perplexity:.2f}."
+        ]
+    bigram = None if run.training is None else run.training.bigram_loss
+    if bigram is not None:
+        lines.append(
+            f"A bigram model has perplexity {perplexity(bigram):.2f} (loss {bigram:.3f}); "
+            f"{run.results[0].name} {run.results[0].perplexity:.2f} "
+            f"(loss {run.results[0].loss:.3f})."
+        )
+    return lines
+
+
+def _compared(one: Result, known: Result) -> str:
+    """Returns what is different between a model and the reference, in a sentence."""
+    size = known.size.file_bytes / one.size.file_bytes
+    speed = one.speed.tokens_per_second / known.speed.tokens_per_second
+    quality, reference = one.quality, known.quality
+    if quality.change is not None:
+        low, high = quality.intervals.get("change", (quality.change, quality.change))
+        worse = f"perplexity {quality.change:+.1%} (95 %: {low:+.2%} to {high:+.2%})"
+    elif quality.bits_per_byte is not None and reference.bits_per_byte is not None:
+        change = quality.bits_per_byte / reference.bits_per_byte - 1
+        worse = f"{change:+.1%} bits per byte, with another tokenizer"
+    else:
+        worse = f"perplexity {quality.perplexity:.2f} instead of {reference.perplexity:.2f}"
+    return (
+        f"{one.name} is {_times(size, 'smaller', 'larger')} than {known.name} and "
+        f"{_times(speed, 'faster', 'slower')}: {worse}."
+    )
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    if 0.97 < ratio < 1.03:
+        return f"no {more}"
+    return f"{ratio:.1f} times {more}" if ratio > 1 else f"{1 / ratio:.1f} times {less}"
+
+
+def _joined(runs: Sequence[Run]) -> list[tuple[str, Result]]:
+    """Returns the results of all runs with names that differ."""
+    counts: dict[str, int] = {}
+    found = []
+    for result in itertools.chain.from_iterable(run.results for run in runs):
+        counts[result.name] = counts.get(result.name, 0) + 1
+        number = counts[result.name]
+        found.append((result.name if number == 1 else f"{result.name} ({number})", result))
+    return found
+
+
+def _charts(runs: Sequence[Run], named: Sequence[tuple[str, Result]]) -> dict[str, Markup]:
+    """Returns titles to charts."""
+
+    def points(value: str) -> list[Point]:
+        of = {
+            "speed": lambda r: r.speed.tokens_per_second,
+            "bits": lambda r: r.quality.bits_per_byte,
+            "perplexity": lambda r: r.perplexity,
+        }[value]
+        return [Point(n, r.size.file_bytes / 1e6, of(r)) for n, r in named]
+
+    machine = next((run.machine for run in runs if run.machine is not None), None)
+    bandwidth = None if machine is None else machine.bandwidth
+    several = len({result.quality.tokens for _, result in named}) > 1
+    bits = several and all(result.quality.bits_per_byte for _, result in named)
+    quality = ("bits", "bits per byte") if bits else ("perplexity", "perplexity")
+    found = {
+        "Speed and size": front_chart(points("speed"), "tokens per second", True, bandwidth),
+        "Quality and size": front_chart(points(quality[0]), quality[1], False),
+    }
+    for run in runs:
+        if run.training is not None and run.training.curves:
+            title = "Loss over steps" + (", and sparsity" if any(run.training.sparsity) else "")
+            found[title] = curves_chart(run.training.curves, run.training.bigram_loss)
+    return {title: Markup(chart) for title, chart in found.items()}
+
+
+def _bars(runs: Sequence[Run]) -> dict[str, list[_Bar]]:
+    """Returns titles to what each weight has."""
+    found: dict[str, list[_Bar]] = {}
+    for run in runs:
+        if run.training is None:
+            continue
+        if any(run.training.sparsity.values()):
+            shares = _grouped(run.training.sparsity)
+            bars = [_Bar(name, share, f"{share:.0%}") for name, share in shares.items()]
+            found["Share of exact zeros of each kernel"] = bars
+        if run.training.noise:
+            noise = _grouped(run.training.noise)
+            most = max(noise.values())
+            bars = [_Bar(n, max(0.0, db / most), f"{db:.1f} dB") for n, db in noise.items()]
+            found["Signal to rounding noise of each weight (longer is better)"] = bars
+    return found
+
+
+def _grouped(values: Mapping[str, float]) -> dict[str, float]:
+    """Returns values by short names; of many, the least of those in the same place of layers."""
+    if len(values) <= _MOST_ROWS:
+        return {name.removesuffix("/kernel"): value for name, value in values.items()}
+    groups: dict[str, list[float]] = {}
+    for name, value in values.items():
+        groups.setdefault(across_layers(name).removesuffix("/kernel"), []).append(value)
+    return {name: min(members) for name, members in groups.items()}
+
+
+def _tokens(passage: ChangedPassage) -> list[dict[str, object]]:
+    """Returns the tokens of a passage with what colors them."""
+    return [
+        {
+            "text": text,
+            "rise": rise,
+            "kind": "worse" if rise > 0 else "better",
+            "strength": round(100 * min(abs(rise) / _FULL, 1.0)),
+        }
+        for text, rise in zip(passage.tokens, passage.rises, strict=True)
+    ]
+
+
+def _continuations(named: Sequence[tuple[str, Result]]) -> dict[str, list[tuple[str, str]]]:
+    """Returns prompts to what each model makes of them; those that say the same are one."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, result in named:
+        for prompt, text in result.continuations.items():
+            found.setdefault(prompt, {}).setdefault(text, []).append(name)
+    return {
+        prompt: [(", ".join(names), text) for text, names in told.items()]
+        for prompt, told in found.items()
+    }
+
+
+def render_report(runs: Sequence[Run], title: str = "What was measured") -> str:
+    """Returns the page.
+
+    Args:
+        runs: One or more runs.
+        title: What the page is called. Defaults to `"What was measured"`.
+
+    Raises:
+        ValueError: If there is no result.
+    """
+    named = _joined(runs)
+    if not named:
+        raise ValueError("There are no results to report.")
     template = resources.files("tfgptopt.job").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    figures = {
-        "Size, speed and quality": _bars_figure(outcome),
-        "Loss over steps, and the pruning schedule": _loss_figure(outcome),
-        "Sparsity of each kernel": _sparsity_figure(outcome),
-    }
-    corpus = outcome.corpus
-    page = environment.from_string(template).render(
+    texts = {str(run.about.get("text", run.about.get("held-out text"))) for run in runs}
+    windows = {str(run.about.get("windows")) for run in runs}
+    recipes = [r.training.recipe for r in runs if r.training is not None and r.training.recipe]
+    return environment.from_string(template).render(
+        title=title,
+        lines=[line for run in runs for line in headline(run)],
+        warn=len(texts) > 1 or len(windows) > 1,
         headings=HEADINGS,
-        rows=[_cells(result) for result in outcome.results],
-        lines=summary_lines(outcome),
-        figures={title: _inline(figure) for title, figure in figures.items()},
-        recipe=yaml.safe_dump(outcome.recipe.to_config(), sort_keys=False),
-        sample=outcome.sample,
-        facts={
-            "Training text": corpus.training_words,
-            "Held-out text": corpus.validation_words,
-            "Bytes that were no UTF-8": f"{corpus.bad_bytes:,}",
-            "Devices": outcome.strategy,
-            "tfgptopt": tfgptopt.__version__,
-        },
-    )
-    path.write_text(page, "utf-8")
+        rows=[[name, *cells(result)[1:]] for name, result in named],
+        named=named,
+        charts=_charts(runs, named),
+        bars=_bars(runs),
+        passages=[(name, [_tokens(p) for p in r.quality.changed]) for name, r in named
+                  if any(abs(p.rise) > _SHOWN for p in r.quality.changed)],
+        continuations=_continuations(named),
+        recipes=[yaml.safe_dump(dict(recipe), sort_keys=False) for recipe in recipes],
+        facts=[_facts(run) for run in runs],
+    )  # fmt: skip
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """Returns where and on what a run was made."""
+    words = {
+        name: ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for name, value in run.about.items()
+    }
+    if run.machine is not None:
+        machine = run.machine
+        words["machine"] = (
+            f"{machine.processor}, {machine.cores} cores, {machine.memory_bytes / 2**30:.0f} GiB, "
+            f"{machine.bandwidth / 1e9:.0f} GB/s from memory"
+        )
+    return words
+
+
+def write_report(runs: Sequence[Run], path: Path, title: str = "What was measured") -> None:
+    """Writes one self-contained page; a file that is there is replaced, whole or not at all.
+
+    Args:
+        runs: One or more runs.
+        path: The file to write.
+        title: What the page is called. Defaults to `"What was measured"`.
+
+    Raises:
+        ValueError: If there is no result, or the file cannot be written.
+    """
+    page = render_report(runs, title)
+    with replacing(path) as temporary:
+        temporary.write_text(page, "utf-8")
