@@ -8,6 +8,7 @@ from decoder.families import CONTEXT, FAMILIES, VOCABULARY, logits, make, prompt
 
 import tfgptopt
 from tfgptopt.calibration.watching import observe_all
+from tfgptopt.data import load_preset, load_weights
 from tfgptopt.decoder import read_decoder
 from tfgptopt.exporting import TFLite
 from tfgptopt.model.cloning import clone
@@ -192,7 +193,10 @@ def test_weights_and_recipe_come_back(name, tmp_path):
     recipe.save(tmp_path / "recipe.yaml")
     model.save_weights(tmp_path / "model.weights.h5")
     again = make(name)
-    again.load_weights(tmp_path / "model.weights.h5")
+    with pytest.raises(ValueError, match="could not be loaded"):  # A plain model says so.
+        make(name).load_weights(tmp_path / "model.weights.h5")
+    load_weights(again, tmp_path / "model.weights.h5")
+    np.testing.assert_allclose(logits(again, TEXT), logits(model, TEXT), atol=1e-5)
     Recipe.load(tmp_path / "recipe.yaml").replay(again)
     np.testing.assert_array_equal(logits(again, TEXT), expected)
     assert recipe_of(again) == recipe
@@ -200,6 +204,24 @@ def test_weights_and_recipe_come_back(name, tmp_path):
         read_decoder(model).matrices(), read_decoder(again).matrices(), strict=True
     ):
         np.testing.assert_array_equal(matrix.values, other.values)
+
+
+def test_presets_come_back_turned_and_floats_are_refused(tmp_path):
+    model = make("Llama")
+    model.save_weights(tmp_path / "float.weights.h5")
+    rotate(model)
+    model.save_to_preset(str(tmp_path / "rotated"))
+    with pytest.raises(ValueError, match="could not be loaded"):
+        keras_hub.models.CausalLM.from_preset(str(tmp_path / "rotated"))
+    again = load_preset(tmp_path / "rotated")
+    np.testing.assert_allclose(logits(again, TEXT), logits(model, TEXT), atol=1e-5)
+    assert sum(map(is_turned, again._flatten_layers())) > 0
+    with pytest.raises(ValueError, match="of a model that was not rotated"):
+        model.load_weights(tmp_path / "float.weights.h5")
+    with pytest.raises(ValueError, match="rotated otherwise"):
+        other = rotate(make("Llama"), Rotate(seed=7))
+        other.save_weights(tmp_path / "other.weights.h5")
+        model.load_weights(tmp_path / "other.weights.h5")
 
 
 def test_a_copy_turns_what_the_model_turns():

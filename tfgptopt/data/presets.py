@@ -7,11 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import keras_hub
 
 from tfgptopt.data.chats import load_template, set_template, template_of
 from tfgptopt.data.encoding import tokenizer_of
+from tfgptopt.model.turning import STORED, accepting_turns
 
 _WEIGHTS = ("*.weights.h5", "*.weights.json", "*.safetensors")
 
@@ -51,7 +53,10 @@ def load_preset(preset: str | Path, dtype: str | None = None) -> keras.Model:
     template = load_template(folder) if folder.is_dir() else None
     try:
         options = {"dtype": dtype} if dtype else {}
-        model = keras_hub.models.CausalLM.from_preset(name, **options)
+        turned = _has_turned_weights(folder)
+        model = keras_hub.models.CausalLM.from_preset(name, load_weights=not turned, **options)
+        if turned:
+            load_weights(model.backbone, _weights_of(folder))
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
         if not isinstance(error, ValueError) or not reason:
@@ -60,6 +65,50 @@ def load_preset(preset: str | Path, dtype: str | None = None) -> keras.Model:
     if template is not None:
         set_template(model, template)
     return model
+
+
+def load_weights(model: keras.Model, path: str | Path) -> None:
+    """Loads weights that Keras saved into a plain model, also those of a model that was rotated.
+
+    Keras alone refuses these: they mean nothing to a model that does not turn its features. Here it
+    does so from then on.
+
+    Args:
+        model: A model of the same architecture, plain.
+        path: A `.weights.h5` file, or the `.weights.json` of several.
+
+    Raises:
+        ValueError: If the file is of another model.
+
+    Example:
+
+    ```python
+    tfgptopt.quantize(gpt, Int8(), "rotation")
+    gpt.save_weights("gpt.weights.h5")
+    tfgptopt.data.load_weights(tfgptopt.model.cloning.clone(gpt), "gpt.weights.h5")
+    ```
+    """
+    with accepting_turns(model):
+        model.load_weights(str(path))
+
+
+def _weights_of(folder: Path) -> Path:
+    """Returns the file of a preset's weights, or the index of several."""
+    index = folder / "model.weights.json"
+    return index if index.is_file() else folder / "model.weights.h5"
+
+
+def _has_turned_weights(folder: Path) -> bool:
+    """Returns whether the weights of a preset are those of a model that was rotated."""
+
+    def turned(name: str) -> bool | None:
+        return True if name.endswith(f"/{STORED}") else None
+
+    for path in folder.glob("model*.weights.h5") if folder.is_dir() else ():
+        with h5py.File(path, "r") as file:
+            if file.visit(turned):
+                return True
+    return False
 
 
 def reading_tokenizer(model: keras.Model, preset: str | Path) -> Any:

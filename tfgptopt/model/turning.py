@@ -3,11 +3,18 @@
 Where a model's weights were turned and one of its layers cannot be, because it treats features one
 by one, that layer computes with its features turned back: it is dressed, and keeps its variables,
 name and path.
+
+Turned weights mean nothing to a model that does not turn, and look like any others. So what a layer
+turns is saved with its variables: a plain layer refuses such a checkpoint, as Keras has it, and
+within `accepting_turns` it turns from then on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import keras
@@ -15,8 +22,11 @@ import numpy as np
 
 from tfgptopt.model.dressing import put_on, register_mixin, take_off, worn_by
 from tfgptopt.model.orthogonal import orthogonal
+from tfgptopt.model.overriding import overriding
 
 _ATTRIBUTE = "_tfgptopt_turns"
+# Beside the variables of a layer that turns, in its part of a checkpoint.
+STORED = "tfgptopt_turns"
 # Features that are multiplied, each with the exponent of a power of two.
 Exponents = tuple[tuple[int, int], ...]
 
@@ -87,6 +97,17 @@ class Turns:
     after: Turn | None = None
     exponents: Exponents = ()
 
+    def to_array(self) -> np.ndarray:
+        """Returns them as bytes that a checkpoint can hold."""
+        return np.frombuffer(json.dumps(asdict(self)).encode(), np.uint8)
+
+    @classmethod
+    def from_array(cls, array: Any) -> Turns:
+        """Returns what `to_array` wrote."""
+        fields = json.loads(np.asarray(array, np.uint8).tobytes())
+        before, after = (fields[name] and Turn(**fields[name]) for name in ("before", "after"))
+        return cls(before, after, tuple((int(i), int(n)) for i, n in fields["exponents"]))
+
 
 class TurnedMixin:
     """Runs the layer's own `call` on turned features, or turns what it gives.
@@ -110,6 +131,36 @@ class TurnedMixin:
         if mask is not None:
             turned._keras_mask = mask
         return turned
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes what the layer turns beside its variables."""
+        super().save_own_variables(store)  # type: ignore[misc]
+        store[STORED] = turns_of(self).to_array()  # type: ignore[arg-type]
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads the variables of a layer that turns the same.
+
+        Raises:
+            ValueError: If they are those of another one, whose weights mean something else.
+        """
+        found = _stored(store)
+        if found != turns_of(self):  # type: ignore[arg-type]
+            other = "of a model that was not rotated" if found is None else "rotated otherwise"
+            raise ValueError(
+                f"{self.path} turns its features, and the checkpoint is {other}: its weights "  # type: ignore[attr-defined]
+                "would compute something else. Load it into the plain model, and rotate that."
+            )
+        super().load_own_variables(_without(store))  # type: ignore[misc]
+
+
+def _stored(store: Any) -> Turns | None:
+    names = tuple(store.keys())
+    return Turns.from_array(store[STORED]) if STORED in names else None
+
+
+def _without(store: Any) -> dict[str, Any]:
+    names = tuple(store.keys())
+    return {name: store[name] for name in names if name != STORED}
 
 
 register_mixin(TurnedMixin, "Turned", 0)
@@ -145,3 +196,25 @@ def copy_turns(model: keras.Layer, copy: keras.Layer) -> None:
     for layer, its_copy in list(pairs):
         if is_turned(layer):
             turn(its_copy, turns_of(layer))
+
+
+@contextmanager
+def accepting_turns(model: keras.Layer) -> Iterator[None]:
+    """Lets the layers of a plain model turn what those of a checkpoint do that is loaded inside."""
+
+    def wrap(layer: keras.Layer) -> Any:
+        load = layer.load_own_variables
+
+        def accepting(store: Any) -> None:
+            found = _stored(store)
+            if found is None:
+                load(store)
+            else:
+                load(_without(store))
+                turn(layer, found)
+
+        return accepting
+
+    layers = [layer for layer in model._flatten_layers() if not is_turned(layer)]
+    with overriding([(layer, "load_own_variables", wrap(layer)) for layer in layers]):
+        yield
