@@ -72,6 +72,8 @@ def test_the_examples_of_many_texts_and_saved_models(
     (evaluating,) = blocks("docs/evaluation.md")
     tfgptopt.export(trained, "gpt.tflite")
     exec(evaluating, {"gpt": trained, "tfgptopt": tfgptopt, "corpus": corpus})
+    (explaining,) = blocks("docs/explaining.md")
+    exec(explaining, {"gpt": trained})
     assert f"(2, {trained.backbone.vocabulary_size})" in capsys.readouterr().out
 
 
