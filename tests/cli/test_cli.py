@@ -59,7 +59,8 @@ def test_help_names_every_command():
     result = run_process("--help")
     assert result.returncode == 0
     for command in ("demo", "optimize", "quantize", "shrink", "export", "evaluate", "report",
-                    "inspect", "generate", "chat", "serve", "monitoring", "bench", "advise", "tune"):  # fmt: skip
+                    "inspect", "generate", "chat", "serve", "monitoring", "bench", "advise",
+                    "tune"):  # fmt: skip
         assert command in result.stdout
 
 
