@@ -31,7 +31,7 @@ PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md")) if blo
 # They need an engine, a server, or no package at all: test_litertlm, test_server, and below.
 ELSEWHERE = {"litertlm.md", "serving.md", "tflite_format.md"}
 # Their files answer with text, so that the model has its tokenizer.
-WITH_TEXT = {"index.md", "generation.md", "evaluation.md"}
+WITH_TEXT = {"index.md", "generation.md", "evaluation.md", "explaining.md"}
 # Numbers of examples for which a tiny model has no room, and tests no time.
 SMALLER = [
     ("begin_step=100, end_step=800", "begin_step=2, end_step=6, frequency=1"),
@@ -52,6 +52,7 @@ SEEN = {
     "index.md": ["import os\n", "gpt.tflite"],
     "distillation.md": ["student.tflite", "teacher-says/recording.json"],
     "evaluation.md": ["file: perplexity"],
+    "explaining.md": ["rank correlation"],
     "monitoring.md": ["'gradient_norm': ", "logs/metrics.jsonl"],
     "pruning.md": ["50.0% zeros in pruned weights", "gpt.tflite"],
     "quantization.md": ["bits.png"],
@@ -111,7 +112,7 @@ def test_the_examples_of_a_page_run(page, few_windows, folder, tmp_path, monkeyp
     names = names_of(make_gpt(), few_windows, folder) | {"data": few_windows.train.take(8)}
     if page == "saved_model.md":
         tfgptopt.export(names["gpt"], "folder")
-    if page not in ("evaluation.md", "generation.md"):
+    if page not in ("evaluation.md", "explaining.md", "generation.md"):
         (tmp_path / "gpt.tflite").unlink()
     codes = blocks(PAGES[page])
     if page == "generation.md":

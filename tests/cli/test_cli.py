@@ -59,7 +59,8 @@ def test_help_names_every_command():
     result = run_process("--help")
     assert result.returncode == 0
     for command in ("demo", "optimize", "quantize", "shrink", "export", "evaluate", "report",
-                    "inspect", "generate", "chat", "serve", "monitoring", "bench"):  # fmt: skip
+                    "inspect", "generate", "chat", "serve", "monitoring", "bench", "advise",
+                    "tune"):  # fmt: skip
         assert command in result.stdout
 
 
@@ -67,6 +68,15 @@ def test_a_process_says_no_more_than_a_sentence(tmp_path):
     result = run_process("evaluate", tmp_path / "none", "--text", "x")
     assert_refused(result, "There is no preset folder")
     assert len(result.stderr.strip().splitlines()) == 1 and result.stdout.strip() == ""
+
+
+def test_advise_says_that_it_estimates(preset):
+    for shape in (("--layers", 2, "--width", 64), ("--preset", preset)):
+        result = run("advise", *shape)
+        assert result.returncode == 0, result.stderr
+        assert "Estimates, not measurements" in result.stdout and "int4:32" in result.stdout
+    assert_refused(run("advise", "--layers", 2), "Give a shape: --layers and --width")
+    assert_refused(run("advise", "--preset", "nowhere"), "has no config.json")
 
 
 def test_a_wrong_option_is_exit_code_2():

@@ -61,7 +61,8 @@ def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     (tmp_path / "task.jsonl").write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}')
     compared = run("evaluate", path, preset, "--text", text, "--sequence-length", 16,
                    "--json", tmp_path / "results.json", "--reference", preset, "--stride", 8,
-                   "--task", tmp_path / "task.jsonl", "--prompt", "import")  # fmt: skip
+                   "--task", tmp_path / "task.jsonl", "--prompt", "import os",
+                   "--explain", "occlusion")  # fmt: skip
     assert compared.returncode == 0, compared.stderr
     assert "small.tflite" in compared.stdout and "perp" in compared.stdout
     assert all(len(line) <= 80 and "…" not in line for line in compared.stdout.splitlines())
@@ -70,7 +71,13 @@ def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     assert file["name"] == "small.tflite" and model["quality"]["kl"] < 1e-6 < file["quality"]["kl"]
     assert 1 < file["quality"]["bits_per_byte"] < 8
     assert "task accuracy_norm" in compared.stdout and "sliding by 8" in compared.stdout
-    assert file["tasks"]["task"]["items"] == 1 and "import" in file["continuations"]
+    assert file["tasks"]["task"]["items"] == 1 and "import os" in file["continuations"]
+    assert len(file["attributions"]["import os"]["values"]) >= 2
+    made = run("report", tmp_path / "results.json", "--out", tmp_path / "report.html")
+    assert made.returncode == 0 and "rank correlation" in (tmp_path / "report.html").read_text()
+    assert_refused(run("evaluate", path, "--text", text, "--explain", "lime"), "with --prompt")
+    wrong = run("evaluate", path, "--text", text, "--explain", "tea", "--prompt", "a")
+    assert_refused(wrong, "must be one of occlusion")
     assert saved["reference"] == "gpt" and saved["machine"]["cores"] >= 1
     none = run("evaluate", path, "--text", tmp_path / "task.jsonl")
     assert_refused(none, "Give a preset with a tokenizer")

@@ -38,9 +38,9 @@ def test_tune_measures_files_passes_crashes_over_and_goes_on(gpt, corpus, tmp_pa
     found = tune(gpt, corpus, limits, out, SETTINGS, CANDIDATES, QUIET)
     for old, new in zip(before, gpt.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
-    # All have their shape's size shown before; those of the other shape are as large as said.
-    assert [trial.name for trial in found.trials] == ["int8", "crashes", "trained", "half", "half"]
-    assert "multiple of 64" in found.trials[1].error or "64" in found.trials[1].error
+    # None goes on to more steps: training makes no file smaller.
+    assert [trial.name for trial in found.trials] == ["int8", "crashes", "trained", "half"]
+    assert "64" in found.trials[1].error
     kept = found.kept
     lm = tfgptopt.TFLiteCausalLM(out / "model.tflite")
     assert (
@@ -61,6 +61,7 @@ def test_tune_measures_files_passes_crashes_over_and_goes_on(gpt, corpus, tmp_pa
     more = [*CANDIDATES, Candidate("later", 1, "int8")]
     again = tune(gpt, corpus, limits, out, SETTINGS, CANDIDATES, QUIET)
     assert again.trials == found.trials and again.kept == kept
+    monkeypatch.undo()  # Other limits may keep another one, whose file is made again.
     ended = tune(gpt, corpus, Limits(max_rise=-0.9), out, SETTINGS, more, QUIET)
     assert "process ended" in next(t.error for t in ended.trials if t.name == "later")
     other = make_gpt(corpus.tokenizer.vocabulary_size(), gpt.preprocessor)
@@ -89,7 +90,7 @@ def test_the_command(gpt, text_files, tmp_path):
     result = run("tune", text, *common, "--max-size", "1MB", "--sequence-length", 16,
                  "--out", tmp_path / "out", "--minutes", 5)  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert "Keep 'int8 rtn': it meets all limits." in " ".join(result.stdout.split())
+    assert "it meets all limits." in " ".join(result.stdout.split())
     assert (tmp_path / "out" / "report.html").is_file()
     assert_refused(run("tune", text, *common), "Give a limit")
     for option, value, message in (

@@ -47,6 +47,10 @@ def evaluate(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text that each continues, for the report.")
     ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(help="occlusion, shap or lime: what the next token of each prompt hangs on."),
+    ] = None,
     processes: Annotated[
         bool, typer.Option("--processes", help="Also load each in a process of its own.")
     ] = False,
@@ -65,6 +69,7 @@ def evaluate(
 
     if json is not None:
         check_target(json, force)
+    method = _method(explain, prompt)
     tasks = [read_task(path) for path in task or ()]
     windows = Windows(sequence_length, stride)
     loaded: dict[str, Any] = {}
@@ -85,6 +90,7 @@ def evaluate(
         prompts=prompt or (),
         processes=processes,
         tokenizer=None if reading is None else reading_tokenizer(reading, str(tokenizer)),
+        explanation=method,
     )
     _print(results)
     if json is not None:
@@ -92,6 +98,25 @@ def evaluate(
         first = next(iter(loaded)) if len(loaded) > 1 else None
         run = Run(tuple(results), compared or first, about, measure_machine())
         save_results(run, json)
+
+
+def _method(name: str | None, prompt: list[str] | None) -> Any:
+    """Returns a method of explanation, if one is asked for.
+
+    Raises:
+        ValueError: If it is none, or there is no prompt.
+    """
+    from typing import get_args
+
+    from tfgptopt.evaluation.explain import Method
+
+    if name is not None and name not in get_args(Method):
+        raise ValueError(
+            f"--explain must be one of {', '.join(get_args(Method))}. Received: {name}"
+        )
+    if name is not None and not prompt:
+        raise ValueError("--explain explains prompts: give one at least, with --prompt.")
+    return name
 
 
 def _is_artifact(name: str) -> bool:

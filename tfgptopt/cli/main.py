@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from tfgptopt.cli.advise import advise
 from tfgptopt.cli.bench import bench
 from tfgptopt.cli.chat import chat
 from tfgptopt.cli.demo import demo
@@ -50,6 +51,7 @@ for command in (
     monitoring,
     bench,
     doctor,
+    advise,
 ):
     app.command()(command)
 

@@ -11,6 +11,8 @@ import keras_hub
 
 from tfgptopt.data.corpus import tokens_as_input
 from tfgptopt.evaluation.artifacts import Artifact, KerasArtifact, open_artifact
+from tfgptopt.evaluation.explain import Attribution, Method
+from tfgptopt.evaluation.explain import explain as explain_prompt
 from tfgptopt.evaluation.loss import perplexity
 from tfgptopt.evaluation.processes import with_processes
 from tfgptopt.evaluation.quality import Quality, compare_quality
@@ -51,6 +53,7 @@ def evaluate(
     prompts: Sequence[str] = (),
     processes: bool = False,
     tokenizer: keras_hub.tokenizers.Tokenizer | None = None,
+    explanation: Method | None = None,
 ) -> list[Result]:
     """Measures artifacts of any kind side by side, each as itself.
 
@@ -77,6 +80,8 @@ def evaluate(
         processes: bool. Also load each artifact that lies on disk in a process of its own, for the
             time of loading and the peak memory. Defaults to `False`.
         tokenizer: Tokenizer for artifacts without one, such as SavedModels. Defaults to `None`.
+        explanation: Method of `tfgptopt.evaluation.explain` that says which tokens of `prompts`
+            the reference's next token hangs on, in each. Defaults to `None`: not asked.
 
     Returns:
         List of `Result`, in the order of `models`.
@@ -117,8 +122,9 @@ def evaluate(
             quality = _qualities(artifacts, cut, reference)
             scores = {n: {t.name: t.score(a) for t in tasks} for n, a in artifacts.items()}
             told = {name: _continued(one, prompts, new_tokens) for name, one in artifacts.items()}
+            why = _explained(artifacts, reference, prompts, explanation)
     return [
-        Result(name, one.size(), quality[name], speeds[name], scores[name], told[name])
+        Result(name, one.size(), quality[name], speeds[name], scores[name], told[name], why[name])
         for name, one in artifacts.items()
     ]
 
@@ -220,3 +226,24 @@ def _continued(artifact: Artifact, prompts: Sequence[str], new_tokens: int) -> d
         return {}
     shown = track(prompts, "Continuing prompts")
     return {prompt: continuation(artifact, prompt, new_tokens) for prompt in shown}
+
+
+def _explained(
+    artifacts: Mapping[str, Artifact],
+    reference: str | None,
+    prompts: Sequence[str],
+    method: Method | None,
+) -> dict[str, dict[str, Attribution]]:
+    """Returns attributions of prompts, all to the reference's next token."""
+    found: dict[str, dict[str, Attribution]] = {name: {} for name in artifacts}
+    first = reference or next(iter(artifacts))
+    for prompt in prompts if method is not None else ():
+        known = explain_prompt(artifacts[first], prompt, method or "occlusion")
+        found[first][prompt] = known
+        for name, artifact in artifacts.items():
+            if name != first and artifact.tokenizer is not None:
+                target = known.target_id
+                one = explain_prompt(artifact, prompt, method or "occlusion", target)
+                if one.tokens == known.tokens:  # Of other tokenizers, ids are other tokens.
+                    found[name][prompt] = one
+    return found

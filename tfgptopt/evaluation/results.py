@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tfgptopt.evaluation.explain import Attribution
 from tfgptopt.evaluation.machine import Machine
 from tfgptopt.evaluation.quality import Quality
 from tfgptopt.evaluation.size import Size
@@ -32,6 +33,7 @@ class Result:
         speed: Time to the first token and tokens per second.
         tasks: Names of tasks to what it reached in them.
         continuations: Prompts to what it makes of them, greedily.
+        attributions: Prompts to how much each token speaks for the reference's next one.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Result:
     speed: Speed
     tasks: Mapping[str, Score] = field(default_factory=dict)
     continuations: Mapping[str, str] = field(default_factory=dict)
+    attributions: Mapping[str, Attribution] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:

@@ -14,7 +14,7 @@ from tfgptopt.evaluation.artifacts import Artifact, open_artifact
 
 # New tokens whose times the percentiles are of, at each depth.
 _STEPS = 32
-DEPTHS = (64, 512)
+DEPTHS = (16, 64, 512)
 
 
 @dataclass(frozen=True)

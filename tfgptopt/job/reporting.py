@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
 from markupsafe import Markup
 
 from tfgptopt.evaluation import Result, perplexity
+from tfgptopt.evaluation.explain import Attribution, rank_correlation
 from tfgptopt.evaluation.passages import ChangedPassage
 from tfgptopt.evaluation.results import Run
 from tfgptopt.file.replacing import replacing
@@ -186,6 +188,41 @@ def _continuations(named: Sequence[tuple[str, Result]]) -> dict[str, list[tuple[
     }
 
 
+def _attributions(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Returns what each prompt's next token hangs on, in each model, beside the reference."""
+    found = []
+    for run in runs:
+        known = next((r for r in run.results if r.name == run.reference), run.results[0])
+        for prompt, first in known.attributions.items():
+            rows = [
+                {
+                    "name": result.name,
+                    "tokens": _colored(result.attributions[prompt]),
+                    "alike": None
+                    if result is known
+                    else rank_correlation(first.values, result.attributions[prompt].values),
+                }
+                for result in run.results
+                if prompt in result.attributions
+            ]
+            found.append({"target": first.target, "rows": rows})
+    return found
+
+
+def _colored(one: Attribution) -> list[dict[str, object]]:
+    """Returns the tokens of a prompt with what colors them: the largest has all of its color."""
+    most = max(map(abs, one.values)) or 1.0
+    return [
+        {
+            "text": text,
+            "value": value,
+            "kind": "better" if value > 0 else "worse",
+            "strength": round(100 * abs(value) / most),
+        }
+        for text, value in zip(one.tokens, one.values, strict=True)
+    ]
+
+
 def render_report(runs: Sequence[Run], title: str = "What was measured") -> str:
     """Returns the page.
 
@@ -216,6 +253,7 @@ def render_report(runs: Sequence[Run], title: str = "What was measured") -> str:
         passages=[(name, [_tokens(p) for p in r.quality.changed]) for name, r in named
                   if any(abs(p.rise) > _SHOWN for p in r.quality.changed)],
         continuations=_continuations(named),
+        attributions=_attributions(runs),
         recipes=[yaml.safe_dump(dict(recipe), sort_keys=False) for recipe in recipes],
         facts=[_facts(run) for run in runs],
     )  # fmt: skip

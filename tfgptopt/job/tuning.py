@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import keras_hub
+import tensorflow as tf
 from rich.console import Console
 
 from tfgptopt.data.corpus import Corpus, tokens_as_input
@@ -35,7 +36,7 @@ from tfgptopt.terminal.progress import showing, stage
 
 RECORD, KEPT, TRYING = "trials.jsonl", "kept.json", "trying.tflite"
 # Of held-out text, in windows, and of the greedy generation that is timed.
-_BATCHES, _PROMPT, _NEW, _RUNS = 16, 16, 32, 3
+_BATCHES, _AT_ONCE, _PROMPT, _NEW, _RUNS = 16, 8, 16, 32, 3
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class _Bench:
     ) -> None:
         self.model, self.corpus, self.folder = model, corpus, folder
         self.tuning, self.limits, self.console = tuning, limits, console
-        self.held_out = corpus.validation.take(_BATCHES)
+        self.held_out = _in_memory(corpus.validation.take(_BATCHES))
         with tokens_as_input(model):
             self.loss = keras_loss(model, self.held_out)
         self.best: Trial | None = None
@@ -239,6 +240,13 @@ class _Bench:
         return found.hexdigest()
 
 
+def _in_memory(data: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns data that all trials read, read once."""
+    parts = zip(*data.unbatch().batch(1 << 20).as_numpy_iterator(), strict=True)
+    (inputs,), (labels,), (weights,) = parts
+    return tf.data.Dataset.from_tensor_slices((inputs, labels, weights)).batch(_AT_ONCE)
+
+
 def _line(text: str) -> dict[str, Any]:
     """Returns a line of the record; one that was cut off is empty."""
     try:
@@ -251,8 +259,7 @@ def _write_report(model: Any, corpus: Corpus, found: Found, folder: Path) -> Non
     """Writes what the kept file is like beside the float model."""
     if found.kept is None:
         return
-    with replacing(folder / "dense.tflite") as temporary:
-        export(model, temporary)
+    export(model, folder / "dense.tflite", overwrite=True)
     rows = {"float32": folder / "dense.tflite", found.kept.name: folder / "model.tflite"}
     prompts = first_words(corpus, model)
     new = min(_NEW, (getattr(model.backbone, "max_sequence_length", None) or 1024) - _PROMPT)
