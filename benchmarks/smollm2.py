@@ -202,7 +202,7 @@ def beside_llama(bench: Bench, windows: np.ndarray) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         floats = Path(temporary) / "F32.gguf"
         requantize_gguf(smollm2_gguf(), floats, "ALL_F32")
-        for kind in ("ALL_F32", "MOSTLY_Q8_0", "MOSTLY_Q4_0", "MOSTLY_Q4_K_M"):
+        for kind in ("MOSTLY_Q8_0", "MOSTLY_Q4_K_M", "MOSTLY_Q4_0"):
             path = Path(temporary) / f"{kind}.gguf"
             begin = time.monotonic()
             requantize_gguf(floats, path, kind)
@@ -219,7 +219,7 @@ def beside_llama(bench: Bench, windows: np.ndarray) -> None:
                 )
                 total += float(tf.reduce_sum(losses))
             value = float(np.exp(total / (len(windows) * (LENGTH - 1))))
-            bench.found[f"llama.cpp {kind.removeprefix('MOSTLY_').removeprefix('ALL_')}"] = {
+            bench.found[f"llama.cpp {kind.removeprefix('MOSTLY_')}"] = {
                 "perplexity": value, "megabytes": path.stat().st_size / 1e6, "seconds": seconds,
             }  # fmt: skip
             print(f"llama.cpp {kind}: {value:.3f}", file=sys.stderr, flush=True)
