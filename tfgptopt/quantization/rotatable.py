@@ -148,8 +148,8 @@ def rotatable(model: keras.Layer) -> Rotatable:
     tower = next((name for name in layout.towers if getattr(backbone, name, None)), None)
     if tower is not None:
         raise ValueError(
-            f"{type(backbone).__name__} reads more than text, through its `{tower}`: rotation tries "
-            "models on text alone. Leave rotation out."
+            f"{type(backbone).__name__} reads more than text, through its `{tower}`: rotation "
+            "tries models on text alone. Leave rotation out."
         )
     heads = int(follow(backbone, layout.heads))
     values = [_values(one, heads) for one in parts]
