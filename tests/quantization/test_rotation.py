@@ -286,6 +286,10 @@ def test_other_models_are_refused_with_the_reason():
     )  # fmt: skip
     with pytest.raises(ValueError, match="mixture of experts"):
         rotate(moe)
+    seeing = make("Gemma 3")
+    object.__setattr__(seeing.backbone, "vision_encoder", keras.layers.Identity())
+    with pytest.raises(ValueError, match="more than text, through its `vision_encoder`"):
+        rotate(seeing)
     with pytest.raises(ValueError, match="`seed` must be"):
         Rotate(seed=-1)
     with pytest.raises(ValueError, match="`down` must be"):

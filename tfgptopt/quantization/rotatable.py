@@ -145,6 +145,12 @@ def rotatable(model: keras.Layer) -> Rotatable:
             f"{type(backbone).__name__} is a mixture of experts, whose router and experts read "
             "the stream too: rotation does not know them. Leave rotation out."
         )
+    tower = next((name for name in layout.towers if getattr(backbone, name, None)), None)
+    if tower is not None:
+        raise ValueError(
+            f"{type(backbone).__name__} reads more than text, through its `{tower}`: rotation "
+            "tries models on text alone. Leave rotation out."
+        )
     heads = int(follow(backbone, layout.heads))
     values = [_values(one, heads) for one in parts]
     norms = [(layout.attention_norm.of(b), layout.feedforward_norm.of(b)) for b in blocks]
