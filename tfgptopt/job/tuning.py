@@ -107,7 +107,8 @@ def tune(
         found = search(chosen, bench.measure, limits, tuning.seconds, tuning.steps, known)
         if found.kept is not None:
             bench.keep(found.kept, chosen)
-        _write_report(model, corpus, found, folder)
+            if bench.changed or not (folder / "report.html").exists():
+                _write_report(model, corpus, found, folder)
     return found
 
 
@@ -129,6 +130,7 @@ class _Bench:
         with tokens_as_input(model):
             self.loss = keras_loss(model, self.held_out)
         self.best: Trial | None = None
+        self.changed = False
 
     def resume(self) -> list[Trial]:
         """Returns the trials of the record, which is begun where there is none.
@@ -182,7 +184,7 @@ class _Bench:
 
     def _put_in_place(self, trial: Trial, student: Any) -> None:
         """Makes the file that was made last the one that is kept."""
-        self.best = trial
+        self.best, self.changed = trial, True
         (self.folder / KEPT).unlink(missing_ok=True)
         (self.folder / TRYING).replace(self.folder / "model.tflite")
         recipe = recipe_of(student)
@@ -257,8 +259,7 @@ def _line(text: str) -> dict[str, Any]:
 
 def _write_report(model: Any, corpus: Corpus, found: Found, folder: Path) -> None:
     """Writes what the kept file is like beside the float model."""
-    if found.kept is None:
-        return
+    assert found.kept is not None
     export(model, folder / "dense.tflite", overwrite=True)
     rows = {"float32": folder / "dense.tflite", found.kept.name: folder / "model.tflite"}
     prompts = first_words(corpus, model)
