@@ -92,7 +92,7 @@ def test_compression_is_compared_by_ranks(gpt, corpus, tmp_path):
     coarse.set_weights(model.get_weights())
     tfgptopt.quantize(coarse, Int4())
     whole, rounded = tfgptopt.evaluate(
-        {"whole": model, "rounded": coarse}, corpus.validation.take(1), new_tokens=2, runs=1,
+        {"whole": model, "rounded": coarse}, corpus.validation.take(1), new_tokens=1, runs=1,
         prompts=["import os"], explanation="occlusion",
     )  # fmt: skip
     one, other = (result.attributions["import os"] for result in (whole, rounded))
