@@ -26,7 +26,8 @@ TEXT = prompt(40)
 
 def moved(model, expected):
     """Returns by how much logits moved, as a share of how far they spread."""
-    return np.abs(logits(model, TEXT) - expected).max() / expected.std()
+    found = np.asarray(logits(model, TEXT), np.float32)
+    return np.abs(found - expected).max() / expected.std()
 
 
 def windows(count=4, length=64):
@@ -238,6 +239,18 @@ def test_fit_trains_on():
     assert first[-1] < first[0] - 1.0
     gain = model.backbone.layer_norm.gamma.numpy()
     assert np.abs(gain - 1).max() > 1e-3  # The final norm's own factors train.
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16"])
+def test_models_of_16_bits_turn_too(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = make("Llama3")
+        expected = np.asarray(logits(model, TEXT), np.float32)
+        rotate(model)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert moved(model, expected) < 0.3
 
 
 def masked(model):

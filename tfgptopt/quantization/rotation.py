@@ -208,7 +208,9 @@ class _Probe:
         rows = int(target_of(found.table).matrix_shape[1])
         tokens = np.random.default_rng(0).integers(0, rows, (1, _TOKENS), np.int32)
         self._inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-        self._is_half = any(is_half(v) for v in model.variables)
+        half = ("float16", "bfloat16")
+        computes = any(layer.compute_dtype in half for layer in model._flatten_layers())
+        self._is_half = computes or any(is_half(v) for v in model.variables)
         self._expected = self._logits()
 
     def _logits(self) -> np.ndarray:
@@ -225,7 +227,7 @@ class _Probe:
             ValueError: If it does.
         """
         moved = np.abs(self._logits() - self._expected).max() / self._expected.std()
-        # Weights of 16 bits are rounded anew.
+        # Weights or activations of 16 bits are rounded anew.
         if not moved <= (0.5 if self._is_half else _TOLERANCE):
             raise ValueError(
                 f"Rotation would move the logits of '{self._model.name}' by {moved:.2g} standard "
