@@ -1,4 +1,4 @@
-"""Named recipes: what `docs/quantization.md` found best for a wish, as settings to begin with."""
+"""Named recipes: settings to begin with, for a wish. Measure what comes out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _END, _TIMES = 0.6, 15
 
 
 def int8() -> Recipe:
-    """Returns a recipe for a quarter of the size, which nobody can tell from the float model.
+    """Returns a recipe for a quarter of the size.
 
     Features are turned, so that none stands out, then trained with int8 weights and activations.
 
