@@ -24,9 +24,12 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser") / "page"
     shutil.copytree(EXAMPLE, folder)
     if not (folder / "node_modules").is_dir():
-        npm = shutil.which("npm")
-        if npm is None or subprocess.run([npm, "install"], cwd=folder, timeout=120).returncode:
-            pytest.skip("npm cannot install what the page needs.")
+        npm = shutil.which("npm") or "npm"
+        command = [npm, "install", "--fetch-retries=0", "--no-audit", "--no-fund"]
+        try:
+            subprocess.run(command, cwd=folder, timeout=60, check=True, capture_output=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"npm cannot install what the page needs: {error}")
     return folder
 
 
