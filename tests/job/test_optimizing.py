@@ -9,6 +9,7 @@ import pytest
 from conftest import make_gpt, random_batch
 
 import tfgptopt
+from tfgptopt.data import load_preset
 from tfgptopt.distillation import HiddenStates
 from tfgptopt.distillation.technique import Distill
 from tfgptopt.job.optimizing import check_fit, check_recipe, optimize
@@ -94,7 +95,7 @@ def test_the_named_recipe_of_4_bits_rotates_teaches_and_rounds(corpus, tmp_path)
     assert list(outcome.curves) == ["optimized"]  # No stage of teaching alone.
     dense, keras_, file = (outcome.results[i].loss for i in (0, -2, -1))
     assert file == pytest.approx(keras_, abs=1e-3) and file < dense + 0.3
-    reloaded = keras_hub.models.CausalLM.from_preset(str(out / "model"))
+    reloaded = load_preset(out / "model")
     Recipe.load(out / "recipe.yaml").replay(reloaded)
     inputs = random_batch()[0]
     # `optimize` finalized it: only what turns is dressed, and what is reloaded rounds besides.

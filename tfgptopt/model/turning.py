@@ -192,10 +192,13 @@ def turn_no_more(layer: keras.Layer) -> None:
 
 def copy_turns(model: keras.Layer, copy: keras.Layer) -> None:
     """Lets the layers of a copy turn what those of the model turn."""
-    pairs = zip(model._flatten_layers(), copy._flatten_layers(), strict=True)
-    for layer, its_copy in list(pairs):
-        if is_turned(layer):
-            turn(its_copy, turns_of(layer))
+    # Around its backbone a model may have more, such as what it was compiled with.
+    backbones = [getattr(one, "backbone", one) for one in (model, copy)]
+    layers, copies = (one._flatten_layers() for one in backbones)
+    if any(map(is_turned, layers := list(layers))):
+        for layer, its_copy in list(zip(layers, copies, strict=True)):
+            if is_turned(layer):
+                turn(its_copy, turns_of(layer))
 
 
 @contextmanager

@@ -103,8 +103,8 @@ def shrink(
             `"influence"`.
         verbose: `"auto"`, 0, 1 or 2: silent, progress bars, or lines. Defaults to `"auto"`: bars in
             terminals and notebooks.
-        experts: Experts of each layer to keep, by how much of the tokens is routed to them. For
-            Mixtral, Qwen MoE, Qwen 3 MoE and GPT-OSS, of which nothing else can be cut.
+        experts: Experts of each layer of a mixture to keep, by how much of the tokens is routed to
+            them. Of mixtures nothing else can be cut.
 
     Returns:
         A model of the same class, uncompiled.
