@@ -32,6 +32,7 @@ PAGES = {path.name: path for path in sorted((ROOT / "docs").glob("*.md")) if blo
 ELSEWHERE = {"litertlm.md", "serving.md", "tflite_format.md"}
 # Their files answer with text, so that the model has its tokenizer.
 WITH_TEXT = {"index.md", "generation.md", "evaluation.md", "explaining.md"}
+TWO_LAYERS = {"shrinking.md", "distillation.md"}
 # Numbers of examples for which a tiny model has no room, and tests no time.
 SMALLER = [
     ("begin_step=100, end_step=800", "begin_step=2, end_step=6, frequency=1"),
@@ -102,7 +103,7 @@ def test_the_examples_of_a_page_run(page, few_windows, folder, tmp_path, monkeyp
     def make_gpt():
         if page == "data.md":
             return small_gemma()
-        gpt = small_gpt(few_windows, 2)
+        gpt = small_gpt(few_windows, 2 if page in TWO_LAYERS else 1)
         if page in WITH_TEXT:
             gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(few_windows.tokenizer)
         if page == "reloading.md":

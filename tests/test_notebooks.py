@@ -16,7 +16,7 @@ SETTINGS = {
     "monitoring_and_choosing": (20, 2),
     "pruning": (8, 1),
     "quantization": (8, 1),
-    "quickstart": (20, 2),
+    "quickstart": (10, 2),
     "several_gpus_and_resuming": (12, 1),
     "shrink_and_distill": (10, 1),
 }

@@ -21,7 +21,7 @@ def numpy_mask(weights: np.ndarray, sparsity: float) -> np.ndarray:
     return mask.reshape(weights.shape)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=12), elements=floats),
     st.floats(0, 0.99),
@@ -78,7 +78,7 @@ def numpy_nm(scores: np.ndarray, n: int, m: int) -> np.ndarray:
     return mask
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(matrices, st.sampled_from([(1, 2), (2, 4), (1, 3), (4, 8)]))
 def test_nm_is_numpys_definition(scores, nm):
     pattern = NM(*nm)
@@ -87,7 +87,7 @@ def test_nm_is_numpys_definition(scores, nm):
     assert pattern.holds(mask)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(matrices, st.sampled_from([(1, 2), (2, 4), (1, 3)]), st.sampled_from(["input", "output"]))
 def test_nm_along_either_axis_in_tensorflow_and_in_numpy(scores, nm, axis):
     pattern = NM(*nm, axis=axis)
@@ -131,7 +131,7 @@ def numpy_blocks(scores: np.ndarray, rows: int, columns: int, sparsity: float) -
     return mask
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     # Whole numbers, whose sums are exact in any order.
     hnp.arrays(

@@ -31,7 +31,7 @@ def numpy_scale(weights: np.ndarray, bits: int) -> np.ndarray:
     return np.where(rounded < 2.0**-100, 1.0, rounded).astype(np.float32)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 @given(matrices, bit_widths)
 def test_integers_and_scale_are_the_formula(weights, bits):
     integers, scale = (x.numpy() for x in rounding.quantize(weights, Grid(bits, (1,))))
@@ -41,7 +41,7 @@ def test_integers_and_scale_are_the_formula(weights, bits):
     np.testing.assert_array_equal(integers, expected)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 @given(matrices, bit_widths)
 def test_rounding_what_is_rounded_changes_nothing(weights, bits):
     once = rounding.fake_quantize(tf.constant(weights), Grid(bits, (1,)))
@@ -49,7 +49,7 @@ def test_rounding_what_is_rounded_changes_nothing(weights, bits):
     np.testing.assert_array_equal(once.numpy(), twice.numpy())
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 @given(matrices, bit_widths)
 def test_error_is_at_most_half_a_step_and_zero_stays_zero(weights, bits):
     weights[:, 0] = 0
@@ -117,7 +117,7 @@ kernels = hnp.arrays(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(kernels)
 def test_blocks_have_scales_that_litert_holds_exactly(weights):
     grid = Grid(4, (0,), 32)
@@ -131,7 +131,7 @@ def test_blocks_have_scales_that_litert_holds_exactly(weights):
     np.testing.assert_array_equal(integers, steps.reshape(weights.shape))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(kernels, st.sampled_from([(4, None), (8, None), (4, 32)]), st.floats(0.3, 1.5))
 def test_weights_on_a_grid_tell_it(weights, form, factor):
     grid = Grid(form[0], (0,), form[1])
@@ -210,7 +210,7 @@ def test_products_with_blocks_are_those_of_litert(block):
         np.testing.assert_allclose(run(x=inputs)["y"], expected, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=30)
 @given(
     hnp.arrays(np.float32, (7, 3), elements=st.floats(-(2.0**99), 2.0**99, width=32)),
     st.sampled_from([2, 4, 8]),
