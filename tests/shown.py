@@ -54,7 +54,9 @@ def fill_folder(folder: Path, corpus: Corpus, texts: Path) -> None:
     (folder / "chats.jsonl").write_text("\n".join(lines), "utf-8")
 
 
-def names_of(gpt: keras.Model, corpus: Corpus, folder: Path) -> dict[str, Any]:
+def names_of(
+    gpt: keras.Model | None, corpus: Corpus, lm: tfgptopt.TFLiteCausalLM
+) -> dict[str, Any]:
     """Returns what examples take for defined."""
     return {
         "np": np,
@@ -68,5 +70,5 @@ def names_of(gpt: keras.Model, corpus: Corpus, folder: Path) -> dict[str, Any]:
         "data": corpus.train.take(4),
         "windows": corpus.train.take(8),
         "validation": corpus.validation,
-        "lm": tfgptopt.TFLiteCausalLM(folder / "gpt.tflite"),
+        "lm": lm,
     }

@@ -110,7 +110,8 @@ def test_the_examples_of_a_page_run(page, few_windows, folder, tmp_path, monkeyp
             tfgptopt.quantize_aware(gpt, Int8())
         return gpt
 
-    names = names_of(make_gpt(), few_windows, folder) | {"data": few_windows.train.take(8)}
+    lm = tfgptopt.TFLiteCausalLM(folder / "gpt.tflite")
+    names = names_of(make_gpt(), few_windows, lm) | {"data": few_windows.train.take(8)}
     if page == "saved_model.md":
         tfgptopt.export(names["gpt"], "folder")
     if page not in ("evaluation.md", "explaining.md", "generation.md"):

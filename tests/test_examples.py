@@ -18,6 +18,7 @@ from ai_edge_litert import schema_py_generated as schema
 from shown import fill_folder, names_of, small_gpt
 from test_house import MODULES
 
+import tfgptopt
 from tfgptopt import families
 from tfgptopt.data import load_corpus
 from tfgptopt.exporting import formats
@@ -82,8 +83,13 @@ def folder(corpus, text_files, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def lm(folder):
+    return tfgptopt.TFLiteCausalLM(folder / "gpt.tflite")
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
+def test_an_example_runs(name, corpus, folder, lm, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for module, registry in REGISTRIES:
@@ -93,19 +99,22 @@ def test_an_example_runs(name, corpus, folder, tmp_path, monkeypatch):
         code = code.replace(large, small)
     if "export(" in code:
         (tmp_path / "gpt.tflite").unlink()
-    gpt = small_gpt(corpus, 2 if "shrink" in name else 1)
-    names = names_of(gpt, corpus, folder) | {
+    lm.reset()
+    gpt = None
+    if re.search(r"\b(gpt|model|layer)\b", code):
+        gpt = small_gpt(corpus, 2 if "shrink" in name else 1)
+    names = names_of(gpt, corpus, lm) | {
         "ClassVar": ClassVar,
         "dataclasses": dataclasses,
         "numpy": numpy,
         "schema": schema,
-        "layer": gpt.layers[-1],
+        "layer": gpt and gpt.layers[-1],
         "MyBackbone": type("MyBackbone", (keras.Model,), {}),
         "MyAttention": type("MyAttention", (keras.layers.Layer,), {}),
     }
     for room in (*_ROOMS, name.rpartition(".")[0].removeprefix("tfgptopt.")):
         exec(f"from tfgptopt.{room} import *", names)
-    if ".generate(" in code and "export(" in code:
+    if gpt is not None and ".generate(" in code and "export(" in code:
         gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
     if "student" in code:
         names |= {"student": small_gpt(corpus), "teacher": small_gpt(corpus, 2)}
