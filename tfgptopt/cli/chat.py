@@ -21,6 +21,7 @@ from tfgptopt.cli.generate import (
     chain_of,
     speculation_of,
 )
+from tfgptopt.cli.shared import template_or_file
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -51,10 +52,8 @@ def chat(
     from tfgptopt.generation import TFLiteCausalLM
 
     chain = chain_of(sampler, temperature, top_k, top_p, min_p, None)
-    if template is not None and Path(template).is_file():
-        template = Path(template).read_text("utf-8")
     guesses = speculation_of(speculative)
-    conversation = TFLiteCausalLM(file, threads).chat(system, template, guesses)
+    conversation = TFLiteCausalLM(file, threads).chat(system, template_or_file(template), guesses)
 
     def answer(message: str) -> Iterator[str]:
         return conversation.stream(message, max_new_tokens, chain, "auto", seed)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tfgptopt.cli.shared import Force, load, load_libraries, print_size
+from tfgptopt.cli.shared import Force, load, load_libraries, print_size, template_or_file
 
 
 def export(
@@ -64,8 +64,6 @@ def export(
     model = load(preset)
     if loaded:
         loaded.replay(model)
-    if chat_template is not None and Path(chat_template).is_file():
-        chat_template = Path(chat_template).read_text("utf-8")
-    guesses = load(draft) if draft else None
-    tfgptopt.export(model, path, format, force, draft=guesses, chat_template=chat_template)
+    guesses, turns = load(draft) if draft else None, template_or_file(chat_template)
+    tfgptopt.export(model, path, format, force, draft=guesses, chat_template=turns)
     print_size(path)

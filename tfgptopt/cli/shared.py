@@ -128,3 +128,10 @@ def print_size(path: Path) -> None:
 def print_corpus(corpus: Corpus) -> None:
     """Prints what text there is, and what was cut off."""
     console.print(corpus.describe())
+
+
+def template_or_file(choice: str | None) -> str | None:
+    """Returns a chat template as it was given: a name, or the Jinja in a file."""
+    if choice is not None and Path(choice).is_file():
+        return Path(choice).read_text("utf-8")
+    return choice

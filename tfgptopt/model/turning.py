@@ -193,12 +193,11 @@ def turn_no_more(layer: keras.Layer) -> None:
 def copy_turns(model: keras.Layer, copy: keras.Layer) -> None:
     """Lets the layers of a copy turn what those of the model turn."""
     # Around its backbone a model may have more, such as what it was compiled with.
-    backbones = [getattr(one, "backbone", one) for one in (model, copy)]
-    layers, copies = (one._flatten_layers() for one in backbones)
-    if any(map(is_turned, layers := list(layers))):
-        for layer, its_copy in list(zip(layers, copies, strict=True)):
-            if is_turned(layer):
-                turn(its_copy, turns_of(layer))
+    inner, its_copy = (getattr(one, "backbone", one) for one in (model, copy))
+    turned = {i: x for i, x in enumerate(inner._flatten_layers()) if is_turned(x)}
+    layers = list(its_copy._flatten_layers()) if turned else []
+    for i, layer in turned.items():
+        turn(layers[i], turns_of(layer))
 
 
 @contextmanager
