@@ -131,3 +131,22 @@ def trained(corpus):
     with tokens_as_input(model):
         model.fit(corpus.train.repeat(), steps_per_epoch=60, verbose=0, callbacks=callbacks)
     return model
+
+
+@pytest.fixture(scope="session")
+def few_windows(text_files):
+    """A corpus of one short file, for examples."""
+    from tfgptopt.data import load_corpus
+
+    source = text_files / "scanner.py"
+    return load_corpus(source, vocabulary_size=300, sequence_length=32, batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def shown_folder(few_windows, text_files, tmp_path_factory):
+    """A folder with what examples read."""
+    from shown import fill_folder
+
+    folder = tmp_path_factory.mktemp("shown")
+    fill_folder(folder, few_windows, text_files)
+    return folder

@@ -14,10 +14,9 @@ import keras_hub
 import numpy as np
 import pytest
 import yaml
-from shown import fill_folder, names_of, small_gemma, small_gpt
+from shown import names_of, small_gemma, small_gpt
 
 import tfgptopt
-from tfgptopt.data import load_corpus
 from tfgptopt.quantization import Int4, Int8
 
 ROOT = Path(__file__).parent.parent
@@ -63,19 +62,6 @@ SEEN = {
 }
 
 
-@pytest.fixture(scope="module")
-def few_windows(text_files):
-    source = text_files / "scanner.py"
-    return load_corpus(source, vocabulary_size=300, sequence_length=32, batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def folder(few_windows, text_files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("documents")
-    fill_folder(folder, few_windows, text_files)
-    return folder
-
-
 def run_blocks(codes: list[str], names: dict, make_gpt: Callable | None = None) -> None:
     """Runs blocks one after the other, each with a model as it was at first."""
     from tfgptopt.callbacks import Pruning, QuantizationAwareTraining
@@ -96,8 +82,8 @@ def run_blocks(codes: list[str], names: dict, make_gpt: Callable | None = None) 
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if name not in ELSEWHERE])
-def test_the_examples_of_a_page_run(page, few_windows, folder, tmp_path, monkeypatch, capsys):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_the_examples_of_a_page_run(page, few_windows, shown_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(shown_folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
 
     def make_gpt():
@@ -110,7 +96,7 @@ def test_the_examples_of_a_page_run(page, few_windows, folder, tmp_path, monkeyp
             tfgptopt.quantize_aware(gpt, Int8())
         return gpt
 
-    lm = tfgptopt.TFLiteCausalLM(folder / "gpt.tflite")
+    lm = tfgptopt.TFLiteCausalLM(shown_folder / "gpt.tflite")
     names = names_of(make_gpt(), few_windows, lm) | {"data": few_windows.train.take(8)}
     if page == "saved_model.md":
         tfgptopt.export(names["gpt"], "folder")
@@ -126,8 +112,8 @@ def test_the_examples_of_a_page_run(page, few_windows, folder, tmp_path, monkeyp
         assert seen in printed or (tmp_path / seen).exists(), printed
 
 
-def test_the_readmes_examples(folder, tmp_path, monkeypatch, capsys):
-    shutil.copytree(folder / "notes", tmp_path / "notes")
+def test_the_readmes_examples(shown_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(shown_folder / "notes", tmp_path / "notes")
     monkeypatch.chdir(tmp_path)
     first, second = blocks(ROOT / "README.md")
     names: dict = {}

@@ -15,12 +15,11 @@ import keras_hub
 import numpy
 import pytest
 from ai_edge_litert import schema_py_generated as schema
-from shown import fill_folder, names_of, small_gpt
+from shown import names_of, small_gpt
 from test_house import MODULES
 
 import tfgptopt
 from tfgptopt import families
-from tfgptopt.data import load_corpus
 from tfgptopt.exporting import formats
 from tfgptopt.file import number_types
 from tfgptopt.quantization import specs
@@ -71,26 +70,13 @@ EXAMPLES = examples()
 
 
 @pytest.fixture(scope="module")
-def corpus(text_files):
-    source = text_files / "scanner.py"
-    return load_corpus(source, vocabulary_size=300, sequence_length=32, batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def folder(corpus, text_files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("examples")
-    fill_folder(folder, corpus, text_files)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def lm(folder):
-    return tfgptopt.TFLiteCausalLM(folder / "gpt.tflite")
+def lm(shown_folder):
+    return tfgptopt.TFLiteCausalLM(shown_folder / "gpt.tflite")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name, corpus, folder, lm, tmp_path, monkeypatch):
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+def test_an_example_runs(name, few_windows, shown_folder, lm, tmp_path, monkeypatch):
+    shutil.copytree(shown_folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     for module, registry in REGISTRIES:
         monkeypatch.setattr(module, registry, dict(getattr(module, registry)))
@@ -102,8 +88,8 @@ def test_an_example_runs(name, corpus, folder, lm, tmp_path, monkeypatch):
     lm.reset()
     gpt = None
     if re.search(r"\b(gpt|model|layer)\b", code):
-        gpt = small_gpt(corpus, 2 if "shrink" in name else 1)
-    names = names_of(gpt, corpus, lm) | {
+        gpt = small_gpt(few_windows, 2 if "shrink" in name else 1)
+    names = names_of(gpt, few_windows, lm) | {
         "ClassVar": ClassVar,
         "dataclasses": dataclasses,
         "numpy": numpy,
@@ -115,9 +101,9 @@ def test_an_example_runs(name, corpus, folder, lm, tmp_path, monkeypatch):
     for room in (*_ROOMS, name.rpartition(".")[0].removeprefix("tfgptopt.")):
         exec(f"from tfgptopt.{room} import *", names)
     if gpt is not None and ".generate(" in code and "export(" in code:
-        gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(corpus.tokenizer)
+        gpt.preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(few_windows.tokenizer)
     if "student" in code:
-        names |= {"student": small_gpt(corpus), "teacher": small_gpt(corpus, 2)}
+        names |= {"student": small_gpt(few_windows), "teacher": small_gpt(few_windows, 2)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(code, name, "exec"), names)

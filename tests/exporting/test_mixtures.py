@@ -11,7 +11,7 @@ from tfgptopt.exporting import TFLite
 from tfgptopt.quantization import Int4, Int8
 
 CONTEXT = 48
-_GROUPED = {
+GROUPED = {
     "vocabulary_size": VOCABULARY,
     "num_layers": 2,
     "num_query_heads": 4,
@@ -20,9 +20,9 @@ _GROUPED = {
     "intermediate_dim": 48,
     "num_experts": 5,
 }
-_QWEN = {**_GROUPED, "moe_intermediate_dim": 24}
+_QWEN = {**GROUPED, "moe_intermediate_dim": 24}
 MIXTURES = {
-    "Mixtral": {**_GROUPED, "top_k": 2, "sliding_window": 9},
+    "Mixtral": {**GROUPED, "top_k": 2, "sliding_window": 9},
     "QwenMoe": {
         **_QWEN,
         "top_k": 2,

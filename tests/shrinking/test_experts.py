@@ -5,6 +5,7 @@ import keras_hub
 import numpy as np
 import pytest
 from decoder.families import VOCABULARY, randomize
+from exporting import test_mixtures as exported
 
 import tfgptopt
 from tfgptopt.families.mixtures import experts_of
@@ -14,22 +15,9 @@ from tfgptopt.quantization import Int8
 from tfgptopt.recipe import Shrink
 from tfgptopt.shrinking.experts import routed
 
-_SMALL = {
-    "vocabulary_size": VOCABULARY,
-    "num_layers": 2,
-    "num_query_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_dim": 32,
-    "intermediate_dim": 48,
-    "num_experts": 5,
-    "top_k": 2,
-}
-_QWEN = {**_SMALL, "moe_intermediate_dim": 24}
 MIXTURES = {
-    "Mixtral": _SMALL,
-    "QwenMoe": {**_QWEN, "shared_expert_intermediate_dim": 40},
-    "Qwen3Moe": {**_QWEN, "head_dim": 16, "norm_top_k_prob": True, "mlp_only_layers": [0]},
-    "GptOss": {**_SMALL, "head_dim": 16, "sliding_window": 8},
+    **exported.MIXTURES,
+    "GptOss": {**exported.GROUPED, "top_k": 2, "head_dim": 16, "sliding_window": 8},
 }
 TOKENS = np.random.default_rng(0).integers(1, VOCABULARY, (2, 9), np.int32)
 MASK = np.ones((2, 9), np.int32)
