@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import keras
 
+from tfgptopt.model.changing import build_optimizer
 from tfgptopt.model.targets import Selector
 from tfgptopt.model.types import Data
 from tfgptopt.pruning.checkpointing import mask_state
@@ -194,6 +195,7 @@ class Pruning(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         assert self._pruner is not None
         self._pruner.attach()
+        build_optimizer(self.model)
         self._epoch_start = self._iterations()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:

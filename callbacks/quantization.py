@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
-from tfgptopt.model.changing import changing, strategy_scope
+from tfgptopt.model.changing import build_optimizer, changing, strategy_scope
 from tfgptopt.model.current import full_precision, has_adapters
 from tfgptopt.model.retracing import retrace
 from tfgptopt.model.targets import Selector, Target
@@ -119,6 +119,7 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         self._learn_scales()
         self._freeze_if_due()
         self._round_frozen_once()
+        build_optimizer(self.model)
 
     def _round_frozen_once(self) -> None:
         """Keeps the rounded form of weights that this training does not change."""

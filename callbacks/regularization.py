@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from tfgptopt.model.changing import build_optimizer
 from tfgptopt.model.targets import Selector
 from tfgptopt.model.types import Data
 from tfgptopt.pruning.penalties import Penalizer
@@ -87,6 +88,7 @@ class Regularization(keras.callbacks.Callback):
         assert self._penalizer is not None
         self._penalizer.attach()
         self._penalizer.switch(True)
+        build_optimizer(self.model)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         assert self._penalizer is not None

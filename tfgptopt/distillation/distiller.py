@@ -23,6 +23,7 @@ from tfgptopt.distillation.technique import Distill
 from tfgptopt.distillation.views import Lesson, View, look
 from tfgptopt.distillation.wiring import Wiring
 from tfgptopt.model import masks
+from tfgptopt.model.changing import build_optimizer
 from tfgptopt.model.history import record
 from tfgptopt.model.types import Config, Data
 from tfgptopt.training.reducing import replica_count
@@ -246,6 +247,7 @@ class Distiller(keras.Model):
         if kwargs.get("validation_data") is not None:
             kwargs["validation_data"] = self._read(kwargs["validation_data"], kwargs)
         self._record()
+        build_optimizer(self)
         return super().fit(self._read(x, kwargs, "batch_size"), *args, **kwargs)
 
     def _record(self) -> None:

@@ -27,7 +27,7 @@ from tfgptopt.file.replacing import check_target, replacing
 from tfgptopt.job.outcome import Curve, Outcome, first_words, rounding_noise, write_results
 from tfgptopt.job.reporting import write_report
 from tfgptopt.job.stages import checkpoints_beside, train
-from tfgptopt.model.changing import strategy_scope
+from tfgptopt.model.changing import build_optimizer, strategy_scope
 from tfgptopt.model.cloning import clone
 from tfgptopt.model.current import has_adapters
 from tfgptopt.model.history import history_of, record
@@ -162,9 +162,7 @@ def _variables(model: keras.Model) -> list[Any]:
 
 
 def _snapshot(model: keras.Model) -> list[Any]:
-    with strategy_scope(model):
-        if not model.optimizer.built:
-            model.optimizer.build(model.trainable_variables)
+    build_optimizer(model)
     return [keras.ops.convert_to_numpy(variable) for variable in _variables(model)]
 
 

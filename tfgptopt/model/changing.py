@@ -20,6 +20,17 @@ def strategy_scope(model: keras.Layer) -> AbstractContextManager[object]:
     return scope
 
 
+def build_optimizer(model: keras.Model) -> None:
+    """Makes the variables of a model's optimizer before its step is traced.
+
+    Keras makes them inside the first step, which TensorFlow then traces twice.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and model.built and not optimizer.built:
+        with strategy_scope(model):
+            optimizer.build(model.trainable_variables)
+
+
 @contextlib.contextmanager
 def changing(model: keras.Layer) -> Iterator[None]:
     """Lets layers be changed: in the scope of the model's strategy, traced again afterwards.
