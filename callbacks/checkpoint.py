@@ -12,15 +12,16 @@ from typing import Any, ClassVar, Literal
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from tfgptopt.model.changing import strategy_scope
+from tfgptopt.model.changing import build_optimizer
 from tfgptopt.model.types import Config
 from tfgptopt.training import run_state
 from tfgptopt.training.checkpoint_files import CheckpointFolder, SavedCheckpoint
 from tfgptopt.training.data_position import RunningFit, data_watch
+from tfgptopt.training.sharding import each_worker, sum_of_workers, together, worker_count
 
 _WEIGHTS = "model.weights.h5"
+_AGREE_EVERY = 10  # Batches of several workers, which takes them about a millisecond.
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -81,17 +82,24 @@ class Checkpoint(keras.callbacks.Callback):
         self._saved_at = -1
         self._last_time = 0.0
         self._metrics: list[np.ndarray] | None = None
-        self._remembered: list[Config] = []
-        self._stopping = self._epoch_ended = self._waiting = False
+        self._remembered: tuple[list[Config], dict[str, np.ndarray]] | None = None
+        self._asked = self._stopping = self._epoch_ended = self._waiting = False
+        self._workers, self._writes = 1, True
         self._previous: Any = None
 
     # Beginning
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        strategy = self.model.distribute_strategy
+        self._workers = worker_count(strategy)
+        self._writes = bool(strategy.extended.should_checkpoint)
         fit = self._fit = RunningFit.of_caller()
-        self._check_alone(fit)
-        known = self.folder.was_used_here
-        self.folder.open()
+        with together(strategy):
+            self._check_alone(fit)
+            known = self.folder.was_used_here
+            if self._writes:
+                self.folder.open()
+        known = bool(each_worker(strategy, known)[0])
         try:
             self._restore_or_begin(fit, known)
         except BaseException:
@@ -109,34 +117,53 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _restore_or_begin(self, fit: RunningFit, known: bool) -> None:
         model = self.model
-        if not model.built:
-            raise ValueError(
-                f"'{model.name}' is not built, so there is nothing to restore a checkpoint into. "
-                "Call it on a batch before `fit`."
-            )
-        with strategy_scope(model):
-            if not model.optimizer.built:
-                model.optimizer.build(model.trainable_variables)
-        fit.check_order()
-        steps = fit.batches.num_batches
-        self._identity = run_state.identity_of(model, fit.callbacks, steps)
-        variables = [*model.variables, *model.optimizer.variables]
-        self.folder.check_room(sum(int(np.prod(v.shape)) * v.value.dtype.size for v in variables))
+        with together(model.distribute_strategy):
+            self._check_model(fit)
         self._begin = self._iterations()
         self._seen = self._epoch = self._in_epoch = self._base = 0
         self._saved_at, self._metrics = -1, None
-        self._stopping = self._epoch_ended = self._waiting = False
+        self._asked = self._stopping = self._epoch_ended = self._waiting = False
         watch = data_watch(model)
         watch.start((0, 0))
-        saved = self.folder.newest()
+        saved = self._newest()
         if saved is None:
             return
         if saved.facts["finished"] and self._begin == saved.facts["iterations"] > 0:
             self._base = saved.step  # Another `fit` of a model that was trained here.
             return
-        self._check_same(saved, known)
+        with together(model.distribute_strategy):
+            self._check_same(saved, known)
         watch.start(self._go_to(fit, saved.facts))
         self._restore(fit, saved)
+
+    def _check_model(self, fit: RunningFit) -> None:
+        model = self.model
+        if not model.built:
+            raise ValueError(
+                f"'{model.name}' is not built, so there is nothing to restore a checkpoint into. "
+                "Call it on a batch before `fit`."
+            )
+        build_optimizer(model)
+        fit.check_order()
+        steps = fit.batches.num_batches
+        self._identity = run_state.identity_of(model, fit.callbacks, steps)
+        if self._writes:
+            variables = [*model.variables, *model.optimizer.variables]
+            sizes = [int(np.prod(v.shape)) * v.value.dtype.size for v in variables]
+            self.folder.check_room(sum(sizes))
+
+    def _newest(self) -> SavedCheckpoint | None:
+        """Returns the checkpoint to go on from: on all workers the one that the first chose."""
+        strategy = self.model.distribute_strategy
+        saved = None
+        with together(strategy):
+            if self._writes:
+                saved = self.folder.newest()
+        step = each_worker(strategy, -1 if saved is None else saved.step)[0]
+        with together(strategy):
+            if step >= 0 and not self._writes:
+                saved = self.folder.at(step)
+        return saved
 
     def _check_same(self, saved: SavedCheckpoint, known: bool) -> None:
         where = f"The checkpoints in '{self.folder.path}' are of"
@@ -155,8 +182,8 @@ class Checkpoint(keras.callbacks.Callback):
         expected = tuple(facts["data"])
         if self._has_ended(facts):
             return int(expected[0]), int(expected[1])
-        found = fit.replay(facts["epoch"], facts["in_epoch"], strategy)
-        if found != expected and not _has_workers(strategy):
+        count, total = fit.replay(facts["epoch"], facts["in_epoch"], strategy)
+        if (count, sum_of_workers(strategy, total)) != expected:
             raise ValueError(
                 f"The checkpoints in '{self.folder.path}' are of other data: of {expected[0]} "
                 "batches before, at least one is another now, or they come in another order. Give "
@@ -169,7 +196,7 @@ class Checkpoint(keras.callbacks.Callback):
         model.load_weights(saved.path / _WEIGHTS)
         arrays = run_state.read_state(saved.path)
         run_state.restore_random(model, arrays)
-        self._remembered = facts["callbacks"]
+        self._remembered = (facts["callbacks"], arrays)
         self._metrics = run_state.saved_metrics(arrays) if facts["in_epoch"] else None
         self._begin, self._seen = facts["begin"], saved.step
         self._epoch, self._in_epoch = facts["epoch"], facts["in_epoch"]
@@ -177,7 +204,7 @@ class Checkpoint(keras.callbacks.Callback):
         model._initial_epoch = facts["epoch"]
         if self._has_ended(facts):
             model._initial_epoch = max(self.params["epochs"], facts["epoch"])
-            run_state.restore_callbacks(self._others(fit), facts["callbacks"])
+            run_state.restore_callbacks(self._others(fit), *self._remembered)
             warnings.warn(
                 f"The training in '{self.folder.path}' had ended after {saved.step} steps: its "
                 "model was restored, and is not trained again. To train anew, give another folder.",
@@ -211,9 +238,9 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _restore_callbacks(self) -> None:
         """Gives other callbacks back what they remembered, once all have begun."""
-        if self._remembered and self._fit is not None:
-            run_state.restore_callbacks(self._others(self._fit), self._remembered)
-        self._remembered = []
+        if self._remembered is not None and self._fit is not None:
+            run_state.restore_callbacks(self._others(self._fit), *self._remembered)
+        self._remembered = None
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self._metrics is not None:  # They are made with the first step of a process.
@@ -224,9 +251,7 @@ class Checkpoint(keras.callbacks.Callback):
         due = isinstance(self.save_freq, int) and (
             self._seen // self.save_freq > before // self.save_freq
         )
-        late = self.minutes is not None and (
-            time.monotonic() - self._last_time >= 60 * self.minutes
-        )
+        late = self._agree(before)
         if not (due or late or self._stopping):
             return
         # Where an epoch ends, others have to see its end before: its validation, its history.
@@ -236,7 +261,24 @@ class Checkpoint(keras.callbacks.Callback):
             self._save()
             self._stop_if_asked()
 
+    def _agree(self, before: int = -1) -> bool:
+        """Returns whether it is time to save by the clock, and learns whether to stop.
+
+        One of several workers may be the only one that is told to: they ask each other now and
+        then, all behind the same step.
+        """
+        late = self.minutes is not None and (
+            time.monotonic() - self._last_time >= 60 * self.minutes
+        )
+        strategy, every = self.model.distribute_strategy, _AGREE_EVERY if self._workers > 1 else 1
+        if self._seen // every == before // every:
+            return False
+        asked = each_worker(strategy, 2 * self._asked + late)
+        self._stopping = self._stopping or max(asked) >= 2
+        return any(one % 2 for one in asked)
+
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._agree()
         self._epoch, self._in_epoch, self._epoch_ended = epoch + 1, 0, True
         self._metrics = None
         self._waiting = self._waiting or self._stopping
@@ -245,6 +287,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.model._initial_epoch = None
         self._restore_callbacks()
         self._in_epoch = 0
+        self._agree()
         self._save(finished=True)
         self._stop_if_asked()
         self._end()
@@ -267,14 +310,15 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _save(self, finished: bool = False) -> None:
         step, facts = self._base + self._seen, self._facts(finished)
-        arrays = run_state.gather_state(self.model)
+        assert self._fit is not None
+        arrays = run_state.gather_state(self.model, self._others(self._fit))
 
         def fill(path: Path) -> None:
             self.model.save_weights(path / _WEIGHTS)
             run_state.write_state(path, arrays)
 
         self._last_time = time.monotonic()
-        if not self.model.distribute_strategy.extended.should_checkpoint:
+        if not self._writes:
             return  # Another worker writes.
         try:
             self.folder.write(step, fill, facts)
@@ -299,7 +343,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._fit is not None and self._fit.is_below(frame):
-            self._stopping = True
+            self._asked, self._stopping = True, self._workers == 1
             return
         # The `fit` ended with an error, and nobody looks at a wish to stop any more.
         signal.signal(number, self._previous or signal.SIG_DFL)
@@ -333,7 +377,3 @@ def _check_settings(save_freq: Any, keep: Any, minutes: Any) -> None:
         raise ValueError(f"`keep` must be an int >= 1. Received: {keep!r}")
     if minutes is not None and not (isinstance(minutes, int | float) and minutes > 0):
         raise ValueError(f"`minutes` must be a number > 0, or None. Received: {minutes!r}")
-
-
-def _has_workers(strategy: tf.distribute.Strategy) -> bool:
-    return bool(getattr(strategy.extended, "_in_multi_worker_mode", lambda: False)())

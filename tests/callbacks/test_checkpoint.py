@@ -71,11 +71,12 @@ def fit(model, data, callbacks=(), epochs=4, **options):
     ).history  # fmt: skip
 
 
-def killed(folder, step, how=None, data=None, model=None, **options):
+def killed(folder, step, how=None, data=None, model=None, callbacks=(), **options):
     """Trains until a step at which the process ends."""
     checkpoint = Checkpoint(folder, save_freq=4)
     error = SystemExit if how else Killed
-    callbacks = [KillAt(step, how), checkpoint] if how else [checkpoint, KillAt(step)]
+    last = [KillAt(step, how), checkpoint] if how else [checkpoint, KillAt(step)]
+    callbacks = [*callbacks, *last]
     with pytest.raises(error) as raised:
         fit(model or make_model(), make_data() if data is None else data, callbacks, **options)
     checkpoint.folder.close()  # As the system does for a process that ends.
@@ -291,6 +292,32 @@ def test_a_run_that_ended_is_restored_and_goes_on_only_if_asked(tmp_path, whole)
     # In the process that trained it, a second `fit` is another one.
     fit(longer, make_data(), [Checkpoint(tmp_path)], epochs=1)
     assert int(longer.optimizer.iterations) == 6 * STEPS
+
+
+class Watched(keras.callbacks.Callback):
+    """Says that the second epoch was the best."""
+
+    def on_epoch_end(self, epoch, logs):
+        logs["watched"] = abs(epoch - 1)
+
+
+def test_best_weights_of_early_stopping_survive_with_masks_and_scales(tmp_path):
+    def stopping():
+        one = keras.callbacks.EarlyStopping(
+            "watched", patience=2, mode="min", restore_best_weights=True
+        )
+        return [Watched(), one]
+
+    model, resumed = make_model(), make_model(seed=9)
+    with pytest.warns(UserWarning, match="before the pruning schedule ended"):
+        fit(model, make_data(), stopping(), epochs=9)
+    assert int(model.optimizer.iterations) == 4 * STEPS
+    killed(tmp_path, 14, callbacks=stopping(), epochs=9)
+    with pytest.warns(UserWarning, match="before the pruning schedule ended"):
+        fit(resumed, make_data(), [*stopping(), Checkpoint(tmp_path)], epochs=9)
+    assert_equal(resumed, model)
+    for one, other in zip(model.get_weights().states, resumed.get_weights().states, strict=True):
+        assert keras.tree.map_structure(np.array_equal, one, other) in (True, (True,))
 
 
 def test_minutes(tmp_path):

@@ -1,4 +1,7 @@
-"""One of two workers: `python worker.py index port folder [early]`. The tests start both."""
+"""One of two workers: `python worker.py index port folder [run step signal]`.
+
+The tests start both. With a run, trains for long, and sends itself a signal behind a step.
+"""
 
 import faulthandler
 import json
@@ -25,6 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np  # noqa: E402
 import techniques  # noqa: E402
+from training import long_run  # noqa: E402
+
+if len(sys.argv) > 4:
+    name, step, number = sys.argv[4], int(sys.argv[5]), int(sys.argv[6])
+    long_run.run(chosen, folder / "shared" / name, folder / f"{name}{index}.npz", step, number)
+    sys.exit()
 
 (folder / f"{index}").mkdir()
 student, losses = techniques.train("recorded", chosen, folder / f"{index}")
@@ -42,3 +51,5 @@ for data in (techniques.batches().take(5 - index), techniques.batches().unbatch(
         student.fit(data, verbose=0)
     except ValueError as error:
         print("refused:", error, flush=True)
+
+long_run.run(chosen, folder / "shared" / "whole", folder / f"whole{index}.npz")

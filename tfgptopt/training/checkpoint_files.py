@@ -100,6 +100,9 @@ class CheckpointFolder:
                 f"{missing * count / 1e6:.0f} MB. Make room, lower `keep`, or choose another disk."
             )
 
+    def _path_of(self, step: int) -> Path:
+        return self.path / f"{_PREFIX}{step:010d}"
+
     def _paths(self) -> Iterator[Path]:
         """Yields the folders of checkpoints, the newest first."""
         found = [path for path in self.path.glob(f"{_PREFIX}*") if path.is_dir()]
@@ -116,7 +119,7 @@ class CheckpointFolder:
         Raises:
             OSError: If it cannot be written. Those that were there are as they were.
         """
-        target = self.path / f"{_PREFIX}{step:010d}"
+        target = self._path_of(step)
         with replacing(target) as temporary:
             temporary.mkdir()
             fill(temporary)
@@ -158,6 +161,20 @@ class CheckpointFolder:
                 "anew, give another folder, or remove this one."
             )
         return None
+
+    def at(self, step: int) -> SavedCheckpoint:
+        """Returns the checkpoint of a step, which another worker chose.
+
+        Raises:
+            ValueError: If it cannot be read here.
+        """
+        try:
+            return _read(self._path_of(step))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"The first worker goes on from step {step}, and this one cannot read that "
+                f"checkpoint in '{self.path}': {error}. Give a folder that all workers share."
+            ) from None
 
     def remove(self) -> None:
         """Removes the folder with all that is in it."""

@@ -53,6 +53,7 @@ class DataWatch:
     """
 
     def __init__(self, model: keras.Model) -> None:
+        self._is_first = bool(model.distribute_strategy.extended.should_checkpoint)
         read = tf.VariableSynchronization.ON_READ
         with strategy_scope(model):
             self._total = tf.Variable(
@@ -85,7 +86,9 @@ class DataWatch:
         """Goes on from a number of batches and their hash."""
         count, total = seen
         self._count.assign(count)
-        self._total.assign(total)
+        # One replica goes on with all of it: TensorFlow would give each a share, as a float.
+        for i, part in enumerate(getattr(self._total, "values", [self._total])):
+            part.assign(total if i == 0 and self._is_first else 0)
 
 
 def data_watch(model: keras.Model) -> DataWatch:

@@ -14,6 +14,7 @@ import numpy as np
 from keras.src.backend.common.global_state import get_global_attribute
 
 from tfgptopt.model.types import Config
+from tfgptopt.training.kept_weights import give_back, kept_weights
 
 _STATE = "state.npz"
 # Of Keras' own callbacks, what they remember from epoch to epoch.
@@ -122,9 +123,15 @@ def seed_states(model: keras.Model) -> list[Any]:
     return states + [generator.state for generator in generators if generator is not None]
 
 
-def gather_state(model: keras.Model) -> dict[str, np.ndarray]:
-    """Returns random state and metrics by names. All workers have to call it together."""
-    arrays = {f"seed_{i}": _number(v) for i, v in enumerate(seed_states(model))}
+def gather_state(
+    model: keras.Model, callbacks: Sequence[keras.callbacks.Callback]
+) -> dict[str, np.ndarray]:
+    """Returns random state, metrics and weights that callbacks keep, by names.
+
+    All workers have to call it together.
+    """
+    arrays = kept_weights(callbacks)
+    arrays |= {f"seed_{i}": _number(v) for i, v in enumerate(seed_states(model))}
     arrays |= {f"metric_{i}": value for i, value in enumerate(metric_values(model))}
     version, words, gauss = random.getstate()
     arrays["python"] = np.array(words, np.uint32)
@@ -192,15 +199,19 @@ def _remembered(callback: keras.callbacks.Callback) -> Config:
 
 
 def restore_callbacks(
-    callbacks: Sequence[keras.callbacks.Callback], states: Sequence[Config]
+    callbacks: Sequence[keras.callbacks.Callback],
+    states: Sequence[Config],
+    arrays: dict[str, np.ndarray],
 ) -> None:
     """Gives callbacks back what they remembered, the first of a class to the first of it."""
-    waiting = list(states)
+    waiting = list(enumerate(states))
     for callback in callbacks:
-        found = next((s for s in waiting if s["class"] == type(callback).__name__), None)
+        fitting = (one for one in waiting if one[1]["class"] == type(callback).__name__)
+        number, found = next(fitting, (-1, None))
         if found is None:
             continue
-        waiting.remove(found)
+        waiting.remove((number, found))
+        give_back(callback, number, arrays)
         if "state" in found:
             callback.set_state(found["state"])
         if "history" in found:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -140,6 +142,37 @@ def _gather(chosen: tf.distribute.Strategy, own: tf.Tensor) -> tf.Tensor:
 def of_workers(chosen: tf.distribute.Strategy, value: int) -> list[int]:
     """Returns a number of each worker, in their order; for each replica that it has."""
     return [int(one) for one in _gather(chosen, tf.constant([value], tf.int64)).numpy()]
+
+
+def each_worker(chosen: tf.distribute.Strategy, value: int) -> list[int]:
+    """Returns a number of each worker, in their order. All have to call it together."""
+    if worker_count(chosen) == 1:
+        return [int(value)]
+    return of_workers(chosen, value)[:: len(chosen.extended.worker_devices)]
+
+
+def sum_of_workers(chosen: tf.distribute.Strategy, value: int) -> int:
+    """Returns the sum over workers of a number, as int64 has it."""
+    return (sum(each_worker(chosen, value)) + 2**63) % 2**64 - 2**63
+
+
+@contextlib.contextmanager
+def together(chosen: tf.distribute.Strategy) -> Iterator[None]:
+    """Lets all workers fail where one does, instead of waiting for it. Nothing inside may wait.
+
+    Raises:
+        ValueError: If the block raised one or an `OSError`, here or on another worker.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        failure = error
+    failed = each_worker(chosen, failure is not None)
+    if failure is not None:
+        raise failure
+    if any(failed):
+        raise ValueError(f"Worker {failed.index(1)} cannot begin: see what it says.")
 
 
 def _first_batch(dataset: tf.data.Dataset) -> int:

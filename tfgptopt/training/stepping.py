@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from tfgptopt.model.types import Data
 from tfgptopt.training.reducing import gathering, over_replicas, reduce_first, replica_count
+from tfgptopt.training.sharding import worker_count
 
 Kind = Literal["train", "test"]
 
@@ -268,7 +269,24 @@ def compiled(model: Any, kind: Kind, parts: int) -> Callable[[Any], Any]:
         kinds = (tf.data.Iterator, tf.distribute.DistributedIterator)
         return compiled_several(iterator) if isinstance(iterator, kinds) else in_python(iterator)
 
-    return function
+    return function if worker_count(strategy) == 1 else _among_workers(function)
+
+
+def _among_workers(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Says in words what TensorFlow says of a worker that died."""
+
+    def step(iterator: Any) -> Any:
+        try:
+            return function(iterator)
+        except (tf.errors.UnavailableError, tf.errors.AbortedError) as error:
+            said = [line for line in error.message.splitlines() if "task" in line or "peer" in line]
+            raise RuntimeError(
+                "Another worker of this training is gone, so that this one cannot go on. Start all "
+                "workers again: with `tfgptopt.callbacks.Checkpoint` they go on behind the last "
+                f"checkpoint. TensorFlow said: {'; '.join(said[:2]) or error.message}"
+            ) from error
+
+    return step
 
 
 def _in_python(once: Callable[[Data], Any], many: int) -> Callable[[Any], Any]:
