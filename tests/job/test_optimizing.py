@@ -14,6 +14,7 @@ from tfgptopt.distillation import HiddenStates
 from tfgptopt.distillation.technique import Distill
 from tfgptopt.job.optimizing import check_fit, check_recipe, optimize
 from tfgptopt.model.targets import select
+from tfgptopt.pruning import ConstantSparsity, Prune
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.recipe import QuantizeAware, Recipe, recipes
 from tfgptopt.shrinking.technique import Shrink
@@ -181,8 +182,8 @@ def test_a_job_that_is_stopped_goes_on_in_the_middle_of_its_last_stage(
         return [*dense.get_weights(), *job.model.get_weights()], job.curves
 
     monkeypatch.setattr(optimizing, "_measure_and_write", measure)
-    (tmp_path / "recipe.yaml").write_text(STAGES, "utf-8")
-    recipe = Recipe.load(tmp_path / "recipe.yaml")
+    schedule = ConstantSparsity(0.5, begin_step=2, frequency=2)
+    recipe = Recipe((Shrink(depth=1), Prune(schedule), QuantizeAware(Int8())))
 
     def run(out, steps_until_sigterm=None, **options):
         class Progress(stages.TrainingProgress):
@@ -205,10 +206,10 @@ def test_a_job_that_is_stopped_goes_on_in_the_middle_of_its_last_stage(
     weights, curves = run(tmp_path / "whole")
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as ended:
-        run(out, 2 + 4 + 4 + 3)  # Of the shared steps, dense, distilled, optimized.
+        run(out, 2 + 4 + 3)  # Of the shared steps, dense, optimized.
     assert ended.value.code == 75
     assert {path.name for path in (tmp_path / "out.checkpoints").iterdir()} == {
-        "dense-shared part", "dense", "distilled", "optimized"
+        "dense-shared part", "dense", "optimized"
     }  # fmt: skip
     with pytest.raises(FileExistsError, match=r"holds a job that was stopped.*--resume"):
         run(out)

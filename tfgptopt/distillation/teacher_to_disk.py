@@ -187,7 +187,7 @@ def _write_rows(folder: Path, header: dict[str, Any], teacher: keras.Model, data
     path = folder / ROWS
     done = path.stat().st_size // layout.itemsize if path.is_file() else 0
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def say(inputs: Data) -> Any:
         logits = teacher(inputs, training=False)
         return tf.math.top_k(log_softmax(logits, header["temperature"]), header["top_k"])

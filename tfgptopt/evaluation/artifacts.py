@@ -75,7 +75,7 @@ class KerasArtifact:
         self.start_token_id = special_id(known, "start") if known and starts else None
         self.tokenizer = None if known is None else text_tokenizer(known)
         self.context_length = getattr(model.backbone, "max_sequence_length", None)
-        self._call = tf.function(self._floats, reduce_retracing=True)
+        self._call = tf.function(self._floats, reduce_retracing=True, autograph=False)
 
     def _floats(self, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
         return tf.cast(self.model(inputs, training=False), tf.float32)

@@ -30,7 +30,7 @@ def keras_loss(model: keras.Model, dataset: tf.data.Dataset) -> float:
         Negative log-likelihood per token, in nats.
     """
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def batch_loss(
         inputs: dict[str, tf.Tensor], labels: tf.Tensor, weights: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:

@@ -120,7 +120,7 @@ def compare_quality(
     return found
 
 
-@tf.function(reduce_retracing=True)
+@tf.function(reduce_retracing=True, autograph=False)
 def _sums(
     logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, known: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor]:

@@ -87,11 +87,11 @@ def divergences(
     """
     batches = batches_of(data)
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def likely(inputs: Any) -> tf.Tensor:
         return tf.nn.log_softmax(tf.cast(model(inputs, training=False), tf.float32))
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def divergence(inputs: Any, expected: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
         each = tf.reduce_sum(tf.exp(expected) * (expected - likely(inputs)), -1)
         return tf.reduce_sum(each * weights)

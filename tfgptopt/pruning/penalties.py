@@ -191,7 +191,7 @@ class Penalizer:
         self.model, self.targets, self.penalty = model, chosen, penalty
         with strategy_scope(model):
             self._switch = tf.Variable(0.0, trainable=False)
-        self._measure = tf.function(self._measured)
+        self._measure = tf.function(self._measured, autograph=False)
 
     @classmethod
     def on(cls, model: keras.Model, chosen: list[Target], penalty: Any) -> Penalizer:

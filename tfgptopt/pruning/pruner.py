@@ -70,10 +70,10 @@ class Pruner:
             self.meter = score.meter(model, self.targets)
             regrow = technique.regrow
             self._growing = None if regrow is None else regrow.meter(model, self.targets)
-        self._finite = tf.function(self._all_finite)
-        self._update = tf.function(self._update_all)
-        self._update_below = tf.function(self._update_all_below)
-        self._move = tf.function(self._move_all)
+        self._finite = tf.function(self._all_finite, autograph=False)
+        self._update = tf.function(self._update_all, autograph=False)
+        self._update_below = tf.function(self._update_all_below, autograph=False)
+        self._move = tf.function(self._move_all, autograph=False)
         mask_state(model)  # A checkpoint may be loaded before the first step.
 
     def attach(self) -> None:

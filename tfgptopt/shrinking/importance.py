@@ -257,7 +257,7 @@ def next_token_loss(model: keras.Model, batches: list[Any]) -> float:
         ValueError: If no token follows another.
     """
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(reduce_retracing=True, autograph=False)
     def of_batch(batch: Data) -> tuple[tf.Tensor, tf.Tensor]:
         logits = tf.cast(model(batch, training=False), tf.float32)[:, :-1]
         real = tf.cast(batch["padding_mask"][:, 1:], tf.float32)

@@ -168,7 +168,7 @@ class RunningFit:
         Raises:
             ValueError: If the data ends before.
         """
-        hashing = tf.function(_hash_batch, reduce_retracing=True)
+        hashing = tf.function(_hash_batch, reduce_retracing=True, autograph=False)
         count = total = 0
         execution = self.batches.steps_per_execution
 
