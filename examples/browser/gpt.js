@@ -66,7 +66,11 @@ export class CausalLM {
   async step(token, position, cache) {
     const tokens = new Tensor(Int32Array.of(token), [1]);
     const at = new Tensor(Int32Array.of(position), [1]);
-    const { logits, ...updated } = await this.decode.run({ tokens, input_pos: at, ...cache });
+    const inputs = { tokens, input_pos: at, ...cache };
+    const names = this.decode.getInputDetails().map((one) => one.name);
+    if (names.includes("window_start")) inputs.window_start = new Tensor(Int32Array.of(0), [1]);
+    const { logits, ...updated } = await this.decode.run(inputs);
+    inputs.window_start?.delete();
     const values = await logits.data();
     let likeliest = 0;
     for (let i = 1; i < values.length; i++) if (values[i] > values[likeliest]) likeliest = i;

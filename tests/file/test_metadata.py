@@ -84,7 +84,7 @@ def test_a_missing_field_is_named(path):
         ("signatures.prefill", {}, "should be a signature at least"),
         ("generation.end_token_ids", ["x"], "should be a list of token ids"),
         ("format_version", None, "its format version is None"),
-        ("format_version", 6, "has format 6; this tfgptopt reads format 5. Update tfgptopt"),
+        ("format_version", 7, "has format 7; this tfgptopt reads formats 5 to 6. Update tfgptopt"),
         ("format_version", 4, "has format 4; .* Export the model again"),
     ],
 )

@@ -75,9 +75,9 @@ def test_a_prompt_that_begins_like_the_last_one_is_read_from_where_they_differ(l
     engine, shared, read = lm._engine, list(range(1, 20)), []
     run = engine._run
 
-    def counted(signature, cache, tokens, position, expected):
+    def counted(signature, cache, tokens, position, *rest):
         read.append((position, len(tokens)))
-        return run(signature, cache, tokens, position, expected)
+        return run(signature, cache, tokens, position, *rest)
 
     prompts = [[*shared, 40, 41], [*shared, 50, 51]]
     lm.reset()

@@ -50,9 +50,9 @@ def test_a_turn_reads_only_what_is_new(precise, monkeypatch):
     session.generate("import json\n", max_new_tokens=4, stop=None)
     run = precise._engine._run
 
-    def counted(signature, cache, tokens, position, expected):
+    def counted(signature, cache, tokens, position, *rest):
         read.append(position)
-        return run(signature, cache, tokens, position, expected)
+        return run(signature, cache, tokens, position, *rest)
 
     monkeypatch.setattr(precise._engine, "_run", counted)
     before = len(session.tokens)
@@ -92,11 +92,11 @@ def test_an_interrupt_leaves_a_usable_session(precise, monkeypatch):
     session = precise.session()
     decode, calls = precise._engine.decode, []
 
-    def interrupted(cache, token):
+    def interrupted(cache, token, *rest):
         calls.append(token)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return decode(cache, token)
+        return decode(cache, token, *rest)
 
     monkeypatch.setattr(precise._engine, "decode", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -148,7 +148,7 @@ def test_a_second_thread_is_told_to_use_its_own_session(precise, monkeypatch):
     def waiting(cache, token):
         inside.set()
         go.wait(10)
-        return decode(cache, token)
+        return decode(cache, token, *rest)
 
     monkeypatch.setattr(precise._engine, "decode", waiting)
     made = []

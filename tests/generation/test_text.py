@@ -57,7 +57,7 @@ def test_a_last_character_that_is_not_whole_is_shown_by_streams_too(lm, monkeypa
     assert "".join(found.pieces(iter(half))) == "a"
     logits = np.eye(lm.vocabulary_size, dtype=np.float32)[half]
 
-    def decode(cache, token):
+    def decode(cache, token, *rest):
         cache.tokens.append(token)
         return logits[max(0, len(cache.tokens) - 2)]  # Behind the start token and "x".
 

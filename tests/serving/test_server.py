@@ -166,9 +166,9 @@ def test_what_prompts_have_in_common_is_read_once(lm, monkeypatch):
     """Two conversations by turns: each turn reads what is new."""
     read, run = [], lm._engine._run
 
-    def watched(signature, cache, tokens, position, expected):
+    def watched(signature, cache, tokens, position, *rest):
         read.append(signature.length)
-        return run(signature, cache, tokens, position, expected)
+        return run(signature, cache, tokens, position, *rest)
 
     monkeypatch.setattr(lm._engine, "_run", watched)
     feeder, chats, counts = lm.feeder(), {}, []

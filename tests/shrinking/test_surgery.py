@@ -126,7 +126,7 @@ def test_a_budget_of_weights_is_met(share):
 
 def test_a_budget_of_time_is_met_by_what_is_measured(monkeypatch):
     """With a clock that runs with the number of weights, so that no test depends on time."""
-    model, clock = make("GPT2", num_layers=8), []
+    model, clock = make("GPT2", num_layers=4), []
 
     def measured(model, small, batches):
         clock.append(small.backbone.count_params() / model.backbone.count_params())

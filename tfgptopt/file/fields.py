@@ -87,6 +87,19 @@ class Fields:
         """Returns all fields, which are of one type."""
         return {name: self.one(name, kind) for name in self._data}
 
+    def integers(self, name: str) -> tuple[int, ...]:
+        """Returns a list of integers, which is empty where the field is missing.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        found = self.get(name)
+        if found is None:
+            return ()
+        if not isinstance(found, list) or not all(type(one) is int for one in found):
+            raise self.wrong(name, "a list of integers")
+        return tuple(found)
+
     def texts(self, name: str) -> tuple[str, ...]:
         """Returns a list of texts, which is empty where the field is missing.
 

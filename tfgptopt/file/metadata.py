@@ -15,7 +15,8 @@ from tfgptopt.file.fields import Fields, Plain
 METADATA_NAME = "tfgptopt"
 # Beside it: as part of the JSON it would be held three times while a file is read.
 SENTENCEPIECE_NAME = "tfgptopt_sentencepiece"
-FORMAT_VERSION = 5
+# Files without windows are written as the version that older runtimes read.
+FORMAT_VERSION, _BEFORE_WINDOWS = 6, 5
 
 CacheDtype = Literal["float32", "int8"]
 CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
@@ -59,6 +60,10 @@ class DecoderShape:
         resizable: Whether caches may have fewer positions than the context.
         context_length: Most tokens of a text.
         vocabulary_size: Number of tokens that the model knows.
+        window: How many positions a token sees in the layers of `windowed_layers`, 0 without any.
+            Their caches need not hold what lies before.
+        windowed_layers: Layers of the cache with a window, if there are some whose signatures take
+            `window_start`.
     """
 
     num_layers: int
@@ -69,6 +74,8 @@ class DecoderShape:
     resizable: bool
     context_length: int
     vocabulary_size: int
+    window: int = 0
+    windowed_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,6 +187,13 @@ class Metadata:
     chat: Chat | None = None
     draft: Carried | None = None
 
+    @property
+    def needed_version(self) -> int:
+        """The oldest version of the format that has all that the file needs."""
+        shapes = [self.decoder, *([self.draft.decoder] if self.draft else [])]
+        windowed = any(shape.windowed_layers for shape in shapes)
+        return FORMAT_VERSION if windowed else _BEFORE_WINDOWS
+
     def entries(self) -> dict[str, bytes]:
         """Returns the metadata as a file holds them, by name."""
         found = {METADATA_NAME: self._to_json()}
@@ -190,14 +204,14 @@ class Metadata:
     def _to_json(self) -> bytes:
         source = self.source
         about: Plain = {
-            "format_version": self.format_version,
+            "format_version": self.needed_version,
             "versions": dict(self.versions),
             "source": {
                 "class": source.class_name,
                 "family": source.family,
                 "config": source.config,
             },
-            "decoder": asdict(self.decoder),
+            "decoder": _decoder_as_json(self.decoder),
             "signatures": _signatures_as_json(self.signatures),
             "generation": asdict(self.generation),
             "recipe": self.recipe,
@@ -210,7 +224,7 @@ class Metadata:
             about["chat"] = asdict(self.chat)
         if self.draft is not None:
             about["draft"] = {
-                "decoder": asdict(self.draft.decoder),
+                "decoder": _decoder_as_json(self.draft.decoder),
                 "signatures": _signatures_as_json(self.draft.signatures),
             }
         return json.dumps(about, ensure_ascii=False).encode()
@@ -261,10 +275,11 @@ def _check_version(version: object, origin: str) -> int:
     """
     if not isinstance(version, int) or version < 1:
         raise ValueError(f"{origin} is damaged: its format version is {version!r}.")
-    if version != FORMAT_VERSION:
+    if not _BEFORE_WINDOWS <= version <= FORMAT_VERSION:
         remedy = "Update tfgptopt." if version > FORMAT_VERSION else "Export the model again."
         raise ValueError(
-            f"{origin} has format {version}; this tfgptopt reads format {FORMAT_VERSION}. {remedy}"
+            f"{origin} has format {version}; this tfgptopt reads formats "
+            f"{_BEFORE_WINDOWS} to {FORMAT_VERSION}. {remedy}"
         )
     return version
 
@@ -288,7 +303,16 @@ def _read_decoder(fields: Fields) -> DecoderShape:
         resizable=fields.one("resizable", bool),
         context_length=fields.integer("context_length", 1),
         vocabulary_size=fields.integer("vocabulary_size", 1),
+        window=fields.integer("window", 0) if fields.get("window") else 0,
+        windowed_layers=fields.integers("windowed_layers"),
     )
+
+
+def _decoder_as_json(decoder: DecoderShape) -> Plain:
+    found = asdict(decoder)
+    if not decoder.windowed_layers:
+        del found["window"], found["windowed_layers"]
+    return found
 
 
 def _signatures_as_json(signatures: Signatures) -> dict[str, dict[str, int]]:

@@ -11,6 +11,8 @@ import math
 from tfgptopt.file.metadata import CacheDtype
 
 TOKENS, POSITIONS, MASK, LOGITS = "tokens", "input_pos", "mask", "logits"
+# The position of the first row that caches of layers with a window hold.
+WINDOW_START = "window_start"
 KEYS, VALUES = "kv_cache_k", "kv_cache_v"
 
 # The signature that appends positions to the cache of a layer, and what it appends.
@@ -53,6 +55,19 @@ def of_all_texts(name: str) -> str:
 def moved_rows(context_length: int) -> int:
     """Returns how many rows are moved at once: every cache has a multiple of them."""
     return math.gcd(16, context_length)
+
+
+def window_positions(window: int, chunk: int) -> int:
+    """Returns how many positions a cache of a layer with a window has at most.
+
+    A chunk is read behind the window, and may step back by as much; the rest is room, so that rows
+    are moved to the front now and then only.
+
+    Args:
+        window: Positions that a token sees.
+        chunk: Most tokens that are read in one call.
+    """
+    return -(-(window + 3 * chunk) // 128) * 128
 
 
 def reorder_of(size: int) -> str:

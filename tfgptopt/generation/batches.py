@@ -22,6 +22,7 @@ from tfgptopt.file.names import (
     START,
     TEXT,
     TOKENS,
+    WINDOW_START,
     in_layer,
     moved_rows,
     of_all_texts,
@@ -63,10 +64,14 @@ class Batch:
         signatures = model.get_signature_list()
         self._written = [name for name in signatures[self._name]["outputs"] if name != LOGITS]
         self._placed = list(signatures[PLACE]["outputs"]) if self.size > 1 else []
+        inputs = signatures[self._name]["inputs"]
         self._given = {
             name: model.create_input_buffer_by_name(self._name, name)
-            for name in (TOKENS, POSITIONS)
+            for name in (TOKENS, POSITIONS, WINDOW_START)
+            if name in inputs
         }
+        if WINDOW_START in self._given:  # All rows are held here.
+            self._given[WINDOW_START].write(np.zeros(1, np.int32))
         self._logits = model.create_output_buffer_by_name(self._name, LOGITS)
         self._cache = caches.new()
 
@@ -75,8 +80,9 @@ class Batch:
 
         Args:
             slot: The slot, whose text is forgotten.
-            cache: The cache of the text. A batch of one writes into it, so that nothing else may
-                be read in it until the text is finished or another batch has taken it over.
+            cache: The cache of the text, which was read as a whole. A batch of one writes into it,
+                so that nothing else may be read in it until the text is finished or another batch
+                has taken it over.
             expected: Tokens that it will have.
         """
         with self._lock:

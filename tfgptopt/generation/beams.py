@@ -159,8 +159,8 @@ class BeamSearch:
         steps = length - len(prompt)
         if steps < 1:
             return [Hypothesis([], 0.0)]
-        self._engine.read(cache, prompt[:-1])
-        logits = self._engine.decode(cache, prompt[-1])
+        self._engine.read(cache, prompt[:-1], whole=True)
+        logits = self._engine.decode(cache, prompt[-1], whole=True)
         live = self._continued([_Live(0, [], 0.0)], [logits])
         batch = self._engine.new_batch(self._size)
         for slot in range(self._settings.num_beams):

@@ -1,7 +1,8 @@
 """KV caches that grow with their texts, and signatures that are resized to them.
 
 A signature attends to all positions that a cache has room for, so that a short text must not have
-a long cache. Files that cannot be resized have caches of the whole context.
+a long cache. Files that cannot be resized have caches of the whole context. Layers with a window
+hold the rows of the last positions alone: when their room is full, these are moved to its front.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from tfgptopt.file.names import (
     START,
     TEXT,
     TOKENS,
+    WINDOW_START,
     in_layer,
+    window_positions,
 )
 
 Buffers = dict[str, TensorBuffer]
@@ -45,12 +48,16 @@ class Cache:
     Attributes:
         buffers: LiteRT's buffers by name.
         positions: Positions that there is room for.
+        windowed: Positions that there is room for in layers with a window.
+        start: The position of the first row of these layers.
         tokens: The tokens that are held.
     """
 
-    def __init__(self, buffers: Buffers, positions: int) -> None:
+    def __init__(self, buffers: Buffers, positions: int, windowed: int) -> None:
         self.buffers = buffers
         self.positions = positions
+        self.windowed = windowed
+        self.start = 0
         self.tokens: list[int] = []
 
     def shared_with(self, tokens: Sequence[int]) -> int:
@@ -96,30 +103,37 @@ class Caches:
         model: The model.
         name: The signature whose buffers new caches are.
         decoder: What the file says of the decoder.
+        chunk: Most tokens that are read in one call.
 
     Attributes:
         context_length: Most positions that a cache has.
     """
 
-    def __init__(self, model: CompiledModel, name: str, decoder: DecoderShape) -> None:
+    def __init__(self, model: CompiledModel, name: str, decoder: DecoderShape, chunk: int) -> None:
         self._model = model
         self._name = name
         self.context_length = decoder.context_length
         self._resizable = decoder.resizable
         signatures = model.get_signature_list()
         self._inputs = {name: signatures[name]["inputs"] for name in signatures}
-        # Positions that each signature takes.
-        self._sizes = dict.fromkeys(signatures, self.context_length)
+        # Positions that each signature takes, and those of layers with a window.
+        self._sizes = dict.fromkeys(signatures, (self.context_length, self.context_length))
+        # Rows that a token needs which is read, or read again, after stepping back.
+        self._needed = decoder.window - 1 + chunk
+        self._most_windowed = window_positions(decoder.window, chunk)
+        self._windowed_layers = frozenset(decoder.windowed_layers)
         # Heads, numbers for each position, and dtype of each part of a cache.
         self._parts: dict[str, tuple[int, int, np.dtype[np.generic]]] = {}
         for key, tensor in model.get_input_tensor_details(name).items():
-            if key not in (TOKENS, POSITIONS):
+            if key not in (TOKENS, POSITIONS, WINDOW_START):
                 heads, _, size = (int(n) for n in tensor["shape"])
                 self._parts[key] = (heads, size, np.dtype(tensor["dtype"]))
         # Caches of one shape grow together.
-        self._alike: dict[tuple[int, int], list[int]] = {}
+        self._alike: dict[tuple[bool, int, int], list[int]] = {}
         for layer in range(decoder.num_layers):
-            self._alike.setdefault(self._parts[in_layer(KEYS, layer)][:2], []).append(layer)
+            shape = self._parts[in_layer(KEYS, layer)][:2]
+            kind = (layer in self._windowed_layers, *shape)
+            self._alike.setdefault(kind, []).append(layer)
 
     def room_for(self, tokens: int) -> int:
         """Returns how many positions a cache of so many tokens should have."""
@@ -136,17 +150,29 @@ class Caches:
 
     def copy(self, cache: Cache) -> Cache:
         """Returns a cache of its own with the same content."""
-        copy = self._empty(cache.positions)
+        copy = self._empty(cache.positions, cache.windowed)
         self._copy_rows(cache, copy)
         copy.tokens = list(cache.tokens)
         return copy
+
+    def can_go_on(self, cache: Cache, tokens: int, whole: bool) -> bool:
+        """Returns whether a cache has all rows that are needed behind so many of its tokens.
+
+        Args:
+            cache: The cache.
+            tokens: How many of its tokens are to stay.
+            whole: Whether all rows of all layers are needed.
+        """
+        return cache.start == 0 or (not whole and tokens - self._needed >= cache.start)
 
     def shrink(self, cache: Cache, tokens: int) -> None:
         """Makes a cache of a longer text smaller, for one that leaves a whole step of it free."""
         if cache.positions > self.room_for(tokens + _STEP):
             self._renew(cache, self.room_for(tokens))
 
-    def fit(self, name: str, cache: Cache, end: int, expected: int) -> None:
+    def fit(
+        self, name: str, cache: Cache, end: int, expected: int, begin: int | None = None
+    ) -> None:
         """Makes a cache large enough, and a signature fit it.
 
         Args:
@@ -155,14 +181,44 @@ class Caches:
             end: Positions that it is going to touch.
             expected: Positions that will be needed soon. The cache is at most doubled for them,
                 since the tokens until then are read faster with less.
+            begin: The first position that it is going to write. Layers with a window then keep
+                what is needed from there on. Defaults to `None`: they keep all.
         """
         if cache.positions == 0:  # It lost everything when its growth was interrupted.
             self._renew(cache, self.room_for(end))
         if cache.positions < end:
             doubled = min(self.room_for(expected), 2 * cache.positions)
             self._grow(cache, max(self.room_for(end), doubled))
-        if self._sizes[name] != cache.positions:
-            self._resize(name, cache.positions)
+        if self._windowed_layers:
+            self._fit_windowed(cache, begin, end)
+        if self._sizes[name] != (cache.positions, cache.windowed):
+            self._resize(name, cache.positions, cache.windowed)
+
+    def _fit_windowed(self, cache: Cache, begin: int | None, end: int) -> None:
+        room = cache.positions
+        if begin is not None:
+            room = max(cache.windowed, min(room, self._most_windowed))
+        if cache.windowed < room and (begin is None or end - cache.start > cache.windowed):
+            self._grow_layers(cache, True, cache.windowed, room)
+            cache.windowed = room
+        if begin is not None and end - cache.start > cache.windowed:
+            self._move_to_front(cache, max(begin - self._needed, 0))
+
+    def _move_to_front(self, cache: Cache, start: int) -> None:
+        """Lets layers with a window begin at a later position."""
+        gone, cache.start = start - cache.start, start
+        for key, (heads, size, dtype) in self._parts.items():
+            if self._is_windowed(key):
+                held = cache.buffers[key].read(heads * cache.windowed * size, dtype.type)
+                rows = held.reshape(heads, cache.windowed, size)
+                cache.buffers[key].write(np.roll(rows, -gone, axis=1))
+
+    def _is_windowed(self, key: str) -> bool:
+        return int(key.rsplit("_", 1)[1]) in self._windowed_layers
+
+    def _room(self, key: str, cache: Cache) -> int:
+        """Returns the positions that a part of a cache has."""
+        return cache.windowed if self._is_windowed(key) else cache.positions
 
     def fit_place(self, layer: int, cache: Cache, texts: int, positions: int) -> int:
         """Makes the signature that places a text fit a layer of a batch.
@@ -197,7 +253,7 @@ class Caches:
             texts: How many slots the batch has.
             target: Makes caches of the other batch.
         """
-        other = target._empty(cache.positions)
+        other = target._empty(cache.positions, cache.positions)
         for key, (heads, size, dtype) in self._parts.items():
             held = cache.buffers[key].read(heads * cache.positions * size, dtype.type)
             by_text = held.reshape(texts, heads // texts, cache.positions, size)
@@ -210,14 +266,22 @@ class Caches:
 
     def _grow(self, cache: Cache, positions: int) -> None:
         """Gives a cache more positions, layer by layer, so that little is held twice."""
+        self._grow_layers(cache, False, cache.positions, positions)
+        cache.positions = positions
+        if not self._windowed_layers:
+            cache.windowed = positions
+
+    def _grow_layers(self, cache: Cache, windowed: bool, before: int, positions: int) -> None:
+        """Gives the layers with a window, or the others, more positions."""
         try:
-            for layers in self._alike.values():
-                rooms = self._rooms_for(layers[0], cache.positions, positions - cache.positions)
-                for layer in layers:
-                    self._grow_layer(cache, layer, rooms)
-            cache.positions = positions
+            for (kind, *_), layers in self._alike.items():
+                if kind is windowed:
+                    rooms = self._rooms_for(layers[0], before, positions - before)
+                    for layer in layers:
+                        self._grow_layer(cache, layer, rooms)
         except BaseException:  # Layers of two sizes are of no use.
-            cache.buffers, cache.positions, cache.tokens = {}, 0, []
+            cache.buffers, cache.positions, cache.windowed, cache.start = {}, 0, 0, 0
+            cache.tokens = []
             raise
 
     def _rooms_for(self, layer: int, positions: int, extra: int) -> Buffers:
@@ -242,42 +306,56 @@ class Caches:
         for name, buffer in outputs.items():
             cache.buffers[in_layer(name, layer)] = buffer
 
-    def _resize(self, name: str, positions: int) -> None:
+    def _resize(self, name: str, positions: int, windowed: int) -> None:
         """Makes a signature take caches of so many positions."""
-        self._sizes[name] = 0  # Unknown, if this is interrupted.
+        self._sizes[name] = (0, 0)  # Unknown, if this is interrupted.
         index = self._model.get_signature_index(name)
         for i, key in enumerate(self._inputs[name]):
             if key in self._parts:
                 heads, size, _ = self._parts[key]
-                self._model.resize_input_tensor(i, (heads, positions, size), index, strict=False)
-        self._sizes[name] = positions
+                count = windowed if self._is_windowed(key) else positions
+                self._model.resize_input_tensor(i, (heads, count, size), index, strict=False)
+        self._sizes[name] = (positions, windowed)
 
-    def _empty(self, positions: int) -> Cache:
+    def _empty(self, positions: int, windowed: int | None = None) -> Cache:
         """Returns a cache of zeros: where a mask gives no weight, NaN would still give NaN."""
-        if self._sizes[self._name] != positions:
-            self._resize(self._name, positions)
-        buffers = {}
+        if windowed is None:
+            windowed = positions
+            if self._windowed_layers:
+                windowed = min(positions, self._most_windowed)
+        if self._sizes[self._name] != (positions, windowed):
+            self._resize(self._name, positions, windowed)
+        cache = Cache({}, positions, windowed)
         for key, (heads, size, dtype) in self._parts.items():
+            count, buffers = self._room(key, cache), cache.buffers
             buffers[key] = self._model.create_input_buffer_by_name(self._name, key)
             # Fresh memory is zero, and takes no room until it is written to.
-            held = buffers[key].read(heads * positions * size, dtype.type)
+            held = buffers[key].read(heads * count * size, dtype.type)
             if held.view(f"i{dtype.itemsize}").any():
-                buffers[key].write(np.zeros((heads, positions, size), dtype))
-        return Cache(buffers, positions)
+                buffers[key].write(np.zeros((heads, count, size), dtype))
+        return cache
 
     def _renew(self, cache: Cache, positions: int) -> None:
         """Gives a cache other buffers, with positions for its tokens at least."""
         fresh = self._empty(positions)
         self._copy_rows(cache, fresh)
         cache.buffers, cache.positions = fresh.buffers, positions
+        cache.windowed, cache.start = fresh.windowed, fresh.start
 
     def _copy_rows(self, cache: Cache, target: Cache) -> None:
-        """Copies the rows of a cache's tokens."""
-        count = len(cache.tokens)
-        if count == 0:
+        """Copies the rows of a cache's tokens; of layers with a window, the last that fit."""
+        end = len(cache.tokens)
+        fits = end - cache.start <= target.windowed or not self._windowed_layers
+        target.start = cache.start if fits else end - self._needed
+        if end == 0:
             return
         for key, (heads, size, dtype) in self._parts.items():
-            held = cache.buffers[key].read(heads * cache.positions * size, dtype.type)
-            rows = np.zeros((heads, target.positions, size), dtype)
-            rows[:, :count] = held.reshape(heads, cache.positions, size)[:, :count]
+            room, before = self._room(key, cache), 0
+            first = 0
+            if self._is_windowed(key):
+                before, first = cache.start, target.start
+            held = cache.buffers[key].read(heads * room * size, dtype.type)
+            rows = np.zeros((heads, self._room(key, target), size), dtype)
+            held = held.reshape(heads, room, size)[:, first - before : end - before]
+            rows[:, : end - first] = held
             target.buffers[key].write(rows)

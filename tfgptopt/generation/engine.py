@@ -16,7 +16,7 @@ from ai_edge_litert.hardware_accelerator import HardwareAccelerator
 
 from tfgptopt.file.container import Container
 from tfgptopt.file.metadata import Carried, DecoderShape, Signature, Signatures
-from tfgptopt.file.names import LOGITS, POSITIONS, TOKENS
+from tfgptopt.file.names import LOGITS, POSITIONS, TOKENS, WINDOW_START
 from tfgptopt.generation import weight_cache
 from tfgptopt.generation.batches import Batch
 from tfgptopt.generation.caches import Buffers, Cache, Caches
@@ -47,11 +47,12 @@ class Engine:
         self.vocabulary_size = decoder.vocabulary_size
         self._decode = signatures.decode
         self._prefill, self._score = sorted(signatures.prefill), sorted(signatures.score)
-        self._lock, self._model = lock, model
+        self._lock, self._model, self._decoder = lock, model, decoder
         with quiet_native_logs():
             self._inputs, self._outputs = self._new_buffers()
-        self._caches = Caches(self._model, self._decode.name, decoder)
-        self._decoder, self._batch = decoder, {s.length: s for s in sorted(signatures.batch)}
+        self._chunk_length = max(s.length for s in (*self._prefill, *self._score))
+        self._caches = Caches(self._model, self._decode.name, decoder, self._chunk_length)
+        self._batch = {s.length: s for s in sorted(signatures.batch)}
         self._batch_caches = {1: self._caches}
 
     @classmethod
@@ -110,27 +111,49 @@ class Engine:
         with self._lock:
             signature = self._batch.get(size, self._decode)
             if size not in self._batch_caches:  # They know to what the signature was resized.
-                self._batch_caches[size] = Caches(self._model, signature.name, self._decoder)
+                self._batch_caches[size] = Caches(
+                    self._model, signature.name, self._decoder, self._chunk_length
+                )
             caches = self._batch_caches[size]
             return Batch(self._model, self._lock, signature, caches, self._decoder)
 
-    def read(self, cache: Cache, tokens: Sequence[int]) -> None:
-        """Brings the tokens of a text into a cache, as far as it does not hold them."""
-        del cache.tokens[cache.shared_with(tokens) :]
+    def read(self, cache: Cache, tokens: Sequence[int], whole: bool = False) -> None:
+        """Brings the tokens of a text into a cache, as far as it does not hold them.
+
+        Args:
+            cache: The cache.
+            tokens: The text.
+            whole: Whether layers with a window keep all rows, as a batch needs them. Defaults to
+                `False`.
+        """
+        shared = cache.shared_with(tokens)
+        if not self._caches.can_go_on(cache, shared, whole):
+            shared = cache.start = 0
+        del cache.tokens[shared:]
         with self._lock:
-            self._caches.shrink(cache, len(tokens))
+            if not whole:
+                self._caches.shrink(cache, len(tokens))
         lengths = (1, *(signature.length for signature in self._prefill))
         while (position := len(cache.tokens)) < len(tokens):
             length = _split(len(tokens) - position, lengths)
             if length == 1:
-                self.decode(cache, tokens[position])
+                self.decode(cache, tokens[position], whole)
             else:
-                self._chunk(self._prefill, length, cache, tokens, position)
+                self._chunk(self._prefill, length, cache, tokens, position, whole)
+        if whole:
+            with self._lock:
+                self._caches.fit(self._decode.name, cache, len(tokens), len(tokens))
 
-    def decode(self, cache: Cache, token: int) -> np.ndarray:
-        """Reads one token more; returns the logits behind it, float32 `(vocabulary,)`."""
+    def decode(self, cache: Cache, token: int, whole: bool = False) -> np.ndarray:
+        """Reads one token more; returns the logits behind it, float32 `(vocabulary,)`.
+
+        Args:
+            cache: The cache, whose text it continues.
+            token: The token.
+            whole: As in `read`. Defaults to `False`.
+        """
         position = len(cache.tokens)
-        logits = self._run(self._decode, cache, [token], position, position + 1)
+        logits = self._run(self._decode, cache, [token], position, position + 1, whole)
         cache.tokens.append(token)
         return logits
 
@@ -167,6 +190,7 @@ class Engine:
         """Reads a text from its beginning; returns all logits, float32 `(tokens, vocabulary)`."""
         logits = np.empty((len(tokens), self.vocabulary_size), np.float32)
         cache.tokens.clear()
+        cache.start = 0
         with self._lock:
             self._caches.shrink(cache, len(tokens))
         position = 0
@@ -184,6 +208,7 @@ class Engine:
         cache: Cache,
         tokens: Sequence[int],
         position: int,
+        whole: bool = False,
     ) -> tuple[np.ndarray, int]:
         """Reads tokens from a position on; returns logits, if any, and the position of the first.
 
@@ -197,17 +222,26 @@ class Engine:
         signature = next(s for s in signatures if s.length == length)
         del cache.tokens[start:]
         filled = chunk + [0] * (length - len(chunk))
-        logits = self._run(signature, cache, filled, start, len(tokens))
+        logits = self._run(signature, cache, filled, start, len(tokens), whole)
         cache.tokens += chunk
         return logits, start
 
     def _run(
-        self, signature: Signature, cache: Cache, tokens: list[int], position: int, expected: int
+        self,
+        signature: Signature,
+        cache: Cache,
+        tokens: list[int],
+        position: int,
+        expected: int,
+        whole: bool = False,
     ) -> np.ndarray:
         """Runs a signature; returns its logits, which are empty if it has none."""
         with self._lock:
-            self._caches.fit(signature.name, cache, position + signature.length, expected)
+            end, begin = position + signature.length, None if whole else position
+            self._caches.fit(signature.name, cache, end, expected, begin)
             inputs = {**self._inputs[signature.name], **cache.buffers}
+            if WINDOW_START in inputs:
+                inputs[WINDOW_START].write(np.asarray([cache.start], np.int32))
             inputs[TOKENS].write(np.asarray(tokens, np.int32))
             inputs[POSITIONS].write(np.arange(position, position + len(tokens), dtype=np.int32))
             outputs = {**self._outputs[signature.name], **cache.buffers}
@@ -224,7 +258,8 @@ class Engine:
         for signature in (self._decode, *self._prefill, *self._score):
             name = signature.name
             create = self._model.create_input_buffer_by_name
-            inputs[name] = {key: create(name, key) for key in (TOKENS, POSITIONS)}
+            start = (WINDOW_START,) if self._decoder.windowed_layers else ()
+            inputs[name] = {key: create(name, key) for key in (TOKENS, POSITIONS, *start)}
             create = self._model.create_output_buffer_by_name
             keys = () if signature in self._prefill else (LOGITS,)
             outputs[name] = {key: create(name, key) for key in keys}

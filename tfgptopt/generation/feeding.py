@@ -87,7 +87,7 @@ class Feeder:
             if self.waiting:
                 text = self.waiting.popleft()
                 cache = self._cache_for(text.tokens)
-                self._engine.read(cache, text.tokens[:-1])
+                self._engine.read(cache, text.tokens[:-1], whole=True)
                 self._batch.place(slot, cache, text.length)
                 self._slots[slot] = text
 

@@ -8,6 +8,7 @@ Query heads that share a key-value head are neighbours, as in KerasHub: nothing 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -113,11 +114,26 @@ class Positions:
         self.apart = apart
         free = (0,) if any_length else ()
         self.indices = graph.input(names.POSITIONS, (length,), np.int32, free)
+        # Positions as rows of the cache: the same, unless the first rows are not held.
+        self.rows = self.indices
+        self.keys = keys
         self._graph = graph
-        self._keys = keys
         self._starts: dict[int, list[Tensor]] = {}
         self._biases: dict[object, Tensor] = {}
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def behind_start(self, keys: Tensor) -> Positions:
+        """Returns the positions in caches that hold no rows before an input, `window_start`.
+
+        Args:
+            keys: Keys of such a layer.
+        """
+        behind = copy(self)
+        start = self._graph.input(names.WINDOW_START, (1,), np.int32)
+        behind.rows = op.binary(self._graph, "SUB", self.indices, start)
+        behind.keys = keys
+        behind._starts, behind._biases = {}, {}
+        return behind
 
     def free(self, axis: int) -> int | None:
         """Returns an axis of `length`, if that is found when the graph runs, or `None`."""
@@ -128,7 +144,7 @@ class Positions:
         if heads not in self._starts:
             # Rows follow each other from the first on, whatever the positions of padding are.
             texts = self.indices.shape[0] if self.apart else 1
-            starts = [op.row_start(self._graph, self.indices, i, i * heads) for i in range(texts)]
+            starts = [op.row_start(self._graph, self.rows, i, i * heads) for i in range(texts)]
             self._starts[heads] = starts
         return self._starts[heads]
 
@@ -150,14 +166,14 @@ class Positions:
 
     def _make_biases(self, attention: Attention, copies: int) -> list[Tensor]:
         graph, length = self._graph, self.indices.shape[0]
-        rows = op.cast_to_float(graph, self.indices)
+        rows = op.cast_to_float(graph, self.rows)
         by_row = (length, 1, 1) if self.apart else (1, length, 1)
         rows = op.reshape(graph, rows, by_row, self.free(1))
-        shape = (1, 1, self._keys.shape[1])
-        columns = op.reshape(graph, op.indices(graph, self._keys, 1), shape, free=2)
+        shape = (1, 1, self.keys.shape[1])
+        columns = op.reshape(graph, op.indices(graph, self.keys, 1), shape, free=2)
         distance = op.binary(graph, "SUB", rows, columns)
         refused = op.binary(graph, "MINIMUM", distance, op.scalar(graph, 0))
-        if attention.window is not None and attention.window < self._keys.shape[1]:
+        if attention.window is not None and attention.window < self.keys.shape[1]:
             left = op.binary(graph, "SUB", op.scalar(graph, attention.window - 1), distance)
             refused = op.binary(graph, "MINIMUM", refused, left)
         bias = op.binary(graph, "MUL", refused, op.scalar(graph, _MASKED))

@@ -63,6 +63,7 @@ def add_signatures(
     steps: Sequence[Step],
     cache_dtype: CacheDtype = "float32",
     growth: bool = True,
+    windowed: Sequence[int] = (),
 ) -> None:
     """Adds signatures to a model, which share every weight.
 
@@ -86,6 +87,9 @@ def add_signatures(
         steps: The signatures.
         cache_dtype: `"float32"` or `"int8"`. Defaults to `"float32"`.
         growth: Whether `grow` is added, which a file has once. Defaults to `True`.
+        windowed: Layers of the cache that may have less positions than the others, the first of
+            which is the input `window_start` int32 `(1,)`; not of steps that read texts apart.
+            Defaults to none.
     """
     assert spec.context_length is not None
     tables: dict[bytes, np.ndarray] = {}
@@ -93,7 +97,8 @@ def add_signatures(
         Projection.of(block.attention, tables, spec.context_length) for block in spec.blocks
     ]
     for step in steps:
-        _add_signature(model.graph(step.name), spec, projections, step, cache_dtype)
+        own = () if step.apart else windowed
+        _add_signature(model.graph(step.name), spec, projections, step, cache_dtype, own)
     caches = list(spec.caches.values())
     if growth:
         add_growth(model.graph(names.GROW), caches[0], cache_dtype)
@@ -110,6 +115,7 @@ def _add_signature(
     projections: list[Projection],
     step: Step,
     cache_dtype: CacheDtype,
+    windowed: Sequence[int],
 ) -> None:
     any_length = step.growing and step.length > 1
     free = (0,) if any_length else ()
@@ -121,7 +127,14 @@ def _add_signature(
         ]
         for i, (block, shape) in enumerate(spec.caches.items())
     }
-    positions = Positions(graph, step.length, caches[0][0].tensor, any_length, step.apart)
+    held = [both[0].tensor for both in caches.values()]
+    positions = Positions(graph, step.length, held[0], any_length, step.apart)
+    of_layer = dict.fromkeys(caches, positions)
+    if windowed:
+        behind = positions.behind_start(held[windowed[0]])
+        whole = [keys for i, keys in enumerate(held) if i not in windowed]
+        positions.keys = whole[0] if whole else held[0]
+        of_layer |= {block: behind for i, block in enumerate(caches) if i in windowed}
     if step.growing:
         # Nothing reads it: positions say as much.
         mask = (1, 1, step.length, spec.caches[0][1])
@@ -137,12 +150,13 @@ def _add_signature(
             x = stream(graph, streams, block.altup.active)
         normed = op.normalize(graph, x, block.attention_norm)
         query, *new = project(graph, attention, projection, normed, positions)
-        cache = caches[i if attention.shared_with is None else attention.shared_with]
-        for held, rows in zip(cache, new, strict=bool(new)):
-            held.write(rows, positions.starts(block.attention.num_key_value_heads))
+        owner = i if attention.shared_with is None else attention.shared_with
+        cache, places = caches[owner], of_layer[owner]
+        for part, rows in zip(cache, new, strict=bool(new)):
+            part.write(rows, places.starts(block.attention.num_key_value_heads))
         if not step.logits and i == max(caches):
             return  # Nothing behind the last cache is needed.
-        mixed = attend(graph, attention, query, cache, positions)
+        mixed = attend(graph, attention, query, cache, places)
         x = _branches(graph, block, x, normed, op.fully_connected(graph, mixed, attention.output))
         if block.altup is not None and streams is not None:
             streams = correct(graph, block, streams, x, layer_input)

@@ -36,7 +36,7 @@ from tfgptopt.file.metadata import (
     Signature,
     Signatures,
 )
-from tfgptopt.file.names import DRAFT
+from tfgptopt.file.names import DRAFT, window_positions
 
 
 def described_file(
@@ -58,7 +58,7 @@ def described_file(
             fit it.
     """
     file, about = described_model(
-        model, settings, batch_sizes=batch_sizes, share_equal=draft is not None
+        model, settings, batch_sizes=batch_sizes, share_equal=draft is not None, windows=True
     )
     if draft is not None:
         about = replace(about, draft=add_draft(file, draft, about.decoder))
@@ -74,6 +74,7 @@ def described_model(
     growing: bool = False,
     batch_sizes: Sequence[int] = (),
     share_equal: bool = False,
+    windows: bool = False,
 ) -> tuple[Model, Metadata]:
     """Returns the graphs of a model whose family has a reader, and what is to be said of them.
 
@@ -85,6 +86,7 @@ def described_model(
             Defaults to `False`.
         batch_sizes: How many texts are decoded together. Defaults to none.
         share_equal: Whether weights of equal content share their bytes. Defaults to `False`.
+        windows: Whether caches of layers with a window may end with it. Defaults to `False`.
 
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
@@ -103,8 +105,9 @@ def described_model(
     signatures = plan_signatures(context, prefill, growing, batch_sizes)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse, share_equal)
     steps = steps_of(signatures) + (growing_steps() if growing else [])
-    add_signatures(file, spec, steps, settings.cache_dtype)
-    decoder = _shape_of(spec, context, settings.cache_dtype)
+    windowed = windowed_layers(spec, signatures) if windows else ()
+    add_signatures(file, spec, steps, settings.cache_dtype, windowed=windowed)
+    decoder = _shape_of(spec, context, settings.cache_dtype, windowed)
     return file, describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
 
 
@@ -137,12 +140,31 @@ def add_draft(file: Model, draft: keras.Model, decoder: DecoderShape) -> Carried
         prefill=tuple(Signature(n, f"{DRAFT}_{name}") for n, name in planned.prefill),
         score=(),
     )
-    add_signatures(file, spec, steps_of(signatures), dtype, growth=False)
-    return Carried(_shape_of(spec, context, dtype), signatures)
+    windowed = windowed_layers(spec, signatures)
+    add_signatures(file, spec, steps_of(signatures), dtype, growth=False, windowed=windowed)
+    return Carried(_shape_of(spec, context, dtype, windowed), signatures)
 
 
-def _shape_of(spec: DecoderSpec, context: int, cache_dtype: CacheDtype) -> DecoderShape:
+def windowed_layers(spec: DecoderSpec, signatures: Signatures) -> tuple[int, ...]:
+    """Returns the layers of the cache whose rows need not all be held, if that saves any."""
+    windows = {
+        i: window
+        for i, block in enumerate(spec.caches)
+        if (window := spec.blocks[block].attention.window) is not None
+    }
+    chunk = max(signature.length for signature in (*signatures.prefill, *signatures.score))
+    assert spec.context_length is not None
+    if not windows or window_positions(max(windows.values()), chunk) >= spec.context_length:
+        return ()
+    return tuple(windows)
+
+
+def _shape_of(
+    spec: DecoderSpec, context: int, cache_dtype: CacheDtype, windowed: tuple[int, ...]
+) -> DecoderShape:
     heads, _, head_dim = spec.caches[0]
+    found = [spec.blocks[block].attention.window for block in spec.caches]
+    windows = [found[i] or 0 for i in windowed]
     return DecoderShape(
         num_layers=len(spec.caches),
         num_heads=spec.blocks[0].attention.num_heads,
@@ -152,6 +174,8 @@ def _shape_of(spec: DecoderSpec, context: int, cache_dtype: CacheDtype) -> Decod
         resizable=True,
         context_length=context,
         vocabulary_size=spec.vocabulary_size,
+        window=max(windows, default=0),
+        windowed_layers=windowed,
     )
 
 
