@@ -145,7 +145,7 @@ def test_a_second_thread_is_told_to_use_its_own_session(precise, monkeypatch):
     session, inside, go = precise.session(), threading.Event(), threading.Event()
     decode = precise._engine.decode
 
-    def waiting(cache, token):
+    def waiting(cache, token, *rest):
         inside.set()
         go.wait(10)
         return decode(cache, token, *rest)
