@@ -263,12 +263,26 @@ def attend(
         scores = op.binary(graph, "MUL", op.unary(graph, "TANH", scores), op.scalar(graph, cap))
     if positions.apart:
         scores = op.reshape(graph, scores, (tokens, num_heads, scores.shape[2]), free=2)
-    weights = op.softmax(graph, op.binary(graph, "ADD", scores, positions.bias(attention)))
+    scores = op.binary(graph, "ADD", scores, positions.bias(attention))
+    weights = _softmax(graph, scores, attention.sinks, positions.apart)
     if alone:
         mixed = _mix_of_one(graph, weights, values)
     else:
         mixed = _mix_of_many(graph, weights, values, query.shape, positions)
     return op.reshape(graph, mixed, (tokens, num_heads * size)) if positions.apart else mixed
+
+
+def _softmax(graph: Graph, scores: Tensor, sinks: np.ndarray | None, apart: bool) -> Tensor:
+    """Returns the softmax over positions; sinks, one for each head, take their share of it."""
+    if sinks is None:
+        return op.softmax(graph, scores)
+    own = graph.constant(sinks.reshape((1, -1, 1) if apart else (-1, 1, 1)))
+    first = (*scores.shape[:2], 1)
+    if own.shape != first:  # As many as there are rows: LiteRT's delegate broadcasts by adding.
+        column = op.slice_(graph, scores, (0, 0, 0), first)
+        own = op.binary(graph, "ADD", op.binary(graph, "MUL", column, op.scalar(graph, 0)), own)
+    weights = op.softmax(graph, op.concatenate(graph, [own, scores], -1))
+    return op.slice_(graph, weights, (0, 0, 1), scores.shape, free=2)
 
 
 def _scores_of_one(graph: Graph, query: Tensor, keys: Rows) -> Tensor:

@@ -196,6 +196,7 @@ def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
         arrays.append(spec.position_embedding)
     for norm in spec.norms():
         arrays += [array for array in (norm.gamma, norm.beta) if array is not None]
+    arrays += [a.sinks for a in (b.attention for b in spec.blocks) if a.sinks is not None]
     for block in spec.blocks:
         if block.altup is not None and block.altup.output_scale is not None:
             arrays.append(block.altup.output_scale)

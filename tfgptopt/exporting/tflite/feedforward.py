@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tfgptopt.decoder.mixtures import Mixture
-from tfgptopt.decoder.spec import FeedForward, Matrix
+from tfgptopt.decoder.spec import Activation, FeedForward, Matrix
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
 
@@ -59,8 +59,15 @@ def _above_cutoff(graph: Graph, gate: Tensor, deviations: float) -> Tensor:
 def _mixture(graph: Graph, mixture: Mixture, x: Tensor) -> Tensor:
     """Computes all experts: LiteRT has no product with integers that are chosen while it runs."""
     weights = _weights(graph, mixture, x)
-    gate = op.activate(graph, op.fully_connected(graph, x, mixture.gate), mixture.activation)
-    hidden = op.binary(graph, "MUL", gate, op.fully_connected(graph, x, mixture.up))
+    gate = op.fully_connected(graph, x, mixture.gate)
+    hidden = op.fully_connected(graph, x, mixture.up)
+    if mixture.limit is not None:
+        limit = op.scalar(graph, mixture.limit)
+        gate = op.binary(graph, "MINIMUM", gate, limit)
+        hidden = op.binary(graph, "MINIMUM", hidden, limit)
+        hidden = op.binary(graph, "MAXIMUM", hidden, op.scalar(graph, -mixture.limit))
+        hidden = op.binary(graph, "ADD", hidden, op.scalar(graph, 1.0))
+    hidden = op.binary(graph, "MUL", _activated(graph, gate, mixture.activation), hidden)
     length, size = x.shape[0], mixture.down[0].inputs
     parts = []
     for i, down in enumerate(mixture.down):
@@ -74,6 +81,13 @@ def _mixture(graph: Graph, mixture: Mixture, x: Tensor) -> Tensor:
     for part in parts[1:]:
         total = op.binary(graph, "ADD", total, part)
     return total
+
+
+def _activated(graph: Graph, x: Tensor, activation: Activation | float) -> Tensor:
+    if isinstance(activation, str):
+        return op.activate(graph, x, activation)
+    steeper = op.binary(graph, "MUL", x, op.scalar(graph, activation))
+    return op.binary(graph, "MUL", x, op.unary(graph, "LOGISTIC", steeper))
 
 
 def _weights(graph: Graph, mixture: Mixture, x: Tensor) -> Tensor:
