@@ -2,17 +2,22 @@
 
 A mixture of eight experts, of which two read each token, learns the demo's text; each file is
 measured itself, and compared with the model in Keras by the divergence of its predictions. Pruning
-at 50 % by the rows of each expert is compared with pruning by magnitude.
+at 50 % by the rows of each expert is compared with pruning by magnitude. With `--speed` two files
+of one model with random weights take turns: one that computes only the chosen experts of a token,
+as files do, and one that computes all.
 
     python benchmarks/mixtures.py              # some ten minutes on one core
     python benchmarks/mixtures.py --steps 20   # to see that it runs
+    python benchmarks/mixtures.py --speed      # a minute
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +27,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import keras_hub
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 import tfgptopt
 from tfgptopt.data import load_corpus, tokens_as_input
+from tfgptopt.exporting.tflite import feedforward
 from tfgptopt.pruning import SparseGPT, Wanda
 from tfgptopt.quantization import Int4, Int8
 
@@ -48,7 +55,7 @@ def make(corpus: Any) -> keras.Model:
     backbone = keras_hub.models.MixtralBackbone(corpus.tokenizer.vocabulary_size(), **SHAPE)
     model = keras_hub.models.MixtralCausalLM(backbone, preprocessor=None)
     model.compile(
-        optimizer=keras.optimizers.AdamW(2e-3),
+        optimizer=keras.optimizers.AdamW(1e-3),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         sampler="greedy",
     )
@@ -75,7 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--weights", help="where trained weights are kept, or found")
+    parser.add_argument("--speed", action="store_true", help="measure decoding instead")
     options = parser.parse_args()
+    if options.speed:
+        measure_speed()
+        return
     corpus = load_corpus(sequence_length=CONTEXT)
     model = make(corpus)
     kept = Path(options.weights) if options.weights else None
@@ -104,6 +115,35 @@ def main() -> None:
             {"Keras": model, **files}, corpus.validation.take(16), new_tokens=16, runs=1, verbose=0
         )
         show(found, {name: path.stat().st_size for name, path in files.items()})
+
+
+def measure_speed(rounds: int = 7) -> None:
+    """Prints what a token costs with the chosen experts computed, and with all."""
+    shape = {**SHAPE, "num_layers": 4, "num_query_heads": 8, "hidden_dim": 512}
+    shape |= {"intermediate_dim": 1024, "num_key_value_heads": 8}
+    backbone = keras_hub.models.MixtralBackbone(4096, **shape)
+    model = keras_hub.models.MixtralCausalLM(backbone, preprocessor=None)
+    tfgptopt.quantize(model, Int8(), verbose=0)
+    times: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        runtimes = {}
+        for name in ("chosen", "all"):
+            if name == "all":
+                feedforward._where_chosen = feedforward._with_expert
+            path = Path(folder) / f"{name}.tflite"
+            tfgptopt.export(model, path, tfgptopt.exporting.TFLite(512), verbose=0)
+            runtimes[name] = tfgptopt.TFLiteCausalLM(path, num_threads=1)
+            times[name] = {"decode": [], "prefill": []}
+        tokens = np.random.default_rng(0).integers(0, 4096, 257).tolist()
+        for _ in range(rounds):
+            for name, lm in runtimes.items():
+                for what, count, new in (("decode", 16, 64), ("prefill", 257, 1)):
+                    start = time.process_time()
+                    lm.generate(tokens[:count], max_length=count + new, stop=None)
+                    times[name][what].append(time.process_time() - start)
+    for name, found in times.items():
+        decode, prefill = (statistics.median(found[what]) for what in ("decode", "prefill"))
+        print(f"{name}: {decode / 64 * 1e3:.2f} ms a token, {prefill * 1e3:.0f} ms for 257 tokens")
 
 
 def show(found: list[Any], sizes: dict[str, int]) -> None:

@@ -1,8 +1,11 @@
 """Mixtures of experts with a reader: the file computes them with integers."""
 
+from collections import Counter
+
 import keras_hub
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from decoder.families import VOCABULARY, logits, prompt, randomize
 
 import tfgptopt
@@ -80,6 +83,35 @@ def test_the_file_of_a_mixture_computes_as_keras(name, tmp_path):
         assert np.median(difference) < 1e-3 < np.abs(expected - plain).mean()
         # Besides the integers, rows as short as these have scales that matter.
         assert size - smaller > 0.6 * floats
+
+
+def operators_by_signature(path):
+    """Counts the operators of each signature, without those in branches."""
+    file = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    return {
+        one.signatureKey.decode(): Counter(
+            file.operatorCodes[operator.opcodeIndex].builtinCode
+            for operator in file.subgraphs[one.subgraphIndex].operators
+        )
+        for one in file.signatureDefs
+    }
+
+
+def test_one_token_computes_only_the_experts_that_it_is_sent_to(tmp_path):
+    model, operator = make("Mixtral"), schema.BuiltinOperator
+    tfgptopt.quantize(model, Int8(), verbose=0)
+    lm, _ = export(model, tmp_path / "chosen.tflite")
+    found = operators_by_signature(tmp_path / "chosen.tflite")
+    layers, experts = GROUPED["num_layers"], GROUPED["num_experts"]
+    assert found["decode"][operator.IF] == layers * experts
+    # Queries with keys and values, outputs and router of each layer, and the head.
+    assert found["decode"][operator.FULLY_CONNECTED] == 3 * layers + 1
+    assert all(not count[operator.IF] for name, count in found.items() if name != "decode")
+    tokens = prompt(12)
+    one_by_one, cache = [], lm._engine.new_cache()
+    for token in tokens:
+        one_by_one.append(lm._engine.decode(cache, token).copy())
+    np.testing.assert_allclose(one_by_one, file_logits(lm, tokens), atol=1e-4)
 
 
 def test_a_spec_says_which_experts_read_a_token():

@@ -49,8 +49,8 @@ def _mixture(block: Any, normalized: bool) -> Mixture:
     gate, up = found if len(found) > 1 else _halves(found[0], experts)
     return Mixture(
         router=read_matrix(block._sparse_feedforward_gate_dense),
-        gate=gate,
-        up=up,
+        gate=_of_each(gate, experts),
+        up=_of_each(up, experts),
         down=_of_each(down, experts),
         activation=read_activation(bank.activation),
         top_k=block.top_k,
@@ -89,8 +89,8 @@ def _gpt_oss_network(block: Any) -> Mixture:
     gate, up = _halves(both, experts, alternating=True)
     return Mixture(
         router=read_matrix(mlp.router.router_dense),
-        gate=gate,
-        up=up,
+        gate=_of_each(gate, experts),
+        up=_of_each(up, experts),
         down=_of_each(down, experts),
         activation=float(bank.alpha),
         top_k=mlp.top_k,

@@ -11,17 +11,18 @@ from tfgptopt.decoder.spec import Activation, FeedForward, Matrix
 class Mixture:
     """`sum_i p_i down_i(activation(gate_i(x)) * up_i(x))` over the experts with the largest `p_i`.
 
-    `p = softmax(router(x))`. All experts are computed, and those that are not chosen count nothing.
-    With a limit, gates are at most that, and what they are multiplied with is within plus and minus
-    that, plus 1.
+    `p = softmax(router(x))`. Those that are not chosen count nothing, whether they are computed or
+    not. With a limit, gates are at most that, and what they are multiplied with is within plus and
+    minus that, plus 1.
 
     Reference: Shazeer et al., 2017, "Outrageously Large Neural Networks: The Sparsely-Gated
     Mixture-of-Experts Layer" (https://arxiv.org/abs/1701.06538).
 
     Attributes:
         router: Projection to the experts.
-        gate, up: Projections to the neurons of all experts, one expert after the other.
-        down: Projections from the neurons of each expert.
+        gate: Projection of each expert to its gates.
+        up: Projection of each expert to its neurons.
+        down: Projection of each expert from its neurons.
         activation: Of the gates: its name, or the factor `a` of `x * sigmoid(a * x)`.
         top_k: How many experts read a token.
         normalized: Whether the `p_i` of these are divided by their sum.
@@ -31,8 +32,8 @@ class Mixture:
     """
 
     router: Matrix
-    gate: Matrix
-    up: Matrix
+    gate: tuple[Matrix, ...]
+    up: tuple[Matrix, ...]
     down: tuple[Matrix, ...]
     activation: Activation | float
     top_k: int
@@ -45,7 +46,7 @@ class Mixture:
         """Returns the weights of products."""
         shared = [] if self.shared is None else self.shared.matrices()
         shared += [] if self.shared_gate is None else [self.shared_gate]
-        return [self.router, self.gate, self.up, *self.down, *shared]
+        return [self.router, *self.gate, *self.up, *self.down, *shared]
 
     def __str__(self) -> str:
         a = self.activation
