@@ -170,3 +170,9 @@ def logits(model, tokens):
 def prompt(length, seed=1):
     """Returns random tokens."""
     return np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
+
+
+def of_own_class(model):
+    """Makes a model one of a class from outside KerasHub, which may compute anything."""
+    model.__class__ = type("OwnCausalLM", (type(model),), {})
+    return model

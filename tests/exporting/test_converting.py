@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
-from decoder.families import logits, prompt, randomize
+from decoder.families import logits, of_own_class, prompt, randomize
 
 import tfgptopt
 from tfgptopt.exporting import TFLite
@@ -30,7 +30,7 @@ def make_mixture():
         head_dim=8,
         sliding_window=8,
     )
-    model = keras_hub.models.GptOssCausalLM(backbone, preprocessor=None)
+    model = of_own_class(keras_hub.models.GptOssCausalLM(backbone, preprocessor=None))
     randomize(model)
     return model
 
@@ -41,12 +41,12 @@ def tokens_of(length, seed=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", [None, Int8()], ids=str)
-def test_a_mixture_of_experts_has_the_same_interface(spec, tmp_path):
+def test_a_causal_lm_of_ones_own_class_has_the_same_interface(spec, tmp_path):
     model = make_mixture()
     if spec is not None:
         tfgptopt.quantize_aware(model, spec)
     before = [weight.numpy() for weight in model.weights]
-    with pytest.warns(UserWarning, match="No reader describes GptOssCausalLM"):
+    with pytest.warns(UserWarning, match="No reader describes OwnCausalLM"):
         path = tfgptopt.export(model, tmp_path / "moe.tflite", TFLite(context_length=CONTEXT))
     for weight, value in zip(model.weights, before, strict=True):
         np.testing.assert_array_equal(weight.numpy(), value)

@@ -84,6 +84,11 @@ def test_greedy_text_with_growing_caches_is_ours(name, tmp_path):
     check_the_same(exported(tmp_path, name, spec, LiteRTLM(CONTEXT, growing_cache=True)))
 
 
+@pytest.mark.parametrize("name", ["Bloom", "Gemma 2"])
+def test_greedy_text_with_the_mask_of_the_engine_is_ours(name, tmp_path):
+    check_the_same(exported(tmp_path, name, Int8(), LiteRTLM(CONTEXT, accelerator="gpu")))
+
+
 def test_int8_caches_grow_too(tmp_path):
     settings = LiteRTLM(CONTEXT, cache_dtype="int8", growing_cache=True)
     check_the_same(exported(tmp_path, "GPT2", Int8(), settings))

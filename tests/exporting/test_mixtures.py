@@ -1,8 +1,11 @@
 """Mixtures of experts with a reader: the file computes them with integers."""
 
+from collections import Counter
+
 import keras_hub
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from decoder.families import VOCABULARY, logits, prompt, randomize
 
 import tfgptopt
@@ -10,7 +13,8 @@ from tfgptopt.decoder import read_decoder
 from tfgptopt.exporting import TFLite
 from tfgptopt.quantization import Int4, Int8
 
-CONTEXT = 48
+# 64 tokens past the longest window.
+CONTEXT = 8 + 9 + 64
 GROUPED = {
     "vocabulary_size": VOCABULARY,
     "num_layers": 2,
@@ -20,6 +24,8 @@ GROUPED = {
     "intermediate_dim": 48,
     "num_experts": 5,
 }
+# Long enough that frequencies of all kinds, stretched, mixed and plain, make a difference.
+_YARN = {"rope_max_wavelength": 300, "rope_scaling_factor": 4.0}
 _QWEN = {**GROUPED, "moe_intermediate_dim": 24}
 MIXTURES = {
     "Mixtral": {**GROUPED, "top_k": 2, "sliding_window": 9},
@@ -37,6 +43,8 @@ MIXTURES = {
         "mlp_only_layers": [0],
         "sliding_window_size": 9,
     },
+    # Its window does not count the token itself.
+    "GptOss": {**GROUPED, "top_k": 2, "head_dim": 16, "sliding_window": 8, **_YARN},
 }
 
 
@@ -58,12 +66,12 @@ def file_logits(lm, tokens):
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_file_of_a_mixture_computes_as_keras(name, tmp_path):
-    model, tokens = make(name), prompt(8)
+    model = make(name)
     lm, size = export(model, tmp_path / "float.tflite")
-    while len(tokens) < CONTEXT:
-        tokens.append(int(logits(model, tokens)[-1].argmax()))
-    assert lm.generate(tokens[:8], max_length=CONTEXT, stop=None) == tokens
+    tokens = lm.generate(prompt(8), max_length=CONTEXT, stop=None)
     plain = logits(model, tokens)
+    # What Keras finds likeliest behind each beginning: its own greedy tokens, then.
+    assert tokens[8:] == plain[7:-1].argmax(axis=1).tolist()
     np.testing.assert_allclose(file_logits(lm, tokens), plain, atol=1e-4, rtol=0)
     floats = 4 * sum(matrix.values.size for matrix in read_decoder(model).matrices())
     for spec in (Int8(), Int4()):
@@ -77,8 +85,39 @@ def test_the_file_of_a_mixture_computes_as_keras(name, tmp_path):
         assert size - smaller > 0.6 * floats
 
 
+def operators_by_signature(path):
+    """Counts the operators of each signature, without those in branches."""
+    file = schema.ModelT.InitFromPackedBuf(path.read_bytes(), 0)
+    return {
+        one.signatureKey.decode(): Counter(
+            file.operatorCodes[operator.opcodeIndex].builtinCode
+            for operator in file.subgraphs[one.subgraphIndex].operators
+        )
+        for one in file.signatureDefs
+    }
+
+
+def test_one_token_computes_only_the_experts_that_it_is_sent_to(tmp_path):
+    model, operator = make("Mixtral"), schema.BuiltinOperator
+    tfgptopt.quantize(model, Int8(), verbose=0)
+    lm, _ = export(model, tmp_path / "chosen.tflite")
+    found = operators_by_signature(tmp_path / "chosen.tflite")
+    layers, experts = GROUPED["num_layers"], GROUPED["num_experts"]
+    assert found["decode"][operator.IF] == layers * experts
+    # Queries with keys and values, outputs and router of each layer, and the head.
+    assert found["decode"][operator.FULLY_CONNECTED] == 3 * layers + 1
+    assert all(not count[operator.IF] for name, count in found.items() if name != "decode")
+    tokens = prompt(12)
+    one_by_one, cache = [], lm._engine.new_cache()
+    for token in tokens:
+        one_by_one.append(lm._engine.decode(cache, token).copy())
+    np.testing.assert_allclose(one_by_one, file_logits(lm, tokens), atol=1e-4)
+
+
 def test_a_spec_says_which_experts_read_a_token():
     assert "2 of 5 experts, gated silu of 48" in str(read_decoder(make("Mixtral")))
+    text = str(read_decoder(make("GptOss")))
+    assert "gated sigmoid of 1.702 x up to 7 of 48" in text and "window 9, sinks" in text
     text = str(read_decoder(make("QwenMoe")))
     assert "2 of 5 experts, gated silu of 24, besides gated silu of 40" in text
     text = str(read_decoder(make("Qwen3Moe")))

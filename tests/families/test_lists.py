@@ -23,6 +23,7 @@ PROSE = {
     "Qwen3": "Qwen 2 and 3",
     "QwenMoe": "Qwen MoE",
     "Qwen3Moe": "Qwen 3 MoE",
+    "GptOss": "GPT-OSS",
 }
 
 

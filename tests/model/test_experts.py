@@ -13,8 +13,7 @@ from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeExperts
 import tfgptopt
 from tfgptopt.model.experts import open_experts
 from tfgptopt.model.targets import select, walk
-from tfgptopt.pruning import Wanda
-from tfgptopt.quantization import Int4, Int8
+from tfgptopt.quantization import Int8
 
 
 def make_mixture():
@@ -90,20 +89,6 @@ def test_checkpoints_of_models_with_open_and_closed_experts_are_interchangeable(
         weight.assign(weight * 0)
     fresh.load_weights(tmp_path / "dressed.weights.h5")
     np.testing.assert_allclose(logits(fresh, tokens), expected, atol=1e-5)
-
-
-def test_methods_with_data_leave_the_experts_to_methods_without():
-    model = make_mixture()
-    tokens = np.asarray([prompt(16, seed) for seed in range(8)])
-    data = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    with pytest.raises(ValueError, match=r"has the matrices of experts.* Leave it out"):
-        tfgptopt.prune(model, 0.5, score=Wanda(data))
-    with pytest.warns(UserWarning, match="3 weights of experts are rounded without data"):
-        tfgptopt.quantize(model, Int4(), "gptq", data)
-    tfgptopt.finalize(model)
-    for kernel in kernels_of(model):
-        for outputs in kernel.numpy().transpose(0, 2, 1).reshape(-1, kernel.shape[1]):
-            assert len(np.unique(outputs)) <= 16
 
 
 def test_training_moves_experts_on_their_grid():

@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 
 from tfgptopt.calibration.batches import batches_of
+from tfgptopt.calibration.routing import Routing
 from tfgptopt.calibration.watching import (
     Enough,
     Observer,
@@ -18,7 +19,6 @@ from tfgptopt.calibration.watching import (
     end_of,
     short,
     watching,
-    without_padding,
 )
 from tfgptopt.model.overriding import overriding
 from tfgptopt.model.targets import Target
@@ -139,8 +139,9 @@ def block_by_block(
         ValueError: If there is no data, the model cannot read it, or it does not call a target.
     """
     check_kernels(chosen)
-    batches = batches_of(data)
-    blocks = _holders(model, {id(target.layer) for target in chosen})
+    batches, routing = batches_of(data), Routing(model, chosen)
+    # What a block holds must tell which tokens its experts read.
+    blocks = _holders(model, {id(target.layer) for target in chosen} | set(routing.routers))
     first = _Recorder(blocks, stop=False).run(model, short(model, batches[0]))
     called = list({id(call[0]): call[0] for call in first.calls}.values())
     members = {id(b): [t for t in chosen if t.layer in (b, *b._flatten_layers())] for b in called}
@@ -148,15 +149,17 @@ def block_by_block(
     if missing:
         raise ValueError(f"The model does not call the layer of {missing[0]} on this data.")
     if not first.is_chain():
-        for block in called:
-            yield members[id(block)], _run_model(model, members[id(block)], batches)
+        for group in (members[id(block)] for block in called):
+            if group:
+                yield group, _run_model(model, group, batches)
         return
     states = []
     for batch in batches:
         _, args, kwargs, _ = _Recorder(called[:1], stop=True).run(model, batch).calls[0]
         states.append((args, kwargs))
     for block in called:
-        yield members[id(block)], _run_block(block, members[id(block)], batches, states)
+        group = members[id(block)]
+        yield group, _run_block(model, block, group, batches, states)
         if block is not called[-1]:
             for i, (args, kwargs) in enumerate(states):
                 states[i] = ((block(*args, **kwargs), *args[1:]), kwargs)
@@ -164,20 +167,25 @@ def block_by_block(
 
 def _run_model(model: keras.Layer, chosen: list[Target], batches: list[Any]) -> Run:
     def run(observe: Observer) -> None:
-        until = end_of(model, chosen, batches[0])
+        until, routing = end_of(model, chosen, batches[0]), Routing(model, chosen)
         for batch in batches:
-            with watching(chosen, without_padding(observe, batch), until):
+            with watching(chosen, observe, batch, routing, until):
                 call_on(model, batch)
 
     return run
 
 
 def _run_block(
-    block: keras.Layer, chosen: list[Target], batches: list[Any], states: list[Any]
+    model: keras.Layer,
+    block: keras.Layer,
+    chosen: list[Target],
+    batches: list[Any],
+    states: list[Any],
 ) -> Run:
     def run(observe: Observer) -> None:
+        routing = Routing(model, chosen)
         for batch, (args, kwargs) in zip(batches, states, strict=True):
-            with watching(chosen, without_padding(observe, batch)):
+            with watching(chosen, observe, batch, routing):
                 block(*args, **kwargs)
 
     return run

@@ -21,7 +21,10 @@ _OF_FACTOR, _OF_INPUT = 7.0, 15_000.0
 
 
 def _reading(target: Target) -> float:
-    """Returns what it costs to read a row: through the block, and into the Gram matrix."""
+    """Returns what it costs to read a row: through the block, and into the Gram matrix.
+
+    All experts read all rows, and each has a matrix of those that it got.
+    """
     return float(target.size + target.matrix_shape[0] ** 2)
 
 
@@ -36,8 +39,8 @@ def _correcting(target: Target) -> float:
 
 def grams_by_block(
     model: keras.Layer, chosen: list[Target], data: Data, name: str
-) -> Iterator[tuple[Target, np.ndarray]]:
-    """Yields each target with the Gram matrix of its inputs, and shows how far it is.
+) -> Iterator[tuple[Target, Iterator[tuple[Target, np.ndarray | None]]]]:
+    """Yields each target with the Gram matrices of its inputs, and shows how far it is.
 
     The weights of a block may be changed before the next is asked for, which then sees what the
     changed block gives: see `block_by_block`.
@@ -49,19 +52,20 @@ def grams_by_block(
         name: What is done with them, such as `"GPTQ"`.
 
     Yields:
-        `(target, gram)`, a float64 array `(inputs, inputs)` that may be changed.
+        `(target, parts)`. Parts are what `Target.parts` has, each with a float64 array `(inputs,
+        inputs)` that may be changed, or `None` for an expert that read no row.
 
     Raises:
         ValueError: If there is no data, the model cannot read it, or it does not call a target.
     """
     batches, count = batches_of(data), len(targets_by_block(model, chosen))
     rows = sum(rows_of(batch) for batch in batches)
-    work = sum(rows * _reading(target) + _correcting(target) for target in chosen)
+    work = sum(rows * _reading(t) + _correcting(t) for target in chosen for t in target.parts)
     with stage(name, work) as shown:
         for i, (members, run) in enumerate(block_by_block(model, chosen, batches), 1):
             shown.say(f"{name}, block {i} of {count}")
             grams = Grams()
             run(advancing(grams, shown, _reading))
             for target in members:
-                yield target, grams.of(target)
-                shown.advance(_correcting(target))
+                yield target, ((part, grams.of(part)) for part in target.parts)
+                shown.advance(sum(_correcting(part) for part in target.parts))

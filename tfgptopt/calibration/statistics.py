@@ -13,32 +13,32 @@ from tfgptopt.model.targets import Target
 class Grams:
     """Sums the products of inputs with each other, `X^T X`, for each target.
 
-    An observer. Layers that read the same rows share one matrix.
+    An observer. Layers that read the same rows share one matrix, and so does each expert of them.
     """
 
     def __init__(self) -> None:
         self._grams: dict[int, tf.Tensor] = {}
-        self._keys: dict[int, int] = {}
-        self._last: Any = None
+        self._keys: dict[Any, int] = {}
+        self._last: dict[int | None, tuple[tf.Tensor, int]] = {}
 
     def __call__(self, target: Target, rows: tf.Tensor) -> None:
-        shared = self._last is not None and rows is self._last[0]
-        key = self._keys.get(id(target.variable))
-        if key is None:
-            key = self._last[1] if shared else len(self._keys)
-            self._keys[id(target.variable)] = key
-        if not (shared and key == self._last[1]):
+        last, number = self._last.get(target.expert, (None, -1))
+        shared = rows is last
+        key = self._keys.setdefault(target.key, number if shared else len(self._keys))
+        if not (shared and key == number):
             product = tf.matmul(rows, rows, transpose_a=True)
             self._grams[key] = self._grams[key] + product if key in self._grams else product
-        self._last = rows, key
+        self._last[target.expert] = rows, key
 
-    def of(self, target: Target) -> np.ndarray:
-        """Returns the float64 matrix `(inputs, inputs)` of a target.
+    def of(self, target: Target) -> np.ndarray | None:
+        """Returns the float64 matrix `(inputs, inputs)` of a target, or `None` if it read nothing.
 
         Raises:
             ValueError: If it is not finite.
         """
-        gram: np.ndarray = self._grams[self._keys[id(target.variable)]].numpy()
+        if target.key not in self._keys:
+            return None
+        gram: np.ndarray = self._grams[self._keys[target.key]].numpy()
         check_finite(target, gram)
         return gram.astype(np.float64)
 
@@ -67,24 +67,44 @@ class SquaredSums:
     """
 
     def __init__(self, chosen: list[Target]) -> None:
-        self._sums = {id(t.variable): tf.zeros(t.matrix_shape[0]) for t in chosen}
-        self._seen: set[int] = set()
+        self._sums = {
+            part.key: tf.zeros(part.matrix_shape[0]) for target in chosen for part in target.parts
+        }
+        self._seen: set[Any] = set()
 
     def __call__(self, target: Target, rows: tf.Tensor) -> None:
-        self._seen.add(id(target.variable))
-        self._sums[id(target.variable)] += tf.reduce_sum(tf.square(rows), axis=0)
+        self._seen.add(target.key)
+        self._sums[target.key] += tf.reduce_sum(tf.square(rows), axis=0)
+
+    def unread(self, target: Target) -> list[Target]:
+        """Returns the parts of a target that read no row: experts that got no token."""
+        return [part for part in target.parts if part.key not in self._seen]
 
     def norms(self, target: Target) -> tf.Tensor:
-        """Returns the norm of each input, float32 `(inputs,)`.
+        """Returns the norm of each input, float32 `(inputs, parts)`.
+
+        An expert that got no token has the mean of all others, the same for all inputs.
 
         Raises:
             ValueError: If the target was never shown, or a norm is not finite.
         """
-        if id(target.variable) not in self._seen:
+        unread = {part.key for part in self.unread(target)}
+        if len(unread) == len(target.parts):
             raise ValueError(f"The model does not call the layer of {target.path} on the data.")
-        norms = tf.sqrt(self._sums[id(target.variable)])
-        check_finite(target, norms.numpy())
-        return norms
+        found = [tf.sqrt(self._sums[part.key]) for part in target.parts]
+        read = [norm for part, norm in zip(target.parts, found, strict=True)
+                if part.key not in unread]  # fmt: skip
+        check_finite(target, np.stack([norm.numpy() for norm in read]))
+        other = tf.fill((target.matrix_shape[0],), tf.reduce_mean(tf.stack(read)))
+        norms = [other if part.key in unread else norm
+                 for part, norm in zip(target.parts, found, strict=True)]  # fmt: skip
+        return tf.stack(norms, axis=1)
+
+
+def by_weight(norms: tf.Tensor, target: Target) -> tf.Tensor:
+    """Returns norms `(inputs, parts)` so that they broadcast with the matrix of a target."""
+    parts, outputs = norms.shape[1], target.matrix_shape[1]
+    return norms if parts == 1 else tf.repeat(norms, outputs // parts, axis=1)
 
 
 def check_finite(target: Target, statistics: np.ndarray) -> None:

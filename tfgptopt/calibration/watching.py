@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration.batches import batches_of, first_row
+from tfgptopt.calibration.routing import Routing
 from tfgptopt.model.overriding import overriding
 from tfgptopt.model.targets import Target
 from tfgptopt.model.turning import turns_of
@@ -43,11 +44,7 @@ def check_kernels(chosen: list[Target]) -> None:
         if target.role == "embedding":
             raise ValueError(f"{target.path} is a table: it multiplies nothing to calibrate with.")
         if target.expert_axis is not None:
-            raise ValueError(
-                f"{target.path} has the matrices of experts, each of which reads the tokens that "
-                "are routed to it: calibration does not tell them apart. Leave it out with "
-                "`targets`, or use `Magnitude()`."
-            )
+            continue  # One matrix for each expert, see `Routing`.
         equation = getattr(target.layer, "equation", "").replace(" ", "")
         if not equation:
             continue
@@ -76,24 +73,32 @@ def _rows(target: Target, inputs: tf.Tensor) -> tf.Tensor:
 
 @contextmanager
 def watching(
-    chosen: list[Target], observe: Observer, until: keras.Layer | None = None
+    chosen: list[Target],
+    observe: Observer,
+    batch: Data,
+    routing: Routing,
+    until: keras.Layer | None = None,
 ) -> Iterator[None]:
     """Calls `observe` with what each target's layer reads, while the model runs eagerly.
 
     Layers that read the same tensor one after the other (query, key and value do) are given the
-    same rows, the same object.
+    same rows, the same object. Of experts each is shown by itself, as a target of `Target.parts`,
+    with the rows of the tokens that its router sends to it. Rows of padding are left out.
 
     Args:
         chosen: Kernels; tables have no rows of inputs.
         observe: Called with a target and its rows, at every call of its layer.
+        batch: What the model reads.
+        routing: Of this model and these targets.
         until: The forward pass ends where it calls this layer, see `end_of`. Defaults to `None`:
             it runs to its end.
     """
-    by_layer = {id(target.layer): target for target in chosen}
     last: list[Any] = [None, None, None]
+    real = _real(batch)
+    observe = observe if real is None else _without_padding(observe, real)
 
-    def wrap(layer: keras.Layer) -> Any:
-        call, target = layer.call, by_layer[id(layer)]
+    def wrap(target: Target) -> Any:
+        layer, call = target.layer, target.layer.call
 
         def watched(inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
             how = target.row_axes, turns_of(layer).before
@@ -102,9 +107,18 @@ def watching(
             observe(target, last[2])
             return call(inputs, *args, **kwargs)
 
-        return watched
+        def each_watched(inputs: tf.Tensor, *args: object, **kwargs: object) -> Any:
+            for part, rows in routing.rows(target, inputs):
+                observe(part, rows)
+            return call(inputs, *args, **kwargs)
 
-    overrides = [(t.layer, "call", wrap(t.layer)) for t in chosen]
+        return watched if target.expert_axis is None else each_watched
+
+    calls = {id(target.layer): (target.layer, wrap(target)) for target in chosen}
+    for key, router in routing.routers.items():  # A router may be a target, too.
+        _, call = calls.get(key, (router, router.call))
+        calls[key] = router, routing.listening(router, call, real)
+    overrides = [(layer, "call", call) for layer, call in calls.values()]
     if until is not None:
         overrides.append((until, "call", _stop))
     with overriding(overrides), suppress(Enough):
@@ -182,9 +196,9 @@ def observe_all(model: keras.Layer, chosen: list[Target], data: Data, observe: O
     """
     check_kernels(chosen)
     batches = batches_of(data)
-    until = end_of(model, chosen, batches[0])
+    until, routing = end_of(model, chosen, batches[0]), Routing(model, chosen)
     for batch in batches:
-        with watching(chosen, without_padding(observe, batch), until):
+        with watching(chosen, observe, batch, routing, until):
             call_on(model, batch)
 
 
@@ -223,16 +237,20 @@ def short(model: keras.Layer, batch: Data) -> Any:
     return part
 
 
-def without_padding(observe: Observer, batch: Data) -> Observer:
-    """Returns an observer that is not shown the rows of padding tokens."""
+def _real(batch: Data) -> tf.Tensor | None:
+    """Returns which tokens of a batch are no padding, one after the other; `None` if all are."""
     mask = batch.get("padding_mask") if isinstance(batch, dict) else None
     if mask is None or np.asarray(mask).all():
-        return observe
-    real = tf.reshape(tf.cast(mask, tf.bool), (-1,))
+        return None
+    return tf.reshape(tf.cast(mask, tf.bool), (-1,))
+
+
+def _without_padding(observe: Observer, real: tf.Tensor) -> Observer:
+    """Returns an observer that is not shown the rows of padding tokens."""
     last: list[Any] = [None, None]
 
     def selecting(target: Target, rows: tf.Tensor) -> None:
-        if rows.shape[0] != real.shape[0]:
+        if target.expert is not None or rows.shape[0] != real.shape[0]:
             observe(target, rows)
             return
         if rows is not last[0]:

@@ -42,6 +42,9 @@ def export(
     growing_cache: Annotated[
         bool, typer.Option("--growing-cache", help="LiteRTLM: the cache grows with a text.")
     ] = False,
+    accelerator: Annotated[
+        str | None, typer.Option(help="LiteRTLM: cpu, or gpu for a form that was not tried on one.")
+    ] = None,
     force: Force = False,
 ) -> None:
     """Export a model as TFLite, for LiteRT-LM (both with a KV cache), or as a SavedModel."""
@@ -58,6 +61,7 @@ def export(
         "sparse": sparse or None,
         "batch_sizes": tuple(batch_sizes) if batch_sizes else None,
         "growing_cache": growing_cache or None,
+        "accelerator": accelerator,
     }
     format = format_of(path, {name: x for name, x in options.items() if x is not None})
     loaded = Recipe.load(recipe) if recipe else None

@@ -90,7 +90,7 @@ def read_decoder(model: keras.Layer) -> DecoderSpec:
     Args:
         model: A causal LM of KerasHub, or its backbone, dressed or plain. Families with a reader:
             Bloom, Falcon, Gemma 1 to 4, Gemma 3n, GPT-2, GPT-NeoX, Llama, Mistral, OPT, Phi-3, Qwen
-            2 and 3, SmolLM3; the mixtures Mixtral, Qwen MoE, Qwen 3 MoE; and those of
+            2 and 3, SmolLM3; the mixtures GPT-OSS, Mixtral, Qwen MoE, Qwen 3 MoE; and those of
             `tfgptopt.families.register`.
 
     Returns:

@@ -10,8 +10,9 @@ import numpy as np
 
 from tfgptopt.decoder.mixtures import Mixture
 from tfgptopt.decoder.reader import Arithmetic
-from tfgptopt.decoder.reading import read_activation, read_matrix
-from tfgptopt.decoder.spec import FeedForward, Matrix
+from tfgptopt.decoder.reading import as_floats, read_activation, read_matrix, read_rotary
+from tfgptopt.decoder.rotary import Rotary
+from tfgptopt.decoder.spec import Attention, FeedForward, Matrix
 from tfgptopt.decoder.windows import mistral_window, qwen3_window, qwen_window
 from tfgptopt.model.experts import open_experts
 
@@ -25,23 +26,32 @@ def _network(mlp: Any) -> FeedForward:
     )
 
 
-def _parts(matrix: Matrix, experts: int, parts: int) -> tuple[Matrix, ...]:
-    """Returns equal parts of the outputs of each expert, each as one matrix of all experts."""
-    rows = np.arange(len(matrix.values)).reshape(experts, parts, -1)
-    return tuple(matrix.rows(f"{matrix.name}/{i}", rows[:, i].reshape(-1)) for i in range(parts))
+def _halves(matrix: Matrix, experts: int, alternating: bool = False) -> tuple[Matrix, Matrix]:
+    """Returns gates and neurons, each as one matrix of all experts.
+
+    The outputs of each expert are its gates, then its neurons, or both in turns.
+    """
+    shape = (experts, -1, 2) if alternating else (experts, 2, -1)
+    rows = np.arange(len(matrix.values)).reshape(shape)
+    gate, up = (rows.take(i, 2 if alternating else 1).reshape(-1) for i in (0, 1))
+    return matrix.rows(f"{matrix.name}/0", gate), matrix.rows(f"{matrix.name}/1", up)
+
+
+def _of_each(matrix: Matrix, experts: int) -> tuple[Matrix, ...]:
+    rows = np.arange(len(matrix.values)).reshape(experts, -1)
+    return tuple(matrix.rows(f"{matrix.name}/{i}", each) for i, each in enumerate(rows))
 
 
 def _mixture(block: Any, normalized: bool) -> Mixture:
     bank, experts = block.expert_bank, block.num_experts
     open_experts(bank)
     *found, down = (read_matrix(product) for product in bank.expert_products)
-    gate, up = found if len(found) > 1 else _parts(found[0], experts, 2)
-    each = np.arange(len(down.values)).reshape(experts, -1)
+    gate, up = found if len(found) > 1 else _halves(found[0], experts)
     return Mixture(
         router=read_matrix(block._sparse_feedforward_gate_dense),
-        gate=gate,
-        up=up,
-        down=tuple(down.rows(f"{down.name}/{i}", rows) for i, rows in enumerate(each)),
+        gate=_of_each(gate, experts),
+        up=_of_each(up, experts),
+        down=_of_each(down, experts),
         activation=read_activation(bank.activation),
         top_k=block.top_k,
         normalized=normalized,
@@ -66,7 +76,44 @@ def _qwen_network(block: Any) -> FeedForward | Mixture:
     )
 
 
+def _gpt_oss_network(block: Any) -> Mixture:
+    mlp = block.sparse_moe_block
+    bank, experts = mlp.experts, mlp.num_experts
+    open_experts(bank)
+    both, down = (
+        replace(read_matrix(product), bias=as_floats(bias).reshape(-1))
+        for product, bias in zip(
+            bank.expert_products, (bank.gate_up_proj_bias, bank.down_proj_bias), strict=True
+        )
+    )
+    gate, up = _halves(both, experts, alternating=True)
+    return Mixture(
+        router=read_matrix(mlp.router.router_dense),
+        gate=_of_each(gate, experts),
+        up=_of_each(up, experts),
+        down=_of_each(down, experts),
+        activation=float(bank.alpha),
+        top_k=mlp.top_k,
+        normalized=True,
+        limit=float(bank.limit),
+    )
+
+
+def _gpt_oss_attention(block: Any, attention: Attention) -> Attention:
+    # Its window does not count the token itself.
+    window = None if block.sliding_window is None else block.sliding_window + 1
+    sinks = as_floats(block.self_attention_layer.sinks)
+    return replace(attention, window=window, sinks=sinks)
+
+
+def _gpt_oss_rotary(attention: Any, rotary: Any, head_dim: int) -> Rotary:
+    return read_rotary(rotary, head_dim // 2 * 2)
+
+
 MIXTURE_ARITHMETIC: dict[type, Arithmetic] = {
+    keras_hub.models.GptOssBackbone: Arithmetic(
+        attention=_gpt_oss_attention, network=_gpt_oss_network, rotary=_gpt_oss_rotary
+    ),
     keras_hub.models.MixtralBackbone: Arithmetic(
         attention=mistral_window, network=_mixtral_network
     ),

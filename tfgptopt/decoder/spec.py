@@ -110,6 +110,8 @@ class Attention:
         query_norm, key_norm: Norms over a head before the rotation, or `None`.
         value_norm: Norm over a head of the values, or `None`.
         shared_with: Index of the block whose keys and values it attends to, if it has no `key`.
+        sinks: float32 score for each head of a key that has no value, and takes its share of the
+            softmax; or `None`.
     """
 
     query: Matrix
@@ -128,6 +130,7 @@ class Attention:
     key_norm: Norm | None = None
     value_norm: Norm | None = None
     shared_with: int | None = None
+    sinks: np.ndarray | None = None
 
     def __str__(self) -> str:
         text = f"{self.num_heads} heads of {self.head_dim}"
@@ -139,6 +142,7 @@ class Attention:
         text += f", window {self.window}" if self.window else ""
         text += f", soft cap {self.logit_soft_cap:g}" if self.logit_soft_cap else ""
         text += f", keys and values of layer {self.shared_with}" if self.key is None else ""
+        text += ", sinks" if self.sinks is not None else ""
         text += ", keys are values too" if self.key and not self.value else ""
         normed = {"queries": self.query_norm, "keys": self.key_norm, "values": self.value_norm}
         names = [name for name, norm in normed.items() if norm is not None]

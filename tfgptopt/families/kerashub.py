@@ -82,6 +82,18 @@ MIXTRAL = replace(
 )
 QWEN_MOE = replace(MIXTRAL, output=LLAMA.output)
 QWEN3_MOE = replace(QWEN3, activation=None, shrinks=False)
+GPT_OSS = replace(
+    MIXTRAL,
+    attention="self_attention_layer",
+    query=_query("self_attention_layer.query_dense"),
+    key=_key("self_attention_layer.key_dense"),
+    value=_key("self_attention_layer.value_dense"),
+    output=_output("self_attention_layer.output_dense"),
+    attention_norm=_norm("input_layernorm"),
+    feedforward_norm=_norm("post_attention_layernorm"),
+    rotary="self_attention_layer.rotary_embedding_layer",
+    head_dim="head_dim",
+)
 PHI3 = Layout(
     attention="attention",
     query=_query("attention.query_dense"),
@@ -218,6 +230,7 @@ LAYOUTS: dict[type, Layout] = {
     keras_hub.models.Gemma3nBackbone: GEMMA3N,
     keras_hub.models.Gemma4Backbone: GEMMA4,
     keras_hub.models.GemmaBackbone: GEMMA,
+    keras_hub.models.GptOssBackbone: GPT_OSS,
     keras_hub.models.Llama3Backbone: LLAMA,
     keras_hub.models.LlamaBackbone: LLAMA,
     keras_hub.models.MistralBackbone: replace(LLAMA, head_dim="head_dim"),

@@ -23,7 +23,7 @@ class Experts:
     top_k: int
 
 
-def experts_of(model: keras.Model) -> list[Experts]:
+def experts_of(model: keras.Layer) -> list[Experts]:
     """Returns the experts of each decoder layer that has some, in order; an empty list if none."""
     layers = model._flatten_layers(include_self=False, recursive=True)
     return [found for layer in layers if (found := _in_layer(layer)) is not None]

@@ -38,6 +38,8 @@ class Target:
         input_axes: Axes of the variable that a product sums over.
         output_axes: The other axes.
         row_axes: Axes of the layer's *input* that a product sums over.
+        expert: Which expert of a mixture it is the matrix of. Defaults to `None`: all of them, one
+            behind the other along the outputs, or a weight without experts.
     """
 
     layer: keras.Layer
@@ -47,6 +49,19 @@ class Target:
     input_axes: tuple[int, ...]
     output_axes: tuple[int, ...]
     row_axes: tuple[int, ...]
+    expert: int | None = None
+
+    @property
+    def key(self) -> tuple[int, int | None]:
+        """What tells it from other weights, and from other experts of its own variable."""
+        return id(self.variable), self.expert
+
+    @property
+    def parts(self) -> list[Target]:
+        """The matrix of each expert as a target of its own; without experts the target itself."""
+        if self.expert_axis is None or self.expert is not None:
+            return [self]
+        return [replace(self, expert=i) for i in range(int(self.variable.shape[0]))]
 
     @property
     def size(self) -> int:
@@ -54,7 +69,7 @@ class Target:
         size = 1
         for dimension in self.variable.shape:
             size *= int(dimension)
-        return size
+        return size if self.expert is None else size // int(self.variable.shape[0])
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -70,14 +85,18 @@ class Target:
         return 0 if isinstance(self.layer, ExpertProduct) else None
 
     def to_matrix(self, values: Any) -> Any:
-        """Returns a tensor of the variable's shape as `(inputs, outputs)`."""
+        """Returns a tensor of the variable's shape as `(inputs, outputs)`, its own expert of it."""
+        if self.expert is not None:
+            values = values[self.expert : self.expert + 1]
         order = self.input_axes + self.output_axes
         return keras.ops.reshape(keras.ops.transpose(values, order), self.matrix_shape)
 
     def from_matrix(self, matrix: Any) -> Any:
-        """Returns a tensor `(inputs, outputs)` in the variable's shape."""
+        """Returns a tensor `(inputs, outputs)` in its shape; one expert keeps the axis of all."""
         order = self.input_axes + self.output_axes
-        values = keras.ops.reshape(matrix, [int(self.variable.shape[axis]) for axis in order])
+        shape = [int(n) for n in self.variable.shape]
+        shape[0] = shape[0] if self.expert is None else 1
+        values = keras.ops.reshape(matrix, [shape[axis] for axis in order])
         return keras.ops.transpose(values, sorted(range(len(order)), key=order.__getitem__))
 
 

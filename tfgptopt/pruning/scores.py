@@ -13,7 +13,8 @@ import keras
 import tensorflow as tf
 
 from tfgptopt.calibration.batches import Batches, batches_of
-from tfgptopt.calibration.statistics import SquaredSums
+from tfgptopt.calibration.routing import warn_of_unread
+from tfgptopt.calibration.statistics import SquaredSums, by_weight
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Data
@@ -154,11 +155,12 @@ class _WandaMeter(Meter):
         # Read once, so that a generator serves every firing, and tried now rather than then.
         self._model, self._targets, self._data = model, chosen, batches_of(data)
         observe_all(model, chosen, Batches(self._data[:1]), lambda target, rows: None)
-        self._norms = [tf.Variable(tf.zeros(t.matrix_shape[0]), trainable=False) for t in chosen]
+        shapes = [(t.matrix_shape[0], len(t.parts)) for t in chosen]
+        self._norms = [tf.Variable(tf.zeros(shape), trainable=False) for shape in shapes]
 
     def prepare(self) -> None:
         squares = SquaredSums(self._targets)
-        calls = len(self._data) * len(self._targets)
+        calls = len(self._data) * sum(len(target.parts) for target in self._targets)
         with stage("Reading the calibration data", calls) as shown:
 
             def observe(target: Target, rows: tf.Tensor) -> None:
@@ -168,9 +170,11 @@ class _WandaMeter(Meter):
             observe_all(self._model, self._targets, self._data, observe)
         for target, norm in zip(self._targets, self._norms, strict=True):
             norm.assign(squares.norms(target))
+        unread = [part for target in self._targets for part in squares.unread(target)]
+        warn_of_unread(unread, "pruned by magnitude", stacklevel=2)
 
     def scores(self, index: int, weights: tf.Tensor) -> tf.Tensor:
-        return tf.abs(weights) * self._norms[index][:, tf.newaxis]
+        return tf.abs(weights) * by_weight(self._norms[index], self._targets[index])
 
 
 @dataclass(frozen=True)

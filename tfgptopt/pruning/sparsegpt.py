@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from tfgptopt.calibration.correcting import grams_by_block
+from tfgptopt.calibration.routing import warn_of_unread
 from tfgptopt.calibration.statistics import inverse_factor
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Data
@@ -74,12 +75,21 @@ class SparseGPT:
             Each target with its mask, a bool array of the shape of the variable, after its weights
             were changed.
         """
-        for target, gram in grams_by_block(model, chosen, self.data, "SparseGPT"):
-            matrix = target.to_matrix(target.variable.value).numpy().astype(np.float64)
-            factor = inverse_factor(gram, self.damping)
-            kept = self._prune_matrix(matrix, factor, shares[id(target.variable)], pattern)
-            target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
-            yield target, target.from_matrix(kept).numpy()
+        unread = []
+        for target, parts in grams_by_block(model, chosen, self.data, "SparseGPT"):
+            pruned, kept = [], []
+            for part, gram in parts:
+                matrix = part.to_matrix(target.variable.value).numpy().astype(np.float64)
+                if gram is None:  # All inputs count alike then, and nothing is corrected.
+                    unread.append(part)
+                    gram = np.zeros((len(matrix), len(matrix)))
+                factor = inverse_factor(gram, self.damping)
+                share = shares[id(target.variable)]
+                kept.append(self._prune_matrix(matrix, factor, share, pattern))
+                pruned.append(matrix.astype(np.float32))
+            target.variable.assign(target.from_matrix(np.concatenate(pruned, axis=1)))
+            yield target, target.from_matrix(np.concatenate(kept, axis=1)).numpy()
+        warn_of_unread(unread, "pruned by magnitude", stacklevel=3)
 
     def _prune_matrix(
         self, matrix: np.ndarray, factor: np.ndarray, sparsity: float, pattern: Pattern

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration.blocks import targets_by_block
-from tfgptopt.calibration.statistics import SquaredSums
+from tfgptopt.calibration.statistics import SquaredSums, by_weight
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Selector, Target, select
 from tfgptopt.model.types import Data
@@ -134,7 +134,7 @@ def _outlier_share(block: list[Target], squares: SquaredSums, threshold: float) 
     scores = []
     for target in block:
         weights = tf.cast(target.to_matrix(tf.convert_to_tensor(target.variable.value)), tf.float32)
-        scored = tf.abs(weights) * squares.norms(target)[:, tf.newaxis]
+        scored = tf.abs(weights) * by_weight(squares.norms(target), target)
         scores.append(tf.reshape(scored, (-1,)))
     together = tf.concat(scores, axis=0)
     outliers = together > threshold * tf.reduce_mean(together)

@@ -130,7 +130,7 @@ class Prune:
             if final is not None:
                 self.allocation.at(final, chosen)
         for target in chosen:
-            self.pattern.check(target.matrix_shape, target.path)
+            self.pattern.check(target.parts[0].matrix_shape, target.path)
             if not bool(keras.ops.all(keras.ops.isfinite(target.variable.value))):
                 raise ValueError(f"{target.path} has values that are NaN or infinite.")
         return chosen

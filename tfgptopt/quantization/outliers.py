@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from rich.table import Table
 
+from tfgptopt.calibration.routing import has_router
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.model.types import Data
@@ -172,7 +173,8 @@ def outliers(model: keras.Layer, data: Data) -> Outliers:
     ```
     """
     found = [item for item in candidates(model) if isinstance(item, Target)]
-    kernels = [t for t in found if t.role != "embedding" and t.expert_axis is None]
+    kernels = [t for t in found if t.role != "embedding"]
+    kernels = [t for t, told in zip(kernels, has_router(model, kernels), strict=True) if told]
     if not kernels:
         raise ValueError(f"The model '{model.name}' has no product whose inputs could be seen.")
     seen = {id(target.variable): SpreadOfRows() for target in kernels}

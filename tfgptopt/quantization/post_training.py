@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import keras
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 from tfgptopt.calibration.batches import Batches, batches_of, with_start
 from tfgptopt.calibration.correcting import grams_by_block
+from tfgptopt.calibration.routing import has_router, warn_of_unread
 from tfgptopt.calibration.watching import observe_all
 from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
@@ -119,7 +121,7 @@ def quantize(
                 with stage("Rotating"):
                     rotate(model, turning)
                 turned = True
-            told = _told_by_data(chosen, bool(balances) or final == "gptq")
+            told = _told_by_data(model, chosen, bool(balances) or final == "gptq")
             _check_data(model, told, data)
             _balance(model, told, balances, data)
             if final == "gptq":
@@ -203,13 +205,16 @@ def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Dat
     )
 
 
-def _told_by_data(chosen: list[tuple[Target, Spec]], read: bool) -> list[tuple[Target, Spec]]:
+def _told_by_data(
+    model: keras.Layer, chosen: list[tuple[Target, Spec]], read: bool
+) -> list[tuple[Target, Spec]]:
     """Returns the weights that data tells something of, and warns of the others if it is read."""
-    told = [(target, spec) for target, spec in chosen if target.expert_axis is None]
+    known = has_router(model, [target for target, _ in chosen])
+    told = [pair for pair, known in zip(chosen, known, strict=True) if known]
     if read and len(told) < len(chosen):
         warnings.warn(
-            f"{len(chosen) - len(told)} weights of experts are rounded without data: which tokens "
-            "each expert reads is not calibrated.",
+            f"{len(chosen) - len(told)} weights of experts are rounded without data: no router of "
+            "a known family says which tokens each expert reads.",
             stacklevel=4,
         )
     return told
@@ -221,11 +226,20 @@ def _balance(
     """Moves scales between inputs and weights, by one method after the other."""
     if not kinds:
         return
-    kernels = [target for target, _ in chosen if target.role != "embedding"]
+    dense = [(target, spec) for target, spec in chosen if target.expert_axis is None]
+    if len(dense) < len(chosen):
+        warnings.warn(
+            f"{' and '.join(kinds)} move no scales of what experts read, since routers read it too:"
+            f" {len(chosen) - len(dense)} weights of experts are rounded as they are.",
+            stacklevel=4,
+        )
+    kernels = [target for target, _ in dense if target.role != "embedding"]
+    if not kernels:
+        return
     with stage("Looking where scales can be moved"):
         pairs = find_pairs(model, kernels, batches_of(data)[0])
     for kind in kinds:
-        balance(model, chosen, pairs, data, kind)
+        balance(model, dense, pairs, data, kind)
 
 
 def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
@@ -245,26 +259,42 @@ def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
 def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:
     """Rounds kernels by GPTQ; each block sees what the rounded ones before it give."""
     specs = {id(target.variable): spec for target, spec in chosen}
+    unread: list[Target] = []
     if chosen:
-        for target, gram in grams_by_block(model, [t for t, _ in chosen], data, "GPTQ"):
-            _round_kernel(target, specs[id(target.variable)], gram)
+        for target, parts in grams_by_block(model, [t for t, _ in chosen], data, "GPTQ"):
+            unread += _round_kernel(target, specs[id(target.variable)], parts)
+    warn_of_unread(unread, "rounded to nearest", stacklevel=3)
 
 
-def _round_kernel(target: Target, spec: Spec, gram: np.ndarray) -> None:
+def _round_kernel(
+    target: Target, spec: Spec, parts: Iterable[tuple[Target, np.ndarray | None]]
+) -> list[Target]:
+    """Rounds a kernel, or that of each expert; returns the experts that read nothing."""
     if has_adapters(target.layer):
         raise ValueError(
             f"{target.path} has LoRA adapters, which GPTQ cannot move. Merge them first, or use "
             'the method "mse".'
         )
     grid = quantizers.grids_of(target, spec)[0][1]
-    matrix = target.to_matrix(current(target.layer, target.variable)).numpy()
-    kept = None
-    if masks.masked(target.variable):
-        kept = target.to_matrix(target.variable.constraint.mask.value).numpy().astype(bool)
-    rounded, scale = gptq(matrix, gram, grid.bits, grid.block_size, kept)
-    target.variable.assign(target.from_matrix(rounded))
+    grid_of_part = replace(grid, axes=(0,))
+    weights, kept = current(target.layer, target.variable), None
+    rounded, scales, unread = [], [], []
+    for part, gram in parts:
+        matrix = part.to_matrix(weights).numpy()
+        if masks.masked(target.variable):
+            kept = part.to_matrix(target.variable.constraint.mask.value).numpy().astype(bool)
+        if gram is None:  # Its scale rounds it when the layer computes.
+            unread.append(part)
+            scale = rounding.mse_scale(tf.constant(matrix), grid_of_part).numpy()
+        else:
+            matrix, scale = gptq(matrix, gram, grid.bits, grid.block_size, kept)
+        rounded.append(matrix)
+        scales.append(scale)
+    target.variable.assign(target.from_matrix(np.concatenate(rounded, axis=1)))
+    scale = np.concatenate(scales, axis=-1)
     if grid.block_size is None:
         scale = scale.reshape(grid.scale_shape(target.variable.shape))
     layers.dress(target, spec)
     quantizer = quantizers.quantizers_of(target.layer)[0]
     quantizer.hold(current(target.layer, target.variable), scale)
+    return unread

@@ -140,7 +140,7 @@ def report(model: keras.Layer, data: Data = None) -> QuantizationReport:
     if data is not None:
         kernels = [target for target in dressed if target.role != "embedding"]
         outputs = {id(target.variable): _Noise(target) for target in kernels}
-        observe_all(model, kernels, data, lambda t, rows: outputs[id(t.variable)].add(rows))
+        observe_all(model, kernels, data, lambda t, rows: outputs[id(t.variable)].add(t, rows))
     rows = []
     for target in dressed:
         noise = outputs.get(id(target.variable))
@@ -182,16 +182,17 @@ class _Noise:
     def __init__(self, target: Target) -> None:
         quantizer = quantizers_of(target.layer)[0]
         weights = current(target.layer, quantizer.variable)
-        self._exact = target.to_matrix(weights)
-        self._rounded = target.to_matrix(quantizer.fake_quantize(weights))
+        self._exact, self._rounded = weights, quantizer.fake_quantize(weights)
         self._rounds_inputs = target.layer.quantization_spec.activations is not None
         self.signal = self.noise = 0.0
         self.spread = SpreadOfRows()
 
-    def add(self, rows: tf.Tensor) -> None:
-        """Adds what the product gives for some rows."""
+    def add(self, part: Target, rows: tf.Tensor) -> None:
+        """Adds what the product, or that of one expert, gives for some rows."""
         self.spread.add(rows)
-        exact = rows @ self._exact
+        exact = rows @ part.to_matrix(self._exact)
         inputs = rounding.fake_quantize_rows(rows, (-1,)) if self._rounds_inputs else rows
         self.signal += float(tf.reduce_sum(tf.square(exact)))
-        self.noise += float(tf.reduce_sum(tf.square(inputs @ self._rounded - exact)))
+        self.noise += float(
+            tf.reduce_sum(tf.square(inputs @ part.to_matrix(self._rounded) - exact))
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import keras
 
@@ -42,10 +42,13 @@ class LiteRTLM:
             Defaults to `"float32"`.
         growing_cache: bool. Whether LiteRT-LM makes the cache larger as a text grows, on CPUs: it
             is faster behind short texts then. Defaults to `False`: the whole context at once.
+        accelerator: `"cpu"` or `"gpu"`. For GPUs LiteRT-LM gives the mask, and constants are within
+            half precision; such a bundle runs on CPUs, too, where it was tested. On a GPU it was
+            not. Defaults to `"cpu"`: apps do not take the GPU for it.
 
     Raises:
         ImportError: If `litert-lm-builder` is not installed.
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range, or two do not go together.
 
     Example:
 
@@ -60,6 +63,7 @@ class LiteRTLM:
     context_length: int | None = None
     cache_dtype: CacheDtype = "float32"
     growing_cache: bool = False
+    accelerator: Literal["cpu", "gpu"] = "cpu"
 
     suffix: ClassVar[str] = ".litertlm"
     sparse: ClassVar[bool] = False
@@ -68,6 +72,16 @@ class LiteRTLM:
         check_settings(self.context_length, self.cache_dtype)
         if not isinstance(self.growing_cache, bool):
             raise ValueError(f"`growing_cache` must be a bool. Received: {self.growing_cache!r}")
+        if self.accelerator not in ("cpu", "gpu"):
+            raise ValueError(
+                f"`accelerator` must be 'cpu' or 'gpu'. Received: {self.accelerator!r}"
+            )
+        if self.accelerator == "gpu" and (self.growing_cache or self.cache_dtype != "float32"):
+            raise ValueError(
+                "`accelerator='gpu'` goes with a float32 cache of the whole context: caches grow "
+                "on CPUs, and scales of int8 rows are beyond half precision. Received: "
+                f"cache_dtype={self.cache_dtype!r}, growing_cache={self.growing_cache}"
+            )
         bundle_builder("litertlm_builder")  # Raises.
 
     def write(self, model: keras.Model, target: Path) -> None:
@@ -88,12 +102,14 @@ class LiteRTLM:
                 "Export a TFLite file instead: a name that ends with '.tflite'."
             )
         lengths = PREFILL_LENGTHS if self.growing_cache else _STATIC_LENGTHS
-        file, about = described_model(model, self, lengths, self.growing_cache)
+        masked = self.accelerator == "gpu"
+        file, about = described_model(model, self, lengths, self.growing_cache, masked=masked)
         language = llm_metadata(about)
         # Where it is said which axis of a cache may grow, none does.
         executor = None if self.growing_cache else executor_metadata(about.decoder)
         # The tokenizer is held once, where LiteRT-LM looks for it.
         for name, data in replace(about, tokenizer=None, sentencepiece=None).entries().items():
             file.metadata(name, data)
-        write_bundle(target, file.pack(), engine_tokenizer(about), language, executor)
+        where = "gpu,cpu" if masked else "cpu"
+        write_bundle(target, file.pack(), engine_tokenizer(about), language, executor, where)
         append_seal(target)

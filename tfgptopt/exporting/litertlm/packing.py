@@ -10,7 +10,12 @@ from tfgptopt.file.bundle import bundle_builder
 
 
 def write_bundle(
-    target: Path, model: memoryview, tokenizer: str | bytes, language: Any, executor: Any
+    target: Path,
+    model: memoryview,
+    tokenizer: str | bytes,
+    language: Any,
+    executor: Any,
+    where: str,
 ) -> None:
     """Writes a bundle.
 
@@ -20,6 +25,7 @@ def write_bundle(
         tokenizer: JSON, or a SentencePiece model.
         language: What is said of the language model, as a protobuf message.
         executor: Which inputs are caches, as a protobuf message, or `None`.
+        where: What may run it: `"cpu"`, or `"gpu,cpu"`.
     """
     library: Any = bundle_builder("litertlm_builder")
     bundle = library.LitertLmFileBuilder()
@@ -40,7 +46,7 @@ def write_bundle(
             bundle.add_hf_tokenizer(part("tokenizer.json", tokenizer.encode()))
         # Without the constraint apps may take the GPU, which computes in half precision.
         bundle.add_tflite_model(
-            part("model.tflite", model), library.TfLiteModelType.PREFILL_DECODE, "cpu"
+            part("model.tflite", model), library.TfLiteModelType.PREFILL_DECODE, where
         )
         with target.open("wb") as file:
             bundle.build(file, validate_metadata=True)

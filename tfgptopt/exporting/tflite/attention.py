@@ -21,6 +21,8 @@ from tfgptopt.file import names
 
 # Large enough to vanish in a softmax, small enough to stay finite after a multiplication.
 _MASKED = 1e9
+# The same for half precision, where LiteRT-LM's mask has -45824: the sum of both is finite.
+_MASKED_IN_HALF = 16384.0
 
 
 def _joined(name: str, parts: Iterable[Matrix]) -> Matrix | None:
@@ -105,10 +107,18 @@ class Positions:
         keys: Keys of a layer, `(key-value heads, positions, head_dim)`.
         any_length: Whether `length` stands for any number, found when the graph runs.
         apart: Whether each token belongs to a text of its own.
+        mask: What is added to scores for tokens that come later, an input `(1, 1, length,
+            positions)`; or `None`: it is found from the positions.
     """
 
     def __init__(
-        self, graph: Graph, length: int, keys: Tensor, any_length: bool, apart: bool
+        self,
+        graph: Graph,
+        length: int,
+        keys: Tensor,
+        any_length: bool,
+        apart: bool,
+        mask: Tensor | None = None,
     ) -> None:
         self.any_length = any_length
         self.apart = apart
@@ -118,6 +128,7 @@ class Positions:
         self.rows = self.indices
         self.keys = keys
         self._graph = graph
+        self._mask = mask
         self._starts: dict[int, list[Tensor]] = {}
         self._biases: dict[object, Tensor] = {}
         self._turns: dict[int, tuple[Tensor, Tensor]] = {}
@@ -159,7 +170,8 @@ class Positions:
         copies = attention.num_heads // attention.num_key_value_heads if self.any_length else 1
         key = (attention.window, None if alibi is None else alibi.tobytes(), copies)
         if key not in self._biases:
-            parts = self._make_biases(attention, copies)
+            mask, make = self._mask, self._make_biases
+            parts = make(attention, copies) if mask is None else [self._given(attention, mask)]
             joined = parts[0] if copies == 1 else op.concatenate(self._graph, parts, 1)
             self._biases[key] = joined
         return self._biases[key]
@@ -183,6 +195,27 @@ class Positions:
         slopes = [-attention.alibi[i::copies].reshape(by_head) for i in range(copies)]
         steps = [op.binary(graph, "MUL", distance, graph.constant(one)) for one in slopes]
         return [op.binary(graph, "ADD", step, bias) for step in steps]
+
+    def _given(self, attention: Attention, mask: Tensor) -> Tensor:
+        """Returns a mask that is given, with what windows and ALiBi add to it."""
+        graph, length, size = self._graph, self.indices.shape[0], self.keys.shape[1]
+        bias = op.reshape(graph, mask, (1, length, size))
+        window = attention.window if (attention.window or size) < size else None
+        if window is None and attention.alibi is None:
+            return bias
+        rows = op.reshape(graph, op.cast_to_float(graph, self.indices), (1, length, 1))
+        columns = np.arange(size, dtype=np.float32).reshape(1, 1, -1)
+        distance = op.binary(graph, "SUB", rows, graph.constant(columns))
+        if window is not None:
+            left = op.binary(graph, "SUB", op.scalar(graph, window - 1), distance)
+            left = op.binary(graph, "MAXIMUM", left, op.scalar(graph, -1))
+            refused = op.binary(graph, "MINIMUM", left, op.scalar(graph, 0))
+            refused = op.binary(graph, "MUL", refused, op.scalar(graph, _MASKED_IN_HALF))
+            bias = op.binary(graph, "ADD", bias, refused)
+        if attention.alibi is not None:
+            slopes = graph.constant(-attention.alibi.reshape(-1, 1, 1))
+            bias = op.binary(graph, "ADD", bias, op.binary(graph, "MUL", distance, slopes))
+        return bias
 
     def turn(self, table: np.ndarray) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines, `(length, size)`, from a table of all positions."""
@@ -279,12 +312,26 @@ def attend(
         scores = op.binary(graph, "MUL", op.unary(graph, "TANH", scores), op.scalar(graph, cap))
     if positions.apart:
         scores = op.reshape(graph, scores, (tokens, num_heads, scores.shape[2]), free=2)
-    weights = op.softmax(graph, op.binary(graph, "ADD", scores, positions.bias(attention)))
+    scores = op.binary(graph, "ADD", scores, positions.bias(attention))
+    weights = _softmax(graph, scores, attention.sinks, positions.apart)
     if alone:
         mixed = _mix_of_one(graph, weights, values)
     else:
         mixed = _mix_of_many(graph, weights, values, query.shape, positions)
     return op.reshape(graph, mixed, (tokens, num_heads * size)) if positions.apart else mixed
+
+
+def _softmax(graph: Graph, scores: Tensor, sinks: np.ndarray | None, apart: bool) -> Tensor:
+    """Returns the softmax over positions; sinks, one for each head, take their share of it."""
+    if sinks is None:
+        return op.softmax(graph, scores)
+    own = graph.constant(sinks.reshape((1, -1, 1) if apart else (-1, 1, 1)))
+    first = (*scores.shape[:2], 1)
+    if own.shape != first:  # As many as there are rows: LiteRT's delegate broadcasts by adding.
+        column = op.slice_(graph, scores, (0, 0, 0), first)
+        own = op.binary(graph, "ADD", op.binary(graph, "MUL", column, op.scalar(graph, 0)), own)
+    weights = op.softmax(graph, op.concatenate(graph, [own, scores], -1))
+    return op.slice_(graph, weights, (0, 0, 1), scores.shape, free=2)
 
 
 def _scores_of_one(graph: Graph, query: Tensor, keys: Rows) -> Tensor:

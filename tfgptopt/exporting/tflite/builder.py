@@ -30,6 +30,7 @@ _TYPES = {
     np.dtype(np.float16): schema.TensorType.FLOAT16,
     np.dtype(np.int32): schema.TensorType.INT32,
     np.dtype(np.int8): schema.TensorType.INT8,
+    np.dtype(np.bool_): schema.TensorType.BOOL,
 }
 # What an int8 tensor that is no weight counts in.
 _UNIT = np.asarray([1 / 127], np.float32)
@@ -48,7 +49,7 @@ class Model:
     def __init__(self, description: str, sparse: bool = False, share_equal: bool = False) -> None:
         self._share_equal = share_equal
         self._description = description
-        self._sparse = sparse
+        self.sparse = sparse
         self._sparsities: dict[int, tuple[np.ndarray, tuple[int, SharedSparsity] | None]] = {}
         self._buffers = [AlignedBuffer(b"")]  # Buffer 0 is empty by convention.
         self._by_key: dict[Hashable, int] = {}
@@ -57,7 +58,8 @@ class Model:
         self._zeros: dict[tuple[int, int], int] = {}
         self._as_blocks: dict[int, Matrix] = {}
         self._codes: dict[tuple[int, int], int] = {}
-        self._graphs: list[tuple[str, Graph]] = []
+        self._graphs: list[tuple[str | None, Graph]] = []
+        self._branches: dict[Hashable, int] = {}
         self._metadata: list[schema.MetadataT] = []
 
     def buffer(self, data: bytes | np.ndarray, key: Hashable = None) -> int:
@@ -85,7 +87,7 @@ class Model:
             The index of the buffer and where the blocks are, or `None` if the file is to hold
             dense weights only, or there are too few empty blocks.
         """
-        if not self._sparse:
+        if not self.sparse:
             return None
         if id(values) not in self._sparsities:
             kept = kept_blocks(values)
@@ -129,6 +131,15 @@ class Model:
         self._graphs.append((signature, graph))
         return graph
 
+    def branch(self, key: Hashable, make: Callable[[Graph], None]) -> int:
+        """Adds a graph that others call, once for each key, and returns its index."""
+        if key not in self._branches:
+            self._branches[key] = len(self._graphs)
+            graph = Graph(self)
+            self._graphs.append((None, graph))
+            make(graph)
+        return self._branches[key]
+
     def metadata(self, name: str, data: bytes) -> None:
         """Adds a named blob that runtimes can read."""
         self._metadata.append(schema.MetadataT(name=name, buffer=self.buffer(data)))
@@ -149,9 +160,11 @@ class Model:
                 )
                 for code, version in self._codes
             ],
-            subgraphs=[graph.pack(name) for name, graph in self._graphs],
+            subgraphs=[graph.pack(name or "branch") for name, graph in self._graphs],
             signatureDefs=[
-                graph.signature(name, index) for index, (name, graph) in enumerate(self._graphs)
+                graph.signature(name, index)
+                for index, (name, graph) in enumerate(self._graphs)
+                if name is not None
             ],
             metadata=self._metadata,
         )
@@ -177,6 +190,34 @@ class Graph:
         self._inputs: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
         self._constants: dict[Hashable, Tensor] = {}
+
+    @property
+    def sparse(self) -> bool:
+        """Whether empty blocks of weights are left out."""
+        return self._model.sparse
+
+    def branch(
+        self,
+        key: Hashable,
+        like: Sequence[Tensor],
+        make: Callable[[Graph, list[Tensor]], Tensor],
+    ) -> int:
+        """Adds a graph of its own for a branch, once in the file for each key.
+
+        Args:
+            key: What tells it from other branches.
+            like: Its inputs have the shapes of these.
+            make: Adds operators to the new graph; returns what it gives.
+
+        Returns:
+            The index by which a conditional operator calls it.
+        """
+
+        def fill(graph: Graph) -> None:
+            inputs = [graph.input(str(i), x.shape, x.dtype) for i, x in enumerate(like)]
+            graph.output("result", make(graph, inputs))
+
+        return self._model.branch(key, fill)
 
     def _add(
         self,

@@ -43,6 +43,8 @@ class Step:
             one token is read, that any number may be read. LiteRT-LM makes caches grow then, of
             files that have a mask as input.
         apart: Whether each token belongs to a text of its own, at a position of its own.
+        masked: Whether an input says which tokens see which, as LiteRT-LM wants it on GPUs, and
+            all constants are within half precision.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Step:
     logits: bool
     growing: bool = False
     apart: bool = False
+    masked: bool = False
 
     @property
     def texts(self) -> int:
@@ -127,18 +130,20 @@ def _add_signature(
         ]
         for i, (block, shape) in enumerate(spec.caches.items())
     }
-    held = [both[0].tensor for both in caches.values()]
-    positions = Positions(graph, step.length, held[0], any_length, step.apart)
+    mask = None
+    if step.growing or step.masked:
+        # Where caches grow nothing reads it: positions say as much.
+        axes = ((2, 3) if any_length else (3,)) if step.growing else ()
+        pairs = (1, 1, step.length, spec.caches[0][1])
+        mask = graph.input(names.MASK, pairs, np.float32, axes)
+    held, given = [both[0].tensor for both in caches.values()], mask if step.masked else None
+    positions = Positions(graph, step.length, held[0], any_length, step.apart, given)
     of_layer = dict.fromkeys(caches, positions)
     if windowed:
         behind = positions.behind_start(held[windowed[0]])
         whole = [keys for i, keys in enumerate(held) if i not in windowed]
         positions.keys = whole[0] if whole else held[0]
         of_layer |= {block: behind for i, block in enumerate(caches) if i in windowed}
-    if step.growing:
-        # Nothing reads it: positions say as much.
-        mask = (1, 1, step.length, spec.caches[0][1])
-        graph.input(names.MASK, mask, np.float32, (2, 3) if any_length else (3,))
     x = _embed(graph, spec, tokens, positions)
     inputs = inputs_of_layers(graph, spec, tokens, x)
     streams = None if spec.streams is None else split(graph, spec.streams, x)

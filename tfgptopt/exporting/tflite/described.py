@@ -23,6 +23,7 @@ from tfgptopt.exporting.tflite.describing import (
     describe,
     describe_weights,
     growing_steps,
+    masked_steps,
     plan_signatures,
     steps_of,
 )
@@ -37,6 +38,9 @@ from tfgptopt.file.metadata import (
     Signatures,
 )
 from tfgptopt.file.names import DRAFT, window_positions
+
+# Half precision tells all whole numbers apart up to here.
+_EXACT_IN_HALF = 2048
 
 
 def described_file(
@@ -75,6 +79,7 @@ def described_model(
     batch_sizes: Sequence[int] = (),
     share_equal: bool = False,
     windows: bool = False,
+    masked: bool = False,
 ) -> tuple[Model, Metadata]:
     """Returns the graphs of a model whose family has a reader, and what is to be said of them.
 
@@ -87,6 +92,8 @@ def described_model(
         batch_sizes: How many texts are decoded together. Defaults to none.
         share_equal: Whether weights of equal content share their bytes. Defaults to `False`.
         windows: Whether caches of layers with a window may end with it. Defaults to `False`.
+        masked: Whether there are signatures with a mask for an input, for GPUs, too. Defaults to
+            `False`.
 
     Raises:
         ValueError: If its configuration cannot be exported, or the settings do not fit it.
@@ -102,10 +109,13 @@ def described_model(
             "stream and no experts. Leave it at False."
         )
     spec = spec.with_context(context)
-    signatures = plan_signatures(context, prefill, growing, batch_sizes)
+    if masked:
+        _check_half(type(model).__name__, spec)
+    signatures = plan_signatures(context, prefill, growing or masked, batch_sizes)
     file = Model(f"{spec.family} by tfgptopt {tfgptopt.__version__}", settings.sparse, share_equal)
     steps = steps_of(signatures) + (growing_steps() if growing else [])
     windowed = windowed_layers(spec, signatures) if windows else ()
+    steps += masked_steps(signatures) if masked else []
     add_signatures(file, spec, steps, settings.cache_dtype, windowed=windowed)
     decoder = _shape_of(spec, context, settings.cache_dtype, windowed)
     return file, describe(model, decoder, signatures, describe_weights(*_arrays(spec)))
@@ -213,6 +223,29 @@ def _check_settings(spec: DecoderSpec, settings: Settings) -> None:
         )
 
 
+def _check_half(name: str, spec: DecoderSpec) -> None:
+    """Raises where a decoder computes what half precision cannot hold.
+
+    Raises:
+        ValueError: If it does.
+    """
+    context = spec.context_length or 0
+    if any(isinstance(block.feedforward, Mixture) for block in spec.blocks):
+        raise ValueError(
+            f"`accelerator='gpu'` is not for {name}: which experts a token is sent to is found "
+            "with numbers beyond half precision, and branches. Leave it at 'cpu'."
+        )
+    attentions = [block.attention for block in spec.blocks]
+    if context > _EXACT_IN_HALF and any(
+        one.alibi is not None or (one.window or context) < context for one in attentions
+    ):
+        raise ValueError(
+            f"`accelerator='gpu'` counts positions in half precision, for the windows or ALiBi of "
+            f"{name}: up to {_EXACT_IN_HALF}. Received: a context of {context}. Give a "
+            "`context_length` of no more."
+        )
+
+
 def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns the weights of a decoder, integers where there are any, and the scales of those."""
     arrays, scales = [], []
@@ -220,6 +253,7 @@ def _arrays(spec: DecoderSpec) -> tuple[list[np.ndarray], list[np.ndarray]]:
         arrays.append(spec.position_embedding)
     for norm in spec.norms():
         arrays += [array for array in (norm.gamma, norm.beta) if array is not None]
+    arrays += [a.sinks for a in (b.attention for b in spec.blocks) if a.sinks is not None]
     for block in spec.blocks:
         if block.altup is not None and block.altup.output_scale is not None:
             arrays.append(block.altup.output_scale)

@@ -90,7 +90,7 @@ def check_batch_sizes(batch_sizes: object) -> None:
 def plan_signatures(
     context_length: int,
     prefill: Sequence[int],
-    growing: bool = False,
+    renamed: bool = False,
     batch_sizes: Sequence[int] = (),
 ) -> Signatures:
     """Returns the signatures of a file. They are few: each takes time to load, and memory.
@@ -98,13 +98,13 @@ def plan_signatures(
     Args:
         context_length: Positions of the cache.
         prefill: Lengths of prefill, the largest last. None is longer than the context.
-        growing: Whether the names have to differ from those of `growing_steps`. Defaults to
-            `False`.
+        renamed: Whether the names have to differ from those of `growing_steps` and
+            `masked_steps`. Defaults to `False`.
         batch_sizes: How many texts are decoded together. Defaults to none.
     """
     chunk = min(context_length, prefill[-1])
     lengths = [*(length for length in prefill if length < chunk), chunk]
-    one, many = ("next", "read") if growing else ("decode", "prefill")
+    one, many = ("next", "read") if renamed else ("decode", "prefill")
     return Signatures(
         decode=Signature(1, one),
         prefill=tuple(Signature(length, f"{many}_{length}") for length in lengths),
@@ -130,6 +130,16 @@ def growing_steps() -> list[Step]:
     It reads a prompt at once: the length of prefill stands for any but one.
     """
     return [Step("decode", 1, True, growing=True), Step("prefill", 2, False, growing=True)]
+
+
+def masked_steps(signatures: Signatures) -> list[Step]:
+    """Returns the steps that LiteRT-LM runs where it says itself which tokens see which.
+
+    Args:
+        signatures: What the file has besides: prefill is as long there.
+    """
+    prefill = [Step(f"prefill_{n}", n, False, masked=True) for n, _ in signatures.prefill]
+    return [Step("decode", 1, True, masked=True), *prefill]
 
 
 def context_of(model: keras.Model, largest: int | None, wanted: int | None) -> int:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from tfgptopt.decoder.mixtures import Mixture
-from tfgptopt.decoder.spec import FeedForward, Matrix
+from tfgptopt.decoder.spec import Activation, FeedForward, Matrix
 from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Graph, Tensor
 
@@ -57,23 +61,74 @@ def _above_cutoff(graph: Graph, gate: Tensor, deviations: float) -> Tensor:
 
 
 def _mixture(graph: Graph, mixture: Mixture, x: Tensor) -> Tensor:
-    """Computes all experts: LiteRT has no product with integers that are chosen while it runs."""
-    weights = _weights(graph, mixture, x)
-    gate = op.activate(graph, op.fully_connected(graph, x, mixture.gate), mixture.activation)
-    hidden = op.binary(graph, "MUL", gate, op.fully_connected(graph, x, mixture.up))
-    length, size = x.shape[0], mixture.down[0].inputs
-    parts = []
-    for i, down in enumerate(mixture.down):
-        neurons = op.slice_(graph, hidden, (0, i * size), (length, size))
-        weight = op.slice_(graph, weights, (0, i), (length, 1))
-        parts.append(op.binary(graph, "MUL", op.fully_connected(graph, neurons, down), weight))
+    """Adds up what experts make of tokens.
+
+    For one token only those are computed that it is sent to. Several are seldom sent to few: all
+    are computed, and weigh nothing where they were not chosen.
+    """
+    weights, total = _weights(graph, mixture, x), None
     if mixture.shared is not None and mixture.shared_gate is not None:
         opened = op.unary(graph, "LOGISTIC", op.fully_connected(graph, x, mixture.shared_gate))
-        parts.append(op.binary(graph, "MUL", _network(graph, mixture.shared, x), opened))
-    total = parts[0]
-    for part in parts[1:]:
-        total = op.binary(graph, "ADD", total, part)
+        total = op.binary(graph, "MUL", _network(graph, mixture.shared, x), opened)
+    # What runs on sparse weights needs an input that a branch has not.
+    choosing = x.shape[0] == 1 and not graph.sparse
+    if choosing and total is None:
+        total = graph.constant(np.zeros(x.shape, np.float32))
+    for i in range(len(mixture.down)):
+        weight = op.slice_(graph, weights, (0, i), (x.shape[0], 1))
+        if choosing and total is not None:
+            total = _where_chosen(graph, mixture, i, [x, total, weight])
+        else:
+            total = _with_expert(graph, mixture, i, [x, total, weight])
+    assert total is not None
     return total
+
+
+def _where_chosen(graph: Graph, mixture: Mixture, index: int, inputs: list[Tensor]) -> Tensor:
+    """Adds what an expert makes of a token, if its weight is not zero."""
+
+    def add(branch: Graph, inside: list[Tensor]) -> Tensor:
+        return _with_expert(branch, mixture, index, inside)
+
+    def keep(branch: Graph, inside: list[Tensor]) -> Tensor:
+        return op.binary(branch, "ADD", inside[1], op.scalar(branch, 0))
+
+    shape = inputs[0].shape
+    return op.conditional(
+        graph,
+        op.is_positive(graph, inputs[2]),
+        inputs,
+        graph.branch(("expert", id(mixture.down[index])), inputs, add),
+        graph.branch(("keep", shape), inputs, keep),
+        shape,
+    )
+
+
+def _with_expert(
+    graph: Graph, mixture: Mixture, index: int, inputs: Sequence[Tensor | None]
+) -> Tensor:
+    """Returns a sum with what an expert makes of the stream, times a weight for each token."""
+    x, total, weight = inputs
+    assert x is not None and weight is not None
+    gate = op.fully_connected(graph, x, mixture.gate[index])
+    hidden = op.fully_connected(graph, x, mixture.up[index])
+    if mixture.limit is not None:
+        limit = op.scalar(graph, mixture.limit)
+        gate = op.binary(graph, "MINIMUM", gate, limit)
+        hidden = op.binary(graph, "MINIMUM", hidden, limit)
+        hidden = op.binary(graph, "MAXIMUM", hidden, op.scalar(graph, -mixture.limit))
+        hidden = op.binary(graph, "ADD", hidden, op.scalar(graph, 1.0))
+    hidden = op.binary(graph, "MUL", _activated(graph, gate, mixture.activation), hidden)
+    made = op.fully_connected(graph, hidden, mixture.down[index])
+    made = op.binary(graph, "MUL", made, weight)
+    return made if total is None else op.binary(graph, "ADD", total, made)
+
+
+def _activated(graph: Graph, x: Tensor, activation: Activation | float) -> Tensor:
+    if isinstance(activation, str):
+        return op.activate(graph, x, activation)
+    steeper = op.binary(graph, "MUL", x, op.scalar(graph, activation))
+    return op.binary(graph, "MUL", x, op.unary(graph, "LOGISTIC", steeper))
 
 
 def _weights(graph: Graph, mixture: Mixture, x: Tensor) -> Tensor:

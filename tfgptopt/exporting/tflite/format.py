@@ -23,12 +23,12 @@ class TFLite:
     What the file holds depends on the model:
 
     - A causal language model of a known family (Bloom, Falcon, Gemma 1 to 4, Gemma 3n, GPT-2,
-      GPT-NeoX, Llama, Mistral, OPT, Phi-3, Qwen 2 and 3, SmolLM3; the mixtures of experts Mixtral,
-      Qwen MoE, Qwen 3 MoE, of which all experts are computed): prefill and decode signatures with a
-      KV cache, each weight once, as the integers that training rounded to, the tokenizer and
-      the recipe. `TFLiteCausalLM` reads it, and so does any LiteRT runtime. Of a Gemma that sees or
-      hears it is the text part, without the encoders.
-    - Any other causal language model of KerasHub, such as GPT-OSS: the same
+      GPT-NeoX, Llama, Mistral, OPT, Phi-3, Qwen 2 and 3, SmolLM3; the mixtures of experts GPT-OSS,
+      Mixtral, Qwen MoE, Qwen 3 MoE, of which one token computes those it is sent to): prefill and
+      decode signatures with a KV cache, each weight once, as the integers that training rounded
+      to, the tokenizer and the recipe. `TFLiteCausalLM` reads it, and so does any LiteRT runtime.
+      Of a Gemma that sees or hears it is the text part, without the encoders.
+    - Any other causal language model, such as a class of your own over one of KerasHub's: the same
       signatures, made by TensorFlow's converter from the model's `call_with_cache`. It warns: the
       export takes longer, and the file is larger and slower.
     - Any other Keras model: what `keras.Model.export` gives, with the weights of its quantized

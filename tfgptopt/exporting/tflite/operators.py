@@ -206,6 +206,25 @@ def softmax(graph: Graph, x: Tensor) -> Tensor:
     return graph.add_operator("SOFTMAX", [x], x.shape, options=schema.SoftmaxOptionsT(beta=1.0))
 
 
+def is_positive(graph: Graph, x: Tensor) -> Tensor:
+    """Adds a comparison of numbers with zero."""
+    zero = scalar(graph, 0)
+    return graph.add_operator("GREATER", [x, zero], x.shape, np.bool_, schema.GreaterOptionsT())
+
+
+def conditional(
+    graph: Graph,
+    condition: Tensor,
+    inputs: list[Tensor],
+    then: int,
+    otherwise: int,
+    shape: tuple[int, ...],
+) -> Tensor:
+    """Adds a call of one of two branches, see `Graph.branch`, both of which give one tensor."""
+    options = schema.IfOptionsT(thenSubgraphIndex=then, elseSubgraphIndex=otherwise)
+    return graph.add_operator("IF", [condition, *inputs], shape, options=options)
+
+
 def batch_matmul(graph: Graph, x: Tensor, y: Tensor, transpose_y: bool = False) -> Tensor:
     """Adds a product of two computed tensors over their last axes."""
     columns = y.shape[-2] if transpose_y else y.shape[-1]
