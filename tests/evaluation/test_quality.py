@@ -133,6 +133,13 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(corpus, trained, tmp_path)
     assert file.quality.bits_per_byte == pytest.approx(model.quality.bits_per_byte, rel=1e-2)
 
 
+def test_models_of_other_vocabularies_have_no_divergence(gpt, data):
+    wider = make_gpt(310)
+    found = compare_quality({"a": open_artifact(gpt), "b": open_artifact(wider)}, data, "a")["b"]
+    assert found.kl is None and found.agreement is None and "kl" not in found.intervals
+    assert np.isfinite(found.change) and np.isfinite(found.loss)
+
+
 def test_bad_input(gpt, data):
     with pytest.raises(ValueError, match="`reference` must be one of"):
         tfgptopt.evaluate({"a": gpt}, data, reference="b")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,6 +56,14 @@ class Artifact(Protocol):
 
     def size(self) -> Size:
         """Returns how large it is."""
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """An artifact whose logits need not be held all at once."""
+
+    def parts(self, ids: list[int], first: int = 0) -> Iterator[np.ndarray]:
+        """Yields logits behind the tokens of a text from `first` on, some at a time."""
 
 
 class KerasArtifact:
@@ -136,10 +144,16 @@ class FileArtifact:
     def logits(self, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
         """Returns logits of a batch, float32 `(batch, length, vocabulary)`."""
         rows = np.asarray(inputs["token_ids"])
-        found = np.empty((*rows.shape, self.lm.vocabulary_size), np.float32)
-        for row, place in zip(rows, found, strict=True):
-            place[:] = self.lm.logits(row.tolist())
-        return tf.convert_to_tensor(found)
+        return tf.convert_to_tensor(np.stack([self.lm.logits(row.tolist()) for row in rows]))
+
+    def parts(self, ids: list[int], first: int = 0) -> Iterator[np.ndarray]:
+        """Yields logits behind the tokens of a text from `first` on, some at a time; those before
+        it are read without the head, and those that the last text had too are not read again."""
+        lm = self.lm
+        tokens = lm._codec.encode(ids)
+        lm.texts.prompts.check_length(tokens, lm.context_length)
+        with lm._idle.lent() as cache:
+            yield from lm._engine.score_parts(cache, tokens, first)
 
     def generation(self, prompt: list[int], new_tokens: int) -> Callable[[], list[int]]:
         """Returns a call that reads the prompt anew."""
