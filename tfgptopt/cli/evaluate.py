@@ -158,6 +158,7 @@ def _data(
 def _print(results: list[Result]) -> None:
     """Prints tables of what was measured."""
     from tfgptopt.job.tables import (
+        batches_table,
         domains_table,
         latency_table,
         quality_table,
@@ -176,5 +177,7 @@ def _print(results: list[Result]) -> None:
         console.print(domains_table(results))
     if any(r.speed.by_depth or r.speed.load_seconds is not None for r in results):
         console.print(latency_table(results))
+    if any(r.speed.by_batch for r in results):
+        console.print(batches_table(results))
     if results[0].tasks:
         console.print(tasks_table(results))

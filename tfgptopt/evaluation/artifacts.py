@@ -66,6 +66,21 @@ class InParts(Protocol):
         """Yields logits behind the tokens of a text from `first` on, some at a time."""
 
 
+@runtime_checkable
+class InBatches(Protocol):
+    """An artifact that makes tokens of several texts together.
+
+    Attributes:
+        batch_sizes: Of how many, in rising order; none if it was not exported with any.
+    """
+
+    batch_sizes: list[int]
+
+    def steps_together(self, depth: int, size: int) -> Callable[[], object] | None:
+        """Returns a call that makes one more token of each text, all behind `depth` others; `None`
+        where the context is shorter."""
+
+
 class KerasArtifact:
     """A causal LM of KerasHub, dressed or not.
 
@@ -140,6 +155,7 @@ class FileArtifact:
         self.tokenizer = lm._codec.tokenizer if has_tokenizer else None
         self.start_token_id = about.generation.start_token_id
         self.context_length: int | None = lm.context_length
+        self.batch_sizes = lm.batch_sizes
 
     def logits(self, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
         """Returns logits of a batch, float32 `(batch, length, vocabulary)`."""
@@ -177,6 +193,26 @@ class FileArtifact:
             if len(cache.tokens) + 1 >= lm.context_length:
                 del cache.tokens[depth:]
             return engine.decode(cache, len(cache.tokens) * 7 % lm.vocabulary_size).argmax()
+
+        return call
+
+    def steps_together(self, depth: int, size: int) -> Callable[[], object] | None:
+        """Returns a call that decodes one token of each of several texts."""
+        lm, engine = self.lm, self.lm._engine
+        if depth + 1 >= lm.context_length:
+            return None
+        batch, cache = engine.new_batch(size), engine.new_cache()
+        engine.read(cache, [i * 7 % lm.vocabulary_size for i in range(depth)])
+        for slot in range(size):
+            batch.place(slot, cache, depth + 1)
+
+        def call() -> object:
+            if len(batch.tokens[0]) + 1 >= lm.context_length:
+                for text in batch.tokens:
+                    del text[depth:]
+            end = len(batch.tokens[0])
+            logits = batch.decode({i: (end + i) * 7 % lm.vocabulary_size for i in range(size)}, end)
+            return [row.argmax() for row in logits.values()]
 
         return call
 

@@ -125,6 +125,17 @@ def latency_table(results: Sequence[Result]) -> Table:
     return table
 
 
+def batches_table(results: Sequence[Result]) -> Table:
+    """Returns tokens per second by depth and batch, of files that have batches."""
+    depths = list(dict.fromkeys(d for r in results for by in r.speed.by_batch.values() for d in by))
+    table = _compared(("tokens/s, all texts", "texts", *(f"behind {d}" for d in depths)), 24)
+    for result in results:
+        for i, (size, by) in enumerate(result.speed.by_batch.items()):
+            cells = (f"{by[d]:,.0f}" if d in by else "" for d in depths)
+            table.add_row("" if i else result.name, size, *cells)
+    return table
+
+
 def trials_table(found: Found) -> Table:
     """Returns the trials of a search; those on the front have a star, the kept one an arrow."""
     table = _compared(("", "candidate", "steps", "MB", "gzip", "tok/s", "rise"), 2)
