@@ -42,6 +42,8 @@ class Speed:
             tokens come from one call (Keras, SavedModels).
         by_batch: New tokens per second of all texts together, by how many they are and by the
             tokens before each, as texts; empty where the file was exported without batches.
+        joules_per_token: Energy of a new token, of all that the processor did meanwhile, prompt
+            included; `None` if it was not asked for, or the machine does not count it.
         load_seconds: From the path to a model that has made its first token, in a process of its
             own; `None` if it was not asked for, or the model is in memory alone.
         peak_rss_bytes: Most memory of that process, all of Python included, or `None`.
@@ -51,6 +53,7 @@ class Speed:
     tokens_per_second: float
     by_depth: Mapping[str, Latency] = field(default_factory=dict)
     by_batch: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    joules_per_token: float | None = None
     load_seconds: float | None = None
     peak_rss_bytes: int | None = None
 

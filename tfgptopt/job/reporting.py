@@ -248,6 +248,7 @@ def render_report(runs: Sequence[Run], title: str = "What was measured") -> str:
         headings=HEADINGS,
         rows=[[name, *cells(result)[1:]] for name, result in named],
         named=named,
+        counted=any(r.speed.joules_per_token is not None for _, r in named),
         charts=_charts(runs, named),
         bars=_bars(runs),
         passages=[(name, [_tokens(p) for p in r.quality.changed]) for name, r in named
