@@ -11,6 +11,7 @@ import matplotlib.image
 import pytest
 
 from tfgptopt.evaluation import Quality, Result, Size, Speed
+from tfgptopt.evaluation.distributions import Distribution
 from tfgptopt.evaluation.machine import Machine
 from tfgptopt.evaluation.passages import ChangedPassage
 from tfgptopt.evaluation.results import Run, Training, load_results, save_results
@@ -54,7 +55,8 @@ def run():
         result("int4", 60, 110.0, 2.3, 0.35, peak_rss_bytes=10**8),
     )
     curves = {"dense": ((1.0, 3.0, 0.0), (2.0, 2.5, 0.0)), "small": ((1.0, 3.0, 0.1),)}
-    training = Training(curves, {"x/kernel": 0.5}, {"x/kernel": 32.0, "y/kernel": 20.0},
+    weights = {"layer_*/x/kernel": Distribution(-1.0, 1.0, (0.2, 0.5, 0.2), (0.0, 0.4, 0.1), 0.5)}
+    training = Training(curves, {"x/kernel": 0.5}, {"x/kernel": 32.0, "y/kernel": 20.0}, weights,
                         {"techniques": []}, 3.0)  # fmt: skip
     return Run(results, "float32", {"text": ["held_out"]}, machine, training)
 
@@ -76,7 +78,7 @@ def test_the_front_is_what_nothing_beats():
 def test_the_page_is_whole_and_safe(run, tmp_path):
     page = render_report([run, run])
     assert "<script" not in page and "&lt;b&gt;a" in page
-    assert "int8 (2)" in page and page.count("<svg") == 2 + 1
+    assert "int8 (2)" in page and page.count("<svg") == 2 + 1 + 2
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     for shown in (
         "what the memory allows",

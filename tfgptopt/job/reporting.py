@@ -18,7 +18,7 @@ from tfgptopt.evaluation.explain import Attribution, rank_correlation
 from tfgptopt.evaluation.passages import ChangedPassage
 from tfgptopt.evaluation.results import Run
 from tfgptopt.file.replacing import replacing
-from tfgptopt.job.charts import Point, curves_chart, front_chart
+from tfgptopt.job.charts import Point, curves_chart, front_chart, weights_chart
 from tfgptopt.job.tables import HEADINGS, cells
 from tfgptopt.terminal.tables import across_layers
 
@@ -133,6 +133,16 @@ def _charts(runs: Sequence[Run], named: Sequence[tuple[str, Result]]) -> dict[st
             title = "Loss over steps" + (", and sparsity" if any(run.training.sparsity) else "")
             found[title] = curves_chart(run.training.curves, run.training.bigram_loss)
     return {title: Markup(chart) for title, chart in found.items()}
+
+
+def _weights(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """Returns places in layers and charts of the weights there, of each run."""
+    return [
+        (place.removesuffix("/kernel"), Markup(weights_chart(place, found)))
+        for run in runs
+        if run.training is not None
+        for place, found in run.training.weights.items()
+    ]
 
 
 def _bars(runs: Sequence[Run]) -> dict[str, list[_Bar]]:
@@ -251,6 +261,7 @@ def render_report(runs: Sequence[Run], title: str = "What was measured") -> str:
         counted=any(r.speed.joules_per_token is not None for _, r in named),
         charts=_charts(runs, named),
         bars=_bars(runs),
+        weights=_weights(runs),
         passages=[(name, [_tokens(p) for p in r.quality.changed]) for name, r in named
                   if any(abs(p.rise) > _SHOWN for p in r.quality.changed)],
         continuations=_continuations(named),
