@@ -13,7 +13,7 @@ from tfgptopt.evaluation.loss import perplexity
 from tfgptopt.evaluation.passages import ChangedPassage, Changes
 from tfgptopt.evaluation.reading import Held, Parts, rows_of, spans_of
 from tfgptopt.evaluation.texts import Windowed
-from tfgptopt.generation.scoring import score_tokens
+from tfgptopt.generation.scoring import Scores, score_tokens
 from tfgptopt.model.types import Data
 from tfgptopt.terminal.progress import track
 
@@ -82,7 +82,8 @@ def compare_quality(
         Names to `Quality`.
 
     Raises:
-        ValueError: If there are no tokens with weight.
+        ValueError: If there are no tokens with weight, or a model does not know one of them, or
+            predicts NaN.
     """
     windowed = data if isinstance(data, Windowed) else Windowed(data)
     sums: dict[str, list[np.ndarray]] = {name: [] for name in artifacts}
@@ -140,13 +141,39 @@ def _batch(
         found[name] = np.zeros((*labels.shape, _SAME))
         for row, (parts, span) in enumerate(zip(rows, spans, strict=True)):
             other = None if known is None or name == reference else known[row]
-            one = score_tokens(parts, labels[row, span], other)
+            one = _scored(name, parts, labels[row, span], weights[row, span], other)
             among = [one.likelier < most for most in (1, _TOP)]
             # Without another one, a model is its own.
             apart = (one.divergences, one.alike) if other is not None else (0 * one.losses, 1.0)
             found[name][row, span] = np.stack(
                 np.broadcast_arrays(one.losses, *among, *apart), axis=-1
             )
+    return found
+
+
+def _scored(
+    name: str, parts: Parts, labels: np.ndarray, weights: np.ndarray, known: np.ndarray | None
+) -> Scores:
+    """Returns how tokens were predicted.
+
+    Raises:
+        ValueError: If the model does not know one of them, or what it predicts is no number.
+    """
+    try:
+        found = score_tokens(parts, labels, known)
+    except IndexError:
+        raise ValueError(
+            f"'{name}' does not know token {labels.max()} of the data: they are of another "
+            "tokenizer. Give texts (`read_texts`), which each model reads with its own tokenizer, "
+            "and compare bits per byte, which do not depend on it as perplexities do."
+        ) from None
+    wrong = int((~np.isfinite(found.losses[weights > 0])).sum())
+    if wrong:
+        raise ValueError(
+            f"'{name}' predicts NaN or infinity for {wrong} of {len(labels)} tokens of a window: a "
+            "weight is NaN, or 16 bits overflowed. Measure a checkpoint from before that, or "
+            "compute in float32."
+        )
     return found
 
 
