@@ -2,6 +2,7 @@
 
 import itertools
 import sys
+import time
 
 import keras_hub
 import numpy as np
@@ -147,8 +148,6 @@ def test_loading_is_measured_in_a_process_of_its_own(paths, texts):
 
 
 def test_latencies_by_depth_and_a_stopwatch(corpus, tmp_path):
-    import time
-
     lm = tfgptopt.TFLiteCausalLM(tfgptopt.export(make_gpt(context=160), tmp_path / "gpt.tflite"))
     from tfgptopt.evaluation.speed import compare_speed, with_latencies
 
@@ -164,6 +163,24 @@ def test_latencies_by_depth_and_a_stopwatch(corpus, tmp_path):
         lm.generate([1, 2, 3], max_length=103, stop=None)
         times.append(time.perf_counter() - began)
     assert 0.4 < speed.tokens_per_second / (100 / np.median(times)) < 2.5
+
+
+def test_speed_by_batch_is_that_of_a_stopwatch(tmp_path):
+    from tfgptopt.evaluation.speed import Speed, with_latencies
+    from tfgptopt.exporting import TFLite
+
+    sizes = TFLite(batch_sizes=(4,))
+    artifact = open_artifact(tfgptopt.export(make_gpt(context=20), tmp_path / "gpt.tflite", sizes))
+    speed = with_latencies({"a": Speed(1.0, 1.0)}, {"a": artifact}, (16, 64))["a"]
+    assert {size: list(by) for size, by in speed.by_batch.items()} == {"1": ["16"], "4": ["16"]}
+    assert speed.by_batch["1"]["16"] == pytest.approx(1e3 / speed.by_depth["16"].p50)
+    step, times = artifact.steps_together(16, 4), []
+    for _ in range(20):
+        began = time.perf_counter()
+        made = step()
+        times.append(time.perf_counter() - began)
+    assert len(made) == 4
+    assert 0.3 < speed.by_batch["4"]["16"] / (4 / np.median(times)) < 3
 
 
 def test_bad_artifacts_and_texts(gpt, texts, tmp_path, monkeypatch):

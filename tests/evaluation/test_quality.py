@@ -133,9 +133,32 @@ def test_bits_per_byte_do_not_depend_on_the_tokenizer(corpus, trained, tmp_path)
     assert file.quality.bits_per_byte == pytest.approx(model.quality.bits_per_byte, rel=1e-2)
 
 
-def test_bad_input(gpt, data):
+def test_models_of_other_vocabularies_have_no_divergence(gpt, data):
+    wider = make_gpt(310)
+    found = compare_quality({"a": open_artifact(gpt), "b": open_artifact(wider)}, data, "a")["b"]
+    assert found.kl is None and found.agreement is None and "kl" not in found.intervals
+    assert np.isfinite(found.change) and np.isfinite(found.loss)
+
+
+def test_bad_input(gpt, data, tmp_path):
     with pytest.raises(ValueError, match="`reference` must be one of"):
         tfgptopt.evaluate({"a": gpt}, data, reference="b")
     empty = data.map(lambda x, y, w: (x, y, 0 * w))
     with pytest.raises(ValueError, match="no tokens with weight"):
-        tfgptopt.evaluate({"a": gpt}, empty, new_tokens=1, runs=1)
+        compare_quality({"a": open_artifact(gpt)}, empty)
+    small = {"small": open_artifact(make_gpt(200))}
+    known = data.map(lambda x, y, w: ({**x, "token_ids": x["token_ids"] % 200}, y, w))
+    with pytest.raises(ValueError, match=r"'small' does not know token 2.*compare bits per byte"):
+        compare_quality(small, known)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="Cannot write"):
+        save_results([], tmp_path / "file" / "results.json")
+
+
+def test_predictions_that_are_no_numbers_are_an_error(data):
+    broken = make_gpt()
+    weight = next(w for w in broken.weights if "layer_norm/gamma" in w.path)
+    weight.assign([float("nan"), *weight.numpy()[1:]])
+    named = {"whole": open_artifact(make_gpt()), "broken": open_artifact(broken)}
+    with pytest.raises(ValueError, match=r"'broken' predicts NaN or infinity for .* tokens"):
+        compare_quality(named, data, "whole")

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import sys
 
 import keras_hub
 import numpy as np
@@ -11,6 +13,7 @@ from evaluation.test_artifacts import logs_of
 
 import tfgptopt
 from tfgptopt.evaluation import open_artifact
+from tfgptopt.evaluation.meteor import meteor_scores
 from tfgptopt.evaluation.tasks import MultipleChoice, References, compare_texts, read_task
 
 ITEMS = [
@@ -83,6 +86,51 @@ def test_references_are_compared_as_the_papers_say():
     assert score.numbers["chrf"] > 50 and math.isfinite(score.numbers["rougeL"])
     with pytest.raises(ValueError, match="References do not match: 1 texts, 2 with"):
         compare_texts(answers[:1], known)
+
+
+@pytest.fixture
+def wordnet(tmp_path, monkeypatch):
+    """A WordNet of one meaning, `big` and `great`, in the place of nltk's."""
+    corpus = pytest.importorskip("nltk.corpus")
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    from nltk.corpus.util import LazyCorpusLoader
+
+    folder = tmp_path / "corpora" / "wordnet"
+    folder.mkdir(parents=True)
+    for name in WordNetCorpusReader._FILES:
+        (folder / name).touch()
+    (folder / "data.adj").write_text("00000000 00 a 02 big 0 great 0 000 | not small  \n")
+    (folder / "index.adj").write_text(
+        "".join(f"{w} a 1 0 1 0 00000000  \n" for w in ("big", "large"))
+    )
+    (folder / "lexnames").write_text("00\tadj.all\t3\n")
+    lazy = LazyCorpusLoader("wordnet", WordNetCorpusReader, None)
+    monkeypatch.setattr(corpus, "wordnet", lazy)
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    return folder
+
+
+def test_meteor_is_the_formula_of_words_stems_and_synonyms(wordnet):
+    pairs = (["the big dog runs fast"], [["the great dog running fast"]])
+    # By hand: all five words match, in one chunk: 1 - 0.5 * (1 / 5) ** 3.
+    assert meteor_scores(*pairs) == [pytest.approx(1 - 0.5 * (1 / 5) ** 3)]
+    # Without synonyms, four of five in two chunks: F = 0.8.
+    expected = 0.8 * (1 - 0.5 * (2 / 4) ** 3)
+    assert meteor_scores(*pairs, wordnet=False) == [pytest.approx(expected)]
+    pytest.importorskip("sacrebleu")
+    score = compare_texts(*pairs)
+    assert score.numbers["meteor"] == pytest.approx(0.996) and "meteor" in score.intervals
+
+
+def test_meteor_says_what_it_lacks(wordnet, monkeypatch):
+    shutil.rmtree(wordnet)
+    with pytest.raises(FileNotFoundError, match=r"python -m nltk\.downloader wordnet"):
+        meteor_scores(["a"], [["a"]])
+    pytest.importorskip("sacrebleu")
+    assert "meteor" not in compare_texts(["a"], [["a"]]).numbers
+    monkeypatch.setitem(sys.modules, "nltk.translate.meteor_score", None)
+    with pytest.raises(ImportError, match=r"tfgptopt\[evaluation\]"):
+        meteor_scores(["a"], [["a"]])
 
 
 def test_an_artifact_answers_prompts(gpt):

@@ -131,6 +131,25 @@ def test_score_is_the_log_softmax_of_the_dressed_model(lm, trained):
     np.testing.assert_allclose(lm.score(text), expected, atol=0.02)
 
 
+def test_logits_of_the_end_of_a_text_cost_no_head_before_it(lm, monkeypatch):
+    engine, ids, read = lm._engine, list(range(1, 26)), []
+    whole, run = lm.logits(ids), engine._run
+
+    def counted(signature, *args):
+        logits = run(signature, *args)
+        read.append((signature.length, len(logits) > 0))
+        return logits
+
+    monkeypatch.setattr(engine, "_run", counted)
+    cache = engine.new_cache()
+    found = np.concatenate(list(engine.score_parts(cache, ids, 18)))
+    np.testing.assert_allclose(found, whole[18:], atol=1e-4)
+    assert sum(length for length, head in read if head) <= 8 and cache.tokens == ids
+    read.clear()
+    parts = list(engine.score_parts(cache, [*ids[:20], 40, 41], 20))  # Its beginning is there.
+    assert sum(map(len, parts)) == 2 and read == [(4, True)]
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [

@@ -11,6 +11,7 @@ import matplotlib.image
 import pytest
 
 from tfgptopt.evaluation import Quality, Result, Size, Speed
+from tfgptopt.evaluation.distributions import Distribution
 from tfgptopt.evaluation.machine import Machine
 from tfgptopt.evaluation.passages import ChangedPassage
 from tfgptopt.evaluation.results import Run, Training, load_results, save_results
@@ -41,11 +42,21 @@ def run():
     latency = {"64": Latency(1.0, 1.5, 2.0)}
     results = (
         result("float32", 400, 40.0, 2.0, 0.0),
-        result("int8", 100, 120.0, 2.02, 0.02, by_depth=latency, load_seconds=0.4),
+        result(
+            "int8",
+            100,
+            120.0,
+            2.02,
+            0.02,
+            by_depth=latency,
+            load_seconds=0.4,
+            by_batch={"1": {"64": 90.0}, "4": {"64": 1234.0}},
+        ),
         result("int4", 60, 110.0, 2.3, 0.35, peak_rss_bytes=10**8),
     )
     curves = {"dense": ((1.0, 3.0, 0.0), (2.0, 2.5, 0.0)), "small": ((1.0, 3.0, 0.1),)}
-    training = Training(curves, {"x/kernel": 0.5}, {"x/kernel": 32.0, "y/kernel": 20.0},
+    weights = {"layer_*/x/kernel": Distribution(-1.0, 1.0, (0.2, 0.5, 0.2), (0.0, 0.4, 0.1), 0.5)}
+    training = Training(curves, {"x/kernel": 0.5}, {"x/kernel": 32.0, "y/kernel": 20.0}, weights,
                         {"techniques": []}, 3.0)  # fmt: skip
     return Run(results, "float32", {"text": ["held_out"]}, machine, training)
 
@@ -67,9 +78,16 @@ def test_the_front_is_what_nothing_beats():
 def test_the_page_is_whole_and_safe(run, tmp_path):
     page = render_report([run, run])
     assert "<script" not in page and "&lt;b&gt;a" in page
-    assert "int8 (2)" in page and page.count("<svg") == 2 + 1
+    assert "int8 (2)" in page and page.count("<svg") == 2 + 1 + 2
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
-    for shown in ("what the memory allows", "quiz, accuracy", "20.0 dB", "p99 ms", "By domain"):
+    for shown in (
+        "what the memory allows",
+        "quiz, accuracy",
+        "20.0 dB",
+        "p99 ms",
+        "By domain",
+        "1,234",
+    ):
         assert shown in page
     save_results(run, tmp_path / "results.json")
     assert load_results(tmp_path / "results.json") == run

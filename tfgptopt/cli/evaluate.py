@@ -54,6 +54,9 @@ def evaluate(
     processes: Annotated[
         bool, typer.Option("--processes", help="Also load each in a process of its own.")
     ] = False,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Also joules of a token, where they are counted.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
     force: Force = False,
 ) -> None:
@@ -89,6 +92,7 @@ def evaluate(
         tasks=tasks,
         prompts=prompt or (),
         processes=processes,
+        energy=energy,
         tokenizer=None if reading is None else reading_tokenizer(reading, str(tokenizer)),
         explanation=method,
     )
@@ -158,6 +162,7 @@ def _data(
 def _print(results: list[Result]) -> None:
     """Prints tables of what was measured."""
     from tfgptopt.job.tables import (
+        batches_table,
         domains_table,
         latency_table,
         quality_table,
@@ -174,7 +179,10 @@ def _print(results: list[Result]) -> None:
         )
     if results[0].quality.domains:
         console.print(domains_table(results))
-    if any(r.speed.by_depth or r.speed.load_seconds is not None for r in results):
+    speeds = [result.speed for result in results]
+    if any(s.by_depth or s.load_seconds is not None or s.joules_per_token for s in speeds):
         console.print(latency_table(results))
+    if any(r.speed.by_batch for r in results):
+        console.print(batches_table(results))
     if results[0].tasks:
         console.print(tasks_table(results))

@@ -11,6 +11,7 @@ import keras_hub
 
 from tfgptopt.data.corpus import tokens_as_input
 from tfgptopt.evaluation.artifacts import Artifact, KerasArtifact, open_artifact
+from tfgptopt.evaluation.energy import with_energy
 from tfgptopt.evaluation.explain import Attribution, Method
 from tfgptopt.evaluation.explain import explain as explain_prompt
 from tfgptopt.evaluation.loss import perplexity
@@ -54,6 +55,7 @@ def evaluate(
     processes: bool = False,
     tokenizer: keras_hub.tokenizers.Tokenizer | None = None,
     explanation: Method | None = None,
+    energy: bool = False,
 ) -> list[Result]:
     """Measures artifacts of any kind side by side, each as itself.
 
@@ -82,6 +84,8 @@ def evaluate(
         tokenizer: Tokenizer for artifacts without one, such as SavedModels. Defaults to `None`.
         explanation: Method of `tfgptopt.evaluation.explain` that says which tokens of `prompts`
             the reference's next token hangs on, in each. Defaults to `None`: not asked.
+        energy: bool. Also measure the joules of a token, where the processor counts them (RAPL;
+            extra `energy`); elsewhere a warning says why there is no number. Defaults to `False`.
 
     Returns:
         List of `Result`, in the order of `models`.
@@ -111,8 +115,12 @@ def evaluate(
     artifacts = {name: _open(name, model, tokenizer) for name, model in named.items()}
     cut = {name: _windowed(name, one, data, windows) for name, one in artifacts.items()}
     with showing(verbose):
+        begin = {name: list(prompt or _first(one)) for name, one in cut.items()}
         with stage("Measuring speed, in turns"):
-            speeds = _speeds(artifacts, cut, prompt, new_tokens, runs)
+            speeds = compare_speed(artifacts, begin, new_tokens, runs)
+            speeds = with_latencies(speeds, artifacts)
+        if energy:
+            speeds = with_energy(speeds, artifacts, begin, new_tokens)
         if processes:
             speeds = with_processes(speeds, artifacts)
         with contextlib.ExitStack() as stack:
@@ -167,18 +175,6 @@ def _windowed(
             f"{windows.length}. Choose shorter windows (--sequence-length)."
         )
     return windows_of(data, artifact.tokenizer, artifact.start_token_id, windows)
-
-
-def _speeds(
-    artifacts: Mapping[str, Artifact],
-    cut: Mapping[str, Windowed],
-    prompt: Sequence[int] | None,
-    new_tokens: int,
-    runs: int,
-) -> dict[str, Speed]:
-    """Returns the speeds of greedy generation, and of each token by depth."""
-    prompts = {name: list(prompt or _first(one)) for name, one in cut.items()}
-    return with_latencies(compare_speed(artifacts, prompts, new_tokens, runs), artifacts)
 
 
 def _first(windowed: Windowed) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,6 +56,29 @@ class Artifact(Protocol):
 
     def size(self) -> Size:
         """Returns how large it is."""
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """An artifact whose logits need not be held all at once."""
+
+    def parts(self, ids: list[int], first: int = 0) -> Iterator[np.ndarray]:
+        """Yields logits behind the tokens of a text from `first` on, some at a time."""
+
+
+@runtime_checkable
+class InBatches(Protocol):
+    """An artifact that makes tokens of several texts together.
+
+    Attributes:
+        batch_sizes: Of how many, in rising order; none if it was not exported with any.
+    """
+
+    batch_sizes: list[int]
+
+    def steps_together(self, depth: int, size: int) -> Callable[[], object] | None:
+        """Returns a call that makes one more token of each text, all behind `depth` others; `None`
+        where the context is shorter."""
 
 
 class KerasArtifact:
@@ -132,14 +155,21 @@ class FileArtifact:
         self.tokenizer = lm._codec.tokenizer if has_tokenizer else None
         self.start_token_id = about.generation.start_token_id
         self.context_length: int | None = lm.context_length
+        self.batch_sizes = lm.batch_sizes
 
     def logits(self, inputs: dict[str, tf.Tensor]) -> tf.Tensor:
         """Returns logits of a batch, float32 `(batch, length, vocabulary)`."""
         rows = np.asarray(inputs["token_ids"])
-        found = np.empty((*rows.shape, self.lm.vocabulary_size), np.float32)
-        for row, place in zip(rows, found, strict=True):
-            place[:] = self.lm.logits(row.tolist())
-        return tf.convert_to_tensor(found)
+        return tf.convert_to_tensor(np.stack([self.lm.logits(row.tolist()) for row in rows]))
+
+    def parts(self, ids: list[int], first: int = 0) -> Iterator[np.ndarray]:
+        """Yields logits behind the tokens of a text from `first` on, some at a time; those before
+        it are read without the head, and those that the last text had too are not read again."""
+        lm = self.lm
+        tokens = lm._codec.encode(ids)
+        lm.texts.prompts.check_length(tokens, lm.context_length)
+        with lm._idle.lent() as cache:
+            yield from lm._engine.score_parts(cache, tokens, first)
 
     def generation(self, prompt: list[int], new_tokens: int) -> Callable[[], list[int]]:
         """Returns a call that reads the prompt anew."""
@@ -163,6 +193,26 @@ class FileArtifact:
             if len(cache.tokens) + 1 >= lm.context_length:
                 del cache.tokens[depth:]
             return engine.decode(cache, len(cache.tokens) * 7 % lm.vocabulary_size).argmax()
+
+        return call
+
+    def steps_together(self, depth: int, size: int) -> Callable[[], object] | None:
+        """Returns a call that decodes one token of each of several texts."""
+        lm, engine = self.lm, self.lm._engine
+        if depth + 1 >= lm.context_length:
+            return None
+        batch, cache = engine.new_batch(size), engine.new_cache()
+        engine.read(cache, [i * 7 % lm.vocabulary_size for i in range(depth)])
+        for slot in range(size):
+            batch.place(slot, cache, depth + 1)
+
+        def call() -> object:
+            if len(batch.tokens[0]) + 1 >= lm.context_length:
+                for text in batch.tokens:
+                    del text[depth:]
+            end = len(batch.tokens[0])
+            logits = batch.decode({i: (end + i) * 7 % lm.vocabulary_size for i in range(size)}, end)
+            return [row.argmax() for row in logits.values()]
 
         return call
 

@@ -12,10 +12,13 @@ import tensorflow as tf
 
 from tfgptopt.data.corpus import tokens_as_input
 from tfgptopt.evaluation.artifacts import Artifact, KerasArtifact
+from tfgptopt.evaluation.integrating import integrate
 
 Method = Literal["occlusion", "integrated_gradients", "shap", "lime"]
 _EXTRA = "Explaining with {} needs it: pip install 'tfgptopt[explain]'."
 _AT_ONCE = 16
+# Of each piece of the way of integrated gradients.
+_POINTS = 8
 
 
 @dataclass(frozen=True)
@@ -55,15 +58,17 @@ def explain(
         artifact: What `open_artifact` gave; a Keras model for `"integrated_gradients"`.
         prompt: A text, or token ids, at least two.
         method: `"occlusion"`: how far the next token's log-probability falls when a token is
-            replaced. `"integrated_gradients"`: gradients by embeddings, along the way from zeros
-            (Keras models). `"shap"`: Shapley values over permutations, through SHAP. `"lime"`: a
+            replaced. `"integrated_gradients"`: gradients by embeddings, along the way from those of
+            a prompt of which nothing is told (Keras models): from zeros, models that norms begin
+            with jump at once. `"shap"`: Shapley values over permutations, through SHAP. `"lime"`: a
             linear model of replaced tokens, through LIME. The last two need the extra `explain`.
             Defaults to `"occlusion"`.
         target: Id of the next token to explain. Defaults to `None`: the likeliest.
         masked_id: Id that stands in for a token that is not told. Defaults to `None`: that of a
             space, or 0 without one.
         samples: Prompts that LIME reads, permutations of SHAP times four, or points on the way of
-            integrated gradients. Defaults to `64`.
+            integrated gradients, to which others are added where they do not sum to the difference.
+            Defaults to `64`.
         seed: int. Of what is drawn. Defaults to `0`.
 
     Returns:
@@ -99,7 +104,7 @@ def explain(
     if method == "occlusion":
         values = score - ask(~np.eye(len(ids), dtype=bool))
     elif method == "integrated_gradients":
-        values, score, baseline = _integrated_gradients(artifact, ids, target, samples)
+        values, score, baseline = _integrated_gradients(artifact, ids, masked_id, target, samples)
     elif method == "shap":
         values = _shap(ask, len(ids), samples, seed)
     else:
@@ -193,7 +198,7 @@ def _text(artifact: Artifact, token: int) -> str:
 
 
 def _integrated_gradients(
-    artifact: Artifact, ids: list[int], target: int, points: int
+    artifact: Artifact, ids: list[int], masked_id: int, target: int, points: int
 ) -> tuple[np.ndarray, float, float]:
     """Returns attributions, and the scores at both ends of the way.
 
@@ -207,26 +212,27 @@ def _integrated_gradients(
             "Integrated gradients need a Keras model with `backbone.token_embedding`: explain a "
             f"file by 'occlusion' or 'shap'. Received: {artifact.kind}"
         )
-    tokens = tf.constant([ids], tf.int32)
-    whole = tf.convert_to_tensor(table(tokens))
-    inputs = {"token_ids": tokens, "padding_mask": tf.ones_like(tokens)}
+    begin = tf.convert_to_tensor(table(tf.fill((1, len(ids)), masked_id)))
+    way = tf.convert_to_tensor(table(tf.constant([ids], tf.int32))) - begin
 
-    def score(embedded: tf.Tensor) -> tf.Tensor:
-        with tokens_as_input(artifact.model), _embedding(table, embedded):
-            logits = tf.cast(artifact.model(inputs, training=False), tf.float32)
-        return tf.nn.log_softmax(logits[0, -1])[target]
-
-    # Gauss and Legendre's points: few of them integrate smooth ways exactly.
-    places, weights = np.polynomial.legendre.leggauss(points)
-    total = tf.zeros_like(whole)
-    for place, weight in zip((places + 1) / 2, weights / 2, strict=True):
-        point = whole * tf.cast(place, whole.dtype)
+    def some(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        points = begin + way * tf.cast(places[:, None, None], way.dtype)
+        tokens = tf.constant([ids] * len(places), tf.int32)
+        inputs = {"token_ids": tokens, "padding_mask": tf.ones_like(tokens)}
         with tf.GradientTape() as tape:
-            tape.watch(point)
-            value = score(point)
-        total += tape.gradient(value, point) * tf.cast(weight, whole.dtype)
-    values = tf.reduce_sum(total * whole, axis=-1)[0]
-    return np.asarray(values), float(score(whole)), float(score(tf.zeros_like(whole)))
+            tape.watch(points)
+            with tokens_as_input(artifact.model), _embedding(table, points):
+                logits = tf.cast(artifact.model(inputs, training=False), tf.float32)
+            scores = tf.nn.log_softmax(logits[:, -1])[:, target]
+        slopes = tf.reduce_sum(tape.gradient(scores, points) * way, axis=-1)
+        return np.asarray(scores, np.float64), np.asarray(slopes, np.float64)
+
+    def ask(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = [some(places[i : i + _AT_ONCE]) for i in range(0, len(places), _AT_ONCE)]
+        scores, slopes = zip(*found, strict=True)
+        return np.concatenate(scores), np.concatenate(slopes)
+
+    return integrate(ask, max(points // _POINTS, 1))
 
 
 class _embedding:

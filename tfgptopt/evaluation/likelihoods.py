@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import tensorflow as tf
 
 from tfgptopt.evaluation.artifacts import Artifact
+from tfgptopt.evaluation.reading import logits_behind
+from tfgptopt.generation.scoring import score_tokens
 
 
 def encode_pair(artifact: Artifact, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -63,10 +64,6 @@ def log_likelihood(
             f"A continuation has {len(continuation)} tokens, and the context only {most}."
         )
     read = ids[:-1] if most is None else ids[:-1][-most:]
-    tokens = tf.constant([read], tf.int32)
-    logits = artifact.logits({"token_ids": tokens, "padding_mask": tf.ones_like(tokens)})
-    last = np.asarray(logits[0, -len(continuation) :], np.float64)
-    last -= last.max(-1, keepdims=True)
-    logs = last - np.log(np.exp(last).sum(-1, keepdims=True))
-    rows = np.arange(len(continuation))
-    return float(logs[rows, continuation].sum()), bool((last.argmax(-1) == continuation).all())
+    parts = logits_behind(artifact, read, len(read) - len(continuation))
+    scores = score_tokens(parts, np.asarray(continuation, int))
+    return -float(scores.losses.sum()), bool((scores.likelier == 0).all())

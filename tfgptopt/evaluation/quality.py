@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from tfgptopt.evaluation.artifacts import Artifact
 from tfgptopt.evaluation.loss import perplexity
 from tfgptopt.evaluation.passages import ChangedPassage, Changes
+from tfgptopt.evaluation.reading import Held, Parts, rows_of, spans_of
 from tfgptopt.evaluation.texts import Windowed
+from tfgptopt.generation.scoring import Scores, score_tokens
 from tfgptopt.model.types import Data
 from tfgptopt.terminal.progress import track
 
@@ -81,28 +82,27 @@ def compare_quality(
         Names to `Quality`.
 
     Raises:
-        ValueError: If there are no tokens with weight.
+        ValueError: If there are no tokens with weight, or a model does not know one of them, or
+            predicts NaN.
     """
     windowed = data if isinstance(data, Windowed) else Windowed(data)
     sums: dict[str, list[np.ndarray]] = {name: [] for name in artifacts}
     changes = {name: Changes() for name in artifacts if reference and name != reference}
     sizes: list[int] = []
+    held = Held()
     count = int(windowed.batches.cardinality())
     shown = track(windowed.batches, "Measuring quality", count if count > 0 else None)
-    for inputs, labels, weights in shown:
-        weights = tf.cast(weights, tf.float32)
-        known = artifacts[reference].logits(inputs) if reference else None
-        for name, artifact in artifacts.items():
-            own = artifact.logits(inputs) if known is None or name != reference else known
-            alike = known is not None and known.shape[-1] == own.shape[-1]
-            found, rise = _sums(
-                own, labels, weights, known if alike and name != reference else None
-            )
-            sums[name].append(found.numpy())
-            if alike and name in changes:
-                changes[name].add(np.asarray(labels), np.asarray(weights), rise.numpy())
+    for inputs, *wanted in shown:
+        labels, weights = (np.asarray(one) for one in wanted)
+        batch = _batch(artifacts, inputs, labels, weights, reference, held)
+        for name, values in batch.items():
+            weighted = np.concatenate([np.ones((*labels.shape, 1)), values], -1)
+            sums[name].append(np.einsum("bts,bt->bs", weighted, weights.astype(np.float64)))
+            if name in changes:
+                rises = values[..., _LOSS - 1] - batch[str(reference)][..., _LOSS - 1]
+                changes[name].add(labels, weights, rises)
         if decode is not None and windowed.sizes is None:
-            sizes += _bytes(decode, np.asarray(labels), np.asarray(weights))
+            sizes += _bytes(decode, labels, weights)
     stacked = {name: np.concatenate(found).astype(np.float64) for name, found in sums.items()}
     total = next(iter(stacked.values()))[:, _WEIGHT].sum() if stacked else 0
     if not total:
@@ -120,26 +120,61 @@ def compare_quality(
     return found
 
 
-@tf.function(reduce_retracing=True, autograph=False)
-def _sums(
-    logits: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, known: tf.Tensor | None
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns what is summed over each window, float32 `(batch, 6)`, and how much more loss each
-    token has than in the reference; without one, the model is its own."""
-    labels = tf.cast(labels, tf.int32)
-    at_label = tf.gather(logits, labels, batch_dims=2)
-    total = tf.reduce_logsumexp(logits, axis=-1)
-    rank = tf.reduce_sum(tf.cast(logits > at_label[..., None], tf.int32), axis=-1)
-    loss = total - at_label
-    kl, same, rise = tf.zeros_like(loss), tf.ones_like(loss), tf.zeros_like(loss)
-    if known is not None:
-        own = tf.nn.log_softmax(known)
-        kl = total + tf.reduce_sum(tf.exp(own) * (own - logits), axis=-1)
-        same = tf.cast(tf.argmax(logits, -1) == tf.argmax(known, -1), tf.float32)
-        rise = loss + tf.gather(own, labels, batch_dims=2)
-    among = [tf.cast(rank < most, tf.float32) for most in (1, _TOP)]
-    each = (tf.ones_like(weights), loss, *among, kl, same)
-    return tf.stack([tf.reduce_sum(one * weights, axis=-1) for one in each], axis=-1), rise
+def _batch(
+    artifacts: Mapping[str, Artifact],
+    inputs: Mapping[str, Any],
+    labels: np.ndarray,
+    weights: np.ndarray,
+    reference: str | None,
+    held: Held,
+) -> dict[str, np.ndarray]:
+    """Returns what is summed of each token but its weight, `(batch, tokens, 5)`; zeros where no
+    token has weight."""
+    spans = spans_of(weights)
+    known: list[np.ndarray] | None = None
+    found = {}
+    for name in sorted(artifacts, key=lambda name: name != reference):
+        rows: Iterable[Parts] = rows_of(artifacts[name], inputs, spans)
+        if name == reference:
+            known = held.hold(rows, spans)
+            rows = ((one,) for one in known)
+        found[name] = np.zeros((*labels.shape, _SAME))
+        for row, (parts, span) in enumerate(zip(rows, spans, strict=True)):
+            other = None if known is None or name == reference else known[row]
+            one = _scored(name, parts, labels[row, span], weights[row, span], other)
+            among = [one.likelier < most for most in (1, _TOP)]
+            # Without another one, a model is its own.
+            apart = (one.divergences, one.alike) if other is not None else (0 * one.losses, 1.0)
+            found[name][row, span] = np.stack(
+                np.broadcast_arrays(one.losses, *among, *apart), axis=-1
+            )
+    return found
+
+
+def _scored(
+    name: str, parts: Parts, labels: np.ndarray, weights: np.ndarray, known: np.ndarray | None
+) -> Scores:
+    """Returns how tokens were predicted.
+
+    Raises:
+        ValueError: If the model does not know one of them, or what it predicts is no number.
+    """
+    try:
+        found = score_tokens(parts, labels, known)
+    except IndexError:
+        raise ValueError(
+            f"'{name}' does not know token {labels.max()} of the data: they are of another "
+            "tokenizer. Give texts (`read_texts`), which each model reads with its own tokenizer, "
+            "and compare bits per byte, which do not depend on it as perplexities do."
+        ) from None
+    wrong = int((~np.isfinite(found.losses[weights > 0])).sum())
+    if wrong:
+        raise ValueError(
+            f"'{name}' predicts NaN or infinity for {wrong} of {len(labels)} tokens of a window: a "
+            "weight is NaN, or 16 bits overflowed. Measure a checkpoint from before that, or "
+            "compute in float32."
+        )
+    return found
 
 
 def _bytes(
@@ -203,8 +238,11 @@ def _quality(sums: np.ndarray, known: np.ndarray | None, sizes: np.ndarray | Non
     drawn = np.random.default_rng(0).choice(windows, (_SAMPLES, len(windows)))
     ends = (_OUTSIDE / 2, 100 - _OUTSIDE / 2)
     intervals = {}
+    if np.isnan(values.get("kl", 0.0)):  # Of other vocabularies.
+        values |= {"kl": None, "agreement": None}
     for name, found in over(drawn, 1).items():
-        low, high = np.percentile(found, ends)
-        intervals[name] = (float(low), float(high))
+        if values[name] is not None:
+            low, high = np.percentile(found, ends)
+            intervals[name] = (float(low), float(high))
     values.setdefault("bits_per_byte", None)
     return Quality(**values, tokens=int(sums[:, _WEIGHT].sum()), intervals=intervals)

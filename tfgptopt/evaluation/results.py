@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tfgptopt.evaluation.distributions import Distribution
 from tfgptopt.evaluation.explain import Attribution
 from tfgptopt.evaluation.machine import Machine
 from tfgptopt.evaluation.quality import Quality
@@ -64,6 +65,7 @@ class Training:
         sparsity: Paths of weights to their share of zeros.
         noise: Paths of rounded weights to their ratio of signal to noise, in dB: 6 dB more are half
             the error.
+        weights: Places in layers to how the weights there lay before and after.
         recipe: The techniques, as `Recipe.to_config` gives them.
         bigram_loss: Held-out loss of a bigram model, in nats per token, or `None`.
     """
@@ -71,6 +73,7 @@ class Training:
     curves: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
     sparsity: Mapping[str, float] = field(default_factory=dict)
     noise: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Distribution] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     bigram_loss: float | None = None
 

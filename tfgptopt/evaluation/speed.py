@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tfgptopt.evaluation.artifacts import Artifact, open_artifact
+from tfgptopt.evaluation.artifacts import Artifact, InBatches, open_artifact
 
 # New tokens whose times the percentiles are of, at each depth.
 _STEPS = 32
@@ -40,6 +40,10 @@ class Speed:
             time.
         by_depth: Time of a token by the number of tokens before it, as a text; empty where all
             tokens come from one call (Keras, SavedModels).
+        by_batch: New tokens per second of all texts together, by how many they are and by the
+            tokens before each, as texts; empty where the file was exported without batches.
+        joules_per_token: Energy of a new token, of all that the processor did meanwhile, prompt
+            included; `None` if it was not asked for, or the machine does not count it.
         load_seconds: From the path to a model that has made its first token, in a process of its
             own; `None` if it was not asked for, or the model is in memory alone.
         peak_rss_bytes: Most memory of that process, all of Python included, or `None`.
@@ -48,6 +52,8 @@ class Speed:
     first_token_ms: float
     tokens_per_second: float
     by_depth: Mapping[str, Latency] = field(default_factory=dict)
+    by_batch: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    joules_per_token: float | None = None
     load_seconds: float | None = None
     peak_rss_bytes: int | None = None
 
@@ -100,7 +106,7 @@ def compare_speed(
 def with_latencies(
     speeds: Mapping[str, Speed], artifacts: Mapping[str, Artifact], depths: Sequence[int] = DEPTHS
 ) -> dict[str, Speed]:
-    """Returns speeds with the time of each token by depth, the artifacts in turns.
+    """Returns speeds with the time of each token by depth, and of batches, the artifacts in turns.
 
     Args:
         speeds: What `compare_speed` gave.
@@ -108,17 +114,36 @@ def with_latencies(
         depths: Tokens before the new ones; those that a context cannot hold are left out.
     """
     found: dict[str, dict[str, Latency]] = {name: {} for name in speeds}
+    together: dict[str, dict[str, dict[str, float]]] = {name: {} for name in speeds}
     for depth in depths:
-        steps = {name: artifacts[name].steps(depth) for name in speeds}
-        times: dict[str, list[float]] = {name: [] for name in speeds}
-        for run in range(_STEPS + 1):
-            for name, step in steps.items():
-                if step is not None:
-                    took = _seconds(step)
-                    if run:  # The first one makes buffers.
-                        times[name].append(1e3 * took)
-        for name, took_all in times.items():
-            if took_all:
-                ends = (float(x) for x in np.percentile(took_all, (50, 95, 99)))
-                found[name][str(depth)] = Latency(*ends)
-    return {name: replace(speed, by_depth=found[name]) for name, speed in speeds.items()}
+        steps: dict[tuple[str, int], Callable[[], object] | None] = {}
+        for name in speeds:
+            artifact = artifacts[name]
+            steps[name, 1] = artifact.steps(depth)
+            if isinstance(artifact, InBatches):
+                for size in artifact.batch_sizes:
+                    steps[name, size] = artifact.steps_together(depth, size)
+        for (name, size), took_all in _in_turns(steps).items():
+            middle, *ends = (float(x) for x in np.percentile(took_all, (50, 95, 99)))
+            if size == 1:
+                found[name][str(depth)] = Latency(middle, *ends)
+            if len([key for key in steps if key[0] == name]) > 1:
+                together[name].setdefault(str(size), {})[str(depth)] = 1e3 * size / middle
+    return {
+        name: replace(speed, by_depth=found[name], by_batch=together[name])
+        for name, speed in speeds.items()
+    }
+
+
+def _in_turns(
+    steps: Mapping[tuple[str, int], Callable[[], object] | None],
+) -> dict[tuple[str, int], list[float]]:
+    """Returns the milliseconds of calls that take turns; those that are none are left out."""
+    calls = {key: step for key, step in steps.items() if step is not None}
+    times: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+    for run in range(_STEPS + 1):
+        for key, step in calls.items():
+            took = _seconds(step)
+            if run:  # The first one makes buffers.
+                times[key].append(1e3 * took)
+    return times

@@ -12,6 +12,7 @@ import numpy as np
 
 from tfgptopt.evaluation.artifacts import Artifact
 from tfgptopt.evaluation.likelihoods import encode_pair, log_likelihood
+from tfgptopt.evaluation.meteor import has_wordnet, meteor_scores
 from tfgptopt.terminal.progress import track
 
 _SAMPLES = 1000
@@ -110,7 +111,8 @@ class References:
     """Greedy continuations of prompts, compared with references.
 
     `bleu`, `chrf` and `ter` are sacrebleu's of the whole, `rouge1`, `rouge2` and `rougeL` mean
-    F-measures of rouge-score, the best of a prompt's references each.
+    F-measures of rouge-score, `meteor` nltk's mean, the best of a prompt's references each. There
+    is no `meteor` unless nltk's data of WordNet are installed: `python -m nltk.downloader wordnet`.
 
     Args:
         name: What it is called in tables.
@@ -181,10 +183,13 @@ def compare_texts(answers: Sequence[str], references: Sequence[Sequence[str]]) -
     numbers = {n: float(m.corpus_score(list(answers), streams).score) for n, m in metrics.items()}
     kinds = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(kinds)
+    meteor = meteor_scores(answers, references) if has_wordnet() else []
     rows = []
     for answer, known in zip(answers, references, strict=True):
         best = scorer.score_multi(list(known), answer)
         rows.append([best[kind].fmeasure for kind in kinds])
+    if meteor:
+        kinds, rows = [*kinds, "meteor"], [[*r, m] for r, m in zip(rows, meteor, strict=True)]
     means = _mean_score({kind: i for i, kind in enumerate(kinds)}, np.asarray(rows))
     return Score(len(answers), {**numbers, **means.numbers}, means.intervals)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ai_edge_litert
@@ -126,13 +126,22 @@ class Engine:
             whole: Whether layers with a window keep all rows, as a batch needs them. Defaults to
                 `False`.
         """
+        self._read(cache, tokens, len(tokens), whole)
+        if whole:
+            with self._lock:
+                self._caches.fit(self._decode.name, cache, len(tokens), len(tokens))
+
+    def _read(
+        self, cache: Cache, tokens: Sequence[int], expected: int, whole: bool = False
+    ) -> None:
+        """Reads tokens, and leaves room for so many as are expected in all."""
         shared = cache.shared_with(tokens)
         if not self._caches.can_go_on(cache, shared, whole):
             shared = cache.start = 0
         del cache.tokens[shared:]
         with self._lock:
             if not whole:
-                self._caches.shrink(cache, len(tokens))
+                self._caches.shrink(cache, expected)
         lengths = (1, *(signature.length for signature in self._prefill))
         while (position := len(cache.tokens)) < len(tokens):
             length = _split(len(tokens) - position, lengths)
@@ -140,9 +149,6 @@ class Engine:
                 self.decode(cache, tokens[position], whole)
             else:
                 self._chunk(self._prefill, length, cache, tokens, position, whole)
-        if whole:
-            with self._lock:
-                self._caches.fit(self._decode.name, cache, len(tokens), len(tokens))
 
     def decode(self, cache: Cache, token: int, whole: bool = False) -> np.ndarray:
         """Reads one token more; returns the logits behind it, float32 `(vocabulary,)`.
@@ -187,19 +193,37 @@ class Engine:
         return logits.reshape(-1, self.vocabulary_size)[: len(tokens)]
 
     def score(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
-        """Reads a text from its beginning; returns all logits, float32 `(tokens, vocabulary)`."""
+        """Reads a text; returns the logits behind each token, float32 `(tokens, vocabulary)`."""
         logits = np.empty((len(tokens), self.vocabulary_size), np.float32)
-        cache.tokens.clear()
-        cache.start = 0
-        with self._lock:
-            self._caches.shrink(cache, len(tokens))
         position = 0
-        while position < len(tokens):
-            length = _split(len(tokens) - position, tuple(s.length for s in self._score))
-            flat, start = self._chunk(self._score, length, cache, tokens, position)
-            position = len(cache.tokens)
-            logits[start:position] = flat.reshape(length, -1)[: position - start]
+        for part in self.score_parts(cache, tokens):
+            logits[position : position + len(part)] = part
+            position += len(part)
         return logits
+
+    def score_parts(
+        self, cache: Cache, tokens: Sequence[int], first: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Yields the logits behind tokens, some at a time, so that few are held.
+
+        Args:
+            cache: Where the text is read; of the tokens before `first` it may hold some already.
+            tokens: The text.
+            first: Number of the first token whose logits are wanted: those before it are read
+                without the head. Defaults to `0`.
+
+        Yields:
+            float32 arrays `(tokens, vocabulary)`, which together are those of all from `first` on.
+        """
+        self._read(cache, tokens[:first], len(tokens))
+        lengths = tuple(s.length for s in self._score)
+        position = first
+        while position < len(tokens):
+            length = _split(len(tokens) - position, lengths)
+            flat, start = self._chunk(self._score, length, cache, tokens, position)
+            end = len(cache.tokens)
+            yield flat.reshape(length, -1)[position - start : end - start]
+            position = end
 
     def _chunk(
         self,

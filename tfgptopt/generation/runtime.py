@@ -24,6 +24,7 @@ from tfgptopt.generation.engine import Engine
 from tfgptopt.generation.feeding import Feeder, continue_together
 from tfgptopt.generation.guessing import Speculation
 from tfgptopt.generation.prompts import is_single
+from tfgptopt.generation.scoring import score_tokens
 from tfgptopt.generation.session import Session
 from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.templates import KNOWN, ChatTemplate, get_template
@@ -322,11 +323,10 @@ class TFLiteCausalLM:
         """
         ids = self._codec.encode(prompt, special_tokens=special_tokens)
         self.texts.prompts.check_length(ids, self.context_length + 1)
-        logits = self.logits(ids[:-1]) if len(ids) > 1 else np.empty((0, 1), np.float32)
-        logits -= logits.max(axis=-1, keepdims=True)
-        chosen = logits[np.arange(len(ids) - 1), ids[1:]]
-        sums = np.exp(logits, out=logits).sum(axis=-1, dtype=np.float64)
-        scores: np.ndarray = (chosen - np.log(sums)).astype(np.float32)
+        with self._idle.lent() as cache:
+            parts = self._engine.score_parts(cache, ids[:-1])
+            losses = score_tokens(parts, np.asarray(ids[1:], int)).losses
+        scores: np.ndarray = -losses.astype(np.float32)
         return scores
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from tfgptopt.evaluation.distributions import Distribution
 
 # Colors that stand for those of the page, which its style sheet defines for light and dark.
 _INK, _SOFT, _GRID = "#010203", "#040506", "#070809"
@@ -43,6 +46,8 @@ _STYLE: Any = {
 
 # Of an axis: closer points share a label.
 _NEAR = 0.05
+# Fewer exact zeros are not worth a word.
+_ZEROS = 0.005
 
 
 @dataclass(frozen=True)
@@ -155,6 +160,29 @@ def curves_chart(
             bottom.set_ylim(0, 1)
         (bottom or top).set_xlabel("step")
         return _svg(figure, f"Training loss over steps of {', '.join(curves)}", "curves")
+
+
+def weights_chart(place: str, found: Distribution) -> str:
+    """Returns how weights lay before, as an area, and after, as a line.
+
+    Args:
+        place: What they are called.
+        found: Their bins.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _new(2.2)
+        edges = np.linspace(found.low, found.high, len(found.before) + 1)
+        axes.stairs(found.before, edges, fill=True, color=_SERIES[1], alpha=0.45, label="before")
+        axes.stairs(found.after, edges, color=_SERIES[0], lw=1.4, label="after")
+        if found.zeros > _ZEROS:
+            text = f"{found.zeros:.0%} exact zeros, not drawn"
+            axes.text(0.01, 0.97, text, transform=axes.transAxes, va="top", fontsize=9)
+        axes.set_xlabel("weight")
+        axes.set_ylabel("share")
+        axes.legend(frameon=False, fontsize=9, loc="upper right")
+        axes.margins(x=0, y=0.12)
+        words = f"Weights of {place} from {found.low:.3g} to {found.high:.3g}, before and after"
+        return _svg(figure, f"{words}; {found.zeros:.1%} exact zeros after", place)
 
 
 def _labels(axes: Axes, points: Sequence[Point]) -> list[tuple[str, tuple[float, float]]]:

@@ -21,6 +21,7 @@ from tfgptopt.distillation import Distiller
 from tfgptopt.distillation.technique import Distill
 from tfgptopt.evaluation import evaluate
 from tfgptopt.evaluation.bigram import bigram_loss
+from tfgptopt.evaluation.distributions import distributions
 from tfgptopt.evaluation.machine import measure_machine
 from tfgptopt.exporting import TFLite, export
 from tfgptopt.file.replacing import check_target, replacing
@@ -365,6 +366,7 @@ def _measure_and_write(
         strategy=strategy,
         corpus=corpus,
         noise=noise,
+        weights=distributions(dense, model),
         machine=measure_machine(),
     )
     write_results(outcome, folder / "results.json")

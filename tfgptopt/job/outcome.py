@@ -14,6 +14,7 @@ from tfgptopt.data.corpus import Corpus
 from tfgptopt.data.encoding import tokenizer_of
 from tfgptopt.data.portable import text_tokenizer
 from tfgptopt.evaluation import Result
+from tfgptopt.evaluation.distributions import Distribution
 from tfgptopt.evaluation.machine import Machine
 from tfgptopt.evaluation.results import Run, Training, save_results
 from tfgptopt.quantization import report
@@ -37,6 +38,7 @@ class Outcome:
         strategy: The strategy that was used, in words.
         corpus: The text.
         noise: Path of each rounded weight to its ratio of signal to noise, in dB.
+        weights: Places in layers to how the weights there lay before and after.
         machine: Where it was measured, or `None`.
     """
 
@@ -48,6 +50,7 @@ class Outcome:
     strategy: str
     corpus: Corpus
     noise: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Distribution] = field(default_factory=dict)
     machine: Machine | None = None
 
     def as_run(self) -> Run:
@@ -64,6 +67,7 @@ class Outcome:
             curves={name: tuple(curve) for name, curve in self.curves.items()},
             sparsity=self.sparsity,
             noise=self.noise,
+            weights=self.weights,
             recipe=self.recipe.to_config(),
             bigram_loss=self.bigram_loss,
         )

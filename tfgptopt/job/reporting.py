@@ -18,7 +18,7 @@ from tfgptopt.evaluation.explain import Attribution, rank_correlation
 from tfgptopt.evaluation.passages import ChangedPassage
 from tfgptopt.evaluation.results import Run
 from tfgptopt.file.replacing import replacing
-from tfgptopt.job.charts import Point, curves_chart, front_chart
+from tfgptopt.job.charts import Point, curves_chart, front_chart, weights_chart
 from tfgptopt.job.tables import HEADINGS, cells
 from tfgptopt.terminal.tables import across_layers
 
@@ -135,6 +135,16 @@ def _charts(runs: Sequence[Run], named: Sequence[tuple[str, Result]]) -> dict[st
     return {title: Markup(chart) for title, chart in found.items()}
 
 
+def _weights(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """Returns places in layers and charts of the weights there, of each run."""
+    return [
+        (place.removesuffix("/kernel"), Markup(weights_chart(place, found)))
+        for run in runs
+        if run.training is not None
+        for place, found in run.training.weights.items()
+    ]
+
+
 def _bars(runs: Sequence[Run]) -> dict[str, list[_Bar]]:
     """Returns titles to what each weight has."""
     found: dict[str, list[_Bar]] = {}
@@ -248,8 +258,10 @@ def render_report(runs: Sequence[Run], title: str = "What was measured") -> str:
         headings=HEADINGS,
         rows=[[name, *cells(result)[1:]] for name, result in named],
         named=named,
+        counted=any(r.speed.joules_per_token is not None for _, r in named),
         charts=_charts(runs, named),
         bars=_bars(runs),
+        weights=_weights(runs),
         passages=[(name, [_tokens(p) for p in r.quality.changed]) for name, r in named
                   if any(abs(p.rise) > _SHOWN for p in r.quality.changed)],
         continuations=_continuations(named),

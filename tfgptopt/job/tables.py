@@ -110,7 +110,9 @@ def tasks_table(results: Sequence[Result]) -> Table:
 
 def latency_table(results: Sequence[Result]) -> Table:
     """Returns how evenly tokens come, and what loading takes, as far as it was measured."""
-    heads = ("", "load s", "peak MB", "depth", "p50 ms", "p95 ms", "p99 ms")
+    counted = any(result.speed.joules_per_token is not None for result in results)
+    heads = ("", "load s", "peak MB", *(["J/token"] if counted else []),
+             "depth", "p50 ms", "p95 ms", "p99 ms")  # fmt: skip
     table = _compared(heads, 24)
     for result in results:
         speed = result.speed
@@ -121,7 +123,20 @@ def latency_table(results: Sequence[Result]) -> Table:
             for depth, one in speed.by_depth.items()
         ] or [("", "", "", "")]
         for i, row in enumerate(rows):
-            table.add_row(*(("", "", "") if i else (result.name, load, peak)), *row)
+            joules = speed.joules_per_token
+            energy = [] if not counted else ["" if joules is None or i else f"{joules:.3g}"]
+            table.add_row(*(("", "", "") if i else (result.name, load, peak)), *energy, *row)
+    return table
+
+
+def batches_table(results: Sequence[Result]) -> Table:
+    """Returns tokens per second by depth and batch, of files that have batches."""
+    depths = list(dict.fromkeys(d for r in results for by in r.speed.by_batch.values() for d in by))
+    table = _compared(("tokens/s, all texts", "texts", *(f"behind {d}" for d in depths)), 24)
+    for result in results:
+        for i, (size, by) in enumerate(result.speed.by_batch.items()):
+            cells = (f"{by[d]:,.0f}" if d in by else "" for d in depths)
+            table.add_row("" if i else result.name, size, *cells)
     return table
 
 
