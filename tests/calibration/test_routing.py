@@ -110,10 +110,34 @@ def test_gptq_of_an_expert_is_gptq_on_the_rows_routed_to_it(block_size):
     assert max(better) < 1.0 and np.median(better) < 0.8
 
 
-def test_methods_that_move_scales_leave_experts_and_say_so():
+def test_scales_of_neurons_are_moved_expert_by_expert():
+    model, plain = make_mixture(idle=2), make_mixture(idle=2)
+    for one in (model, plain):  # A neuron of each expert stands out.
+        kernel = kernels_of(one)[1]
+        kernel.assign(kernel.numpy() * np.where(np.arange(64) == 5, 40.0, 1.0))
+    before = [kernel.numpy() for kernel in kernels_of(plain)]
+    with pytest.warns(UserWarning) as said:
+        tfgptopt.quantize(model, Int8(), "smoothquant", DATA, verbose=0)
+    messages = [str(one.message) for one in said if one.category is UserWarning]
+    assert any("smoothquant move no scales of what 2 weights of experts" in m for m in messages)
+    assert any("expert 2 of" in m and "SmoothQuant leaves its scales" in m for m in messages)
+    factors = kernels_of(model)[2].numpy() / before[2]
+    np.testing.assert_allclose(factors, factors[..., :1] + 0 * factors, rtol=1e-3)
+    assert (factors[2] == 1).all() and all(factors[i, 5, 0] > 2 * factors[i, 0, 0] for i in (0, 1))
+    np.testing.assert_allclose(
+        kernels_of(model)[1].numpy() * factors[:, :, 0][:, None], before[1], rtol=1e-3
+    )
+    tfgptopt.quantize(plain, Int8(), verbose=0)
+    found, nearest = (
+        {row.path: row.output_sqnr for row in report(one, DATA).rows}[kernels_of(one)[2].path]
+        for one in (model, plain)
+    )
+    assert found > nearest + 3, (found, nearest)
+
+
+def test_reports_cover_experts():
     model = make_mixture()
-    with pytest.warns(UserWarning, match=r"awq move no scales of what experts read"):
-        tfgptopt.quantize(model, Int8(), "awq", DATA, verbose=0)
+    tfgptopt.quantize(model, Int8(), verbose=0)
     rows = {row.path: row for row in report(model, DATA).rows}
     for kernel in kernels_of(model):
         assert 20 < rows[kernel.path].output_sqnr < 60

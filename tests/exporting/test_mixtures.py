@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -83,6 +84,25 @@ def test_the_file_of_a_mixture_computes_as_keras(name, tmp_path):
         assert np.median(difference) < 1e-3 < np.abs(expected - plain).mean()
         # Besides the integers, rows as short as these have scales that matter.
         assert size - smaller > 0.6 * floats
+
+
+def test_eight_experts_at_int8_take_a_quarter_and_say_the_same(tmp_path):
+    settings = {**MIXTURES["Mixtral"], "num_experts": 8, "num_layers": 1}
+    settings |= {"hidden_dim": 256, "intermediate_dim": 256}
+    backbone = keras_hub.models.MixtralBackbone(**settings)
+    model = keras_hub.models.MixtralCausalLM(backbone, preprocessor=None)
+    tokens = prompt(CONTEXT)
+    _, size = export(model, tmp_path / "float.tflite")
+    exact = keras.ops.log_softmax(logits(model, tokens)).numpy()
+    tfgptopt.quantize(model, Int8(), verbose=0)
+    lm, smaller = export(model, tmp_path / "int8.tflite")
+    assert smaller <= 0.28 * size
+    found = keras.ops.log_softmax(file_logits(lm, tokens)).numpy()
+    kl, of_guess = (
+        np.sum(np.exp(exact) * (exact - one), axis=1).mean()
+        for one in (found, np.full_like(exact, -np.log(VOCABULARY)))
+    )
+    assert 0 < kl < 5e-3 * of_guess, (kl, of_guess)
 
 
 def operators_by_signature(path):

@@ -99,6 +99,15 @@ class Target:
         values = keras.ops.reshape(matrix, [shape[axis] for axis in order])
         return keras.ops.transpose(values, sorted(range(len(order)), key=order.__getitem__))
 
+    def assign(self, matrix: Any) -> None:
+        """Writes a matrix `(inputs, outputs)` into the variable; other experts stay as they are."""
+        values = self.from_matrix(keras.ops.cast(matrix, "float32"))
+        if self.expert is not None:
+            every = keras.ops.convert_to_numpy(self.variable).copy()
+            every[self.expert] = values[0]
+            values = every
+        self.variable.assign(values)
+
 
 @dataclass(frozen=True)
 class Skipped:

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration.batches import batches_of, rows_of
+from tfgptopt.calibration.routing import warn_of_unread
 from tfgptopt.calibration.watching import advancing, observe_all
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Config, Data
@@ -39,16 +40,16 @@ class _Inputs:
     def __init__(self, rows_per_call: int) -> None:
         self._rows_per_call = rows_per_call
         self._shared: dict[int, dict[str, Any]] = {}
-        self._keys: dict[int, int] = {}
-        self._last: Any = None
+        self._keys: dict[Any, int] = {}
+        self._last: dict[int | None, tuple[tf.Tensor, int]] = {}
 
     def __call__(self, target: Target, rows: tf.Tensor) -> None:
-        shared = self._last is not None and rows is self._last[0]
-        default = self._last[1] if shared else len(self._keys)
-        key = self._keys.setdefault(id(target.variable), default)
-        if not (shared and key == self._last[1]):
+        last, number = self._last.get(target.expert, (None, -1))
+        shared = rows is last
+        key = self._keys.setdefault(target.key, number if shared else len(self._keys))
+        if not (shared and key == number):
             self._gather(key, rows)
-        self._last = rows, key
+        self._last[target.expert] = rows, key
 
     def _gather(self, key: int, rows: tf.Tensor) -> None:
         sizes = tf.abs(rows)
@@ -67,9 +68,10 @@ class _Inputs:
         old["largest"] = np.maximum(old["largest"], new["largest"])
         old["rows"] += new["rows"]
 
-    def of(self, target: Target) -> Config:
-        """Returns what was gathered for a target."""
-        return self._shared[self._keys[id(target.variable)]]
+    def of(self, target: Target) -> Config | None:
+        """Returns what was gathered for a target, or `None` for an expert that read nothing."""
+        key = self._keys.get(target.key)
+        return None if key is None else self._shared[key]
 
 
 def balance(
@@ -111,16 +113,21 @@ def balance(
     rows = sum(rows_of(batch) for batch in batches)
     tries = {id(pair): _TRIES * sum(t.size for t in pair.consumers) for pair in pairs}
     work = rows * sum(target.size for target in kernels) + sum(tries.values())
-    moved = []
+    moved, unread = [], []
     with stage(f"{_NAMES[kind]}, reading", work) as shown:
         observe_all(model, kernels, batches, advancing(inputs, shown, lambda t: t.size))
         for i, pair in enumerate(pairs, 1):
             shown.say(f"{_NAMES[kind]}, place {i} of {len(pairs)}")
-            factors = _best_factors(pair, inputs.of(pair.consumers[0]), specs, kind)
+            gathered = inputs.of(pair.consumers[0])
+            if gathered is None:
+                unread.append(pair.consumers[0])
+                continue
+            factors = _best_factors(pair, gathered, specs, kind)
             if factors is not None:
                 pair.fold(factors)
                 moved.append(pair)
             shown.advance(tries[id(pair)])
+    warn_of_unread(unread, f"{_NAMES[kind]} leaves its scales", stacklevel=4)
     return moved
 
 

@@ -226,20 +226,19 @@ def _balance(
     """Moves scales between inputs and weights, by one method after the other."""
     if not kinds:
         return
-    dense = [(target, spec) for target, spec in chosen if target.expert_axis is None]
-    if len(dense) < len(chosen):
-        warnings.warn(
-            f"{' and '.join(kinds)} move no scales of what experts read, since routers read it too:"
-            f" {len(chosen) - len(dense)} weights of experts are rounded as they are.",
-            stacklevel=4,
-        )
-    kernels = [target for target, _ in dense if target.role != "embedding"]
-    if not kernels:
-        return
+    kernels = [target for target, _ in chosen if target.role != "embedding"]
     with stage("Looking where scales can be moved"):
         pairs = find_pairs(model, kernels, batches_of(data)[0])
+    scaled = {id(target.variable) for pair in pairs for target in pair.consumers}
+    fixed = [t for t in kernels if t.expert_axis is not None and id(t.variable) not in scaled]
+    if fixed:
+        warnings.warn(
+            f"{' and '.join(kinds)} move no scales of what {len(fixed)} weights of experts read, "
+            f"such as {fixed[0].path}: routers read it too, or it is no linear function.",
+            stacklevel=3,
+        )
     for kind in kinds:
-        balance(model, dense, pairs, data, kind)
+        balance(model, chosen, pairs, data, kind)
 
 
 def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:

@@ -34,11 +34,13 @@ class Pair:
         producer: A normalization with a factor for each feature, or the kernel of a product.
         consumers: Kernels that read what it gives, and nothing else reads it.
         channels: For each input of the consumers, the feature of the producer.
+        first: Which output of a product is the first feature: in front there may be gates.
     """
 
     producer: Any
     consumers: tuple[Target, ...]
     channels: np.ndarray
+    first: int = 0
 
     def fold(self, factors: np.ndarray) -> None:
         """Divides the features by factors, and multiplies the weights that read them.
@@ -49,9 +51,9 @@ class Pair:
         for target in self.consumers:
             rows = factors[self.channels][:, np.newaxis]
             matrix = target.to_matrix(target.variable.value).numpy() * rows
-            target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
+            target.assign(matrix)
         if isinstance(self.producer, Target):
-            _divide_outputs(self.producer, factors)
+            _divide_outputs(self.producer, factors, self.first)
         else:
             _divide_norm(self.producer, factors)
 
@@ -61,9 +63,10 @@ class Pair:
         return int(self.channels.max()) + 1
 
 
-def _divide_outputs(target: Target, factors: np.ndarray) -> None:
-    matrix = target.to_matrix(target.variable.value).numpy() / factors
-    target.variable.assign(target.from_matrix(matrix.astype(np.float32)))
+def _divide_outputs(target: Target, factors: np.ndarray, first: int) -> None:
+    matrix = target.to_matrix(target.variable.value).numpy().copy()
+    matrix[:, first : first + len(factors)] /= factors
+    target.assign(matrix)
     bias = getattr(target.layer, "bias", None)
     if bias is not None:
         bias.assign(keras.ops.convert_to_numpy(bias) / factors.reshape(bias.shape))
@@ -200,6 +203,10 @@ def _product_pairs(model: keras.Layer, chosen: list[Target], probe: _Probe) -> l
     found: list[Pair] = []
     known: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
     for block in targets_by_block(model, chosen):
+        experts = [target for target in block if target.expert_axis is not None]
+        block = [target for target in block if target.expert_axis is None]
+        for way in _expert_pairs(experts):
+            found += way if probe.holds(way) else []
         shape = tuple((t.matrix_shape, type(t.layer).__name__) for t in block)
         pairs = {
             (i, j): _product_pair(block[i], block[j])
@@ -215,6 +222,25 @@ def _product_pairs(model: keras.Layer, chosen: list[Target], probe: _Probe) -> l
     if found and not probe.holds(found):
         found = [pair for pair in found if probe.holds([pair])]
     return found
+
+
+def _expert_pairs(experts: list[Target]) -> Iterator[list[Pair]]:
+    """Yields ways in which the neurons of experts may be scaled, each a pair for each expert.
+
+    What goes into experts is not scaled: their router reads the same.
+    """
+    # Ways in read tokens, the way out reads the neurons of each expert.
+    ways_in = [target for target in experts if target.row_axes == (1,)]
+    for down in (target for target in experts if target.row_axes == (2,)):
+        inputs, count = down.matrix_shape[0], len(down.parts)
+        bank = down.path.rpartition("/")[0]
+        for up in (target for target in ways_in if target.path.rpartition("/")[0] == bank):
+            outputs = up.matrix_shape[1] // count
+            if outputs in (inputs, 2 * inputs):  # Behind the gates, where one product makes both.
+                yield [
+                    Pair(one, (other,), np.arange(inputs), outputs - inputs)
+                    for one, other in zip(up.parts, down.parts, strict=True)
+                ]
 
 
 def _product_pair(first: Target, second: Target) -> Pair | None:

@@ -98,7 +98,7 @@ def _where_chosen(graph: Graph, mixture: Mixture, index: int, inputs: list[Tenso
         graph,
         op.is_positive(graph, inputs[2]),
         inputs,
-        graph.branch(("expert", id(mixture.down[index])), inputs, add),
+        graph.branch(("expert", mixture.down[index]), inputs, add),
         graph.branch(("keep", shape), inputs, keep),
         shape,
     )
