@@ -1,13 +1,16 @@
 """How far are the estimates of `tfgptopt advise` from measurements?
 
-    python benchmarks/advise.py
+    python benchmarks/advise.py [--steps]
 
 Two GPT-2s with random weights: sizes of files, tokens per second behind 128 tokens, and a training
-step of 8 x 128 tokens, each beside its estimate. The machine is measured before each.
+step of 8 x 128 tokens, each beside its estimate. The machine is measured before each. Steps run in
+a process of their own, whose most memory less that before the model was made is the step's.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,8 +37,16 @@ def make(shape: Shape) -> keras_hub.models.GPT2CausalLM:
     return keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
 
 
-def step_seconds(gpt: keras_hub.models.GPT2CausalLM, shape: Shape) -> float:
-    """Returns the seconds of a training step, the least of several."""
+def memory(name: str) -> int:
+    """Returns bytes of this process: `VmRSS` now, `VmHWM` at most."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def step(shape: Shape) -> tuple[float, int]:
+    """Returns the seconds of a training step, the least of several, and its bytes."""
+    before = memory("VmRSS")
+    gpt = make(shape)
     compile_model(gpt, Training(0, 8, 1e-4))
     tokens = np.random.default_rng(0).integers(0, shape.vocabulary, (8, 129))
     inputs = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((8, 128), np.int32)}
@@ -45,7 +56,19 @@ def step_seconds(gpt: keras_hub.models.GPT2CausalLM, shape: Shape) -> float:
         began = time.perf_counter()
         gpt.train_on_batch(inputs, tokens[:, 1:])
         times.append(time.perf_counter() - began)
-    return min(times)
+    return min(times), memory("VmHWM") - before
+
+
+def steps() -> None:
+    context = multiprocessing.get_context("spawn")
+    for shape in SHAPES:
+        machine = measure_machine()
+        known = estimate_training(shape, machine)
+        with context.Pool(1) as pool:
+            took, size = pool.apply(step, (shape,))
+        print(f"{shape.parameters / 1e6:.1f} M weights; {machine.flops / 1e12:.2f} TFLOP/s; step: "
+              f"at least {known.seconds:.2f} s, {took:.2f} measured; {known.bytes / 1e9:.2f} GB "
+              f"estimated, {size / 1e9:.2f} measured", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -63,20 +86,19 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 path = tfgptopt.export(rounded, Path(folder) / "gpt.tflite", verbose=0)
                 size = path.stat().st_size
-                step = open_artifact(path).steps(128)
+                decode = open_artifact(path).steps(128)
                 times = []
                 for _ in range(65):
                     began = time.perf_counter()
-                    step()
+                    decode()
                     times.append(time.perf_counter() - began)
             rate = 1 / min(times[1:])
             print(f"  {one.spec}: {one.bytes / 1e6:.1f} MB estimated, {size / 1e6:.1f} measured; "
                   f"at most {one.tokens_per_second:,.0f} tokens/s, {rate:,.0f} measured "
                   f"({rate / one.tokens_per_second:.0%})", flush=True)  # fmt: skip
-        known = estimate_training(shape, machine)
-        took = step_seconds(gpt, shape)
-        print(f"  step: at least {known.seconds:.2f} s, {took:.2f} measured", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    if "--steps" not in sys.argv:
+        main()
+    steps()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import keras
@@ -14,6 +15,7 @@ from data.chatty import CHATS, gemma_tokenizer
 
 import tfgptopt
 from tfgptopt.data import load_corpus, load_preset
+from tfgptopt.evaluation.energy import why_not_measured
 from tfgptopt.evaluation.loss import tflite_loss
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.quantization.post_training import _automatic
@@ -59,10 +61,14 @@ def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
     for word in ("GPT2CausalLM", "decode", "byte pairs", "quantize_aware", "float32", "4.50"):
         assert word in shown.stdout, shown.stdout
     (tmp_path / "task.jsonl").write_text('{"question": "a", "choices": ["b", "c"], "answer": 0}')
-    compared = run("evaluate", path, preset, "--text", text, "--sequence-length", 16,
-                   "--json", tmp_path / "results.json", "--reference", preset, "--stride", 8,
-                   "--task", tmp_path / "task.jsonl", "--prompt", "import os",
-                   "--explain", "occlusion")  # fmt: skip
+    lacking = why_not_measured()
+    energy = ["--energy"] if lacking else []
+    noted = pytest.warns(UserWarning, match="Energy was not measured: this machine|may not be")
+    with noted if lacking else contextlib.nullcontext():
+        compared = run("evaluate", path, preset, "--text", text, "--sequence-length", 16,
+                       "--json", tmp_path / "results.json", "--reference", preset, "--stride", 8,
+                       "--task", tmp_path / "task.jsonl", "--prompt", "import os",
+                       "--explain", "occlusion", *energy)  # fmt: skip
     assert compared.returncode == 0, compared.stderr
     assert "small.tflite" in compared.stdout and "perp" in compared.stdout
     assert all(len(line) <= 80 and "…" not in line for line in compared.stdout.splitlines())

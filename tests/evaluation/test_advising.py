@@ -5,7 +5,14 @@ import pytest
 from conftest import make_gpt
 
 import tfgptopt
-from tfgptopt.evaluation.advising import Shape, estimate_files, estimate_training, shape_of
+from tfgptopt.evaluation.advising import (
+    Shape,
+    estimate_files,
+    estimate_on_gpu,
+    estimate_training,
+    shape_of,
+)
+from tfgptopt.evaluation.gpus import GPUS, Gpu
 from tfgptopt.evaluation.machine import Machine, measure_machine
 from tfgptopt.quantization import Int8
 
@@ -46,6 +53,21 @@ def test_floors_are_those_of_the_formulas():
     assert step.seconds == pytest.approx(6 * shape.parameters * 1024 / 1e11)
     assert step.bytes > 16 * shape.parameters and step.fits
     assert not estimate_training(shape, MACHINE, 256, 1024).fits
+
+
+def test_steps_on_gpus_are_those_of_the_formulas():
+    shape = Shape(12, 768, 50257, 3072, 12)
+    gpu = Gpu("one", 16 << 30, 1e14, 1e12)
+    large = estimate_on_gpu(shape, gpu, 32, 512)  # Bound by its arithmetic.
+    assert large.seconds == pytest.approx(6 * shape.parameters * 32 * 512 / 1e14)
+    one = estimate_on_gpu(shape, gpu, 1, 1)  # By what is moved: both passes, gradients, AdamW.
+    assert one.seconds == pytest.approx(40 * shape.parameters / 1e12, rel=0.02)
+    assert one.bytes == pytest.approx(18 * shape.parameters, rel=0.01) and one.fits
+    # By hand: of a token and layer 14 widths, 3 neurons and 3 rows of attention, 2 bytes each.
+    kept = 12 * (14 * 768 + 3 * 3072 + 3 * 12 * 512) * 2 + 10 * 50257
+    assert large.bytes == pytest.approx(18 * shape.parameters + 32 * 512 * kept)
+    assert not large.fits and estimate_on_gpu(shape, GPUS[-1], 32, 512).fits
+    assert len({gpu.name for gpu in GPUS}) == len(GPUS)
 
 
 def test_a_machine_is_measured_in_about_a_second():

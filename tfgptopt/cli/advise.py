@@ -40,9 +40,11 @@ def advise(
         from tfgptopt.evaluation.advising import (
             Shape,
             estimate_files,
+            estimate_on_gpu,
             estimate_training,
             shape_of,
         )
+        from tfgptopt.evaluation.gpus import GPUS
         from tfgptopt.evaluation.machine import measure_machine
 
         if preset is not None:
@@ -71,6 +73,15 @@ def advise(
     training = estimate_training(shape, machine, batch_size, sequence_length)
     console.print(
         f"A training step of {batch_size} x {sequence_length} tokens, float32, AdamW: "
-        f"{training.seconds:.2f} s at least on the cores, about {training.bytes / 1e9:.1f} GB"
+        f"{training.seconds:.2f} s and {training.bytes / 1e9:.1f} GB at least"
         + ("" if training.fits else ", more than this machine has")
     )
+    sheet = Table(padding=(0, 1))
+    for heading in ("GPU, by its data sheet", "GB, at least", "ms a step, at least", ""):
+        sheet.add_column(heading, justify="left" if heading.startswith("GPU") else "right")
+    for gpu in GPUS:
+        step = estimate_on_gpu(shape, gpu, batch_size, sequence_length)
+        fits = "" if step.fits else "does not fit"
+        sheet.add_row(gpu.name, f"{step.bytes / 1e9:.1f}", f"{1e3 * step.seconds:,.1f}", fits)
+    console.print("The same step in mixed precision; estimates too, never measured:")
+    console.print(sheet)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tfgptopt.evaluation.gpus import Gpu
 from tfgptopt.evaluation.machine import Machine
 
 # Bytes of a weight of a matrix, and of one of the token table, scales included.
@@ -21,6 +22,11 @@ SPECS: dict[str, tuple[float, float]] = {
 _TRAINED = 16
 # Numbers of a token that each layer keeps for its gradients, in widths and in neurons.
 _KEPT_WIDTHS, _KEPT_NEURONS = 14, 3
+# Bytes of a logit in mixed precision: 16 bits, float32 for the loss, and its gradient.
+_LOGITS_16 = 10
+# Bytes of a weight that a step moves: both passes read it, gradients are written and read, AdamW
+# reads and writes it and its moments.
+_MOVED = 4 + 4 + 8 + 24
 # Arithmetic of a token and weight: forwards, and twice that backwards.
 _FORWARDS, _STEP = 2, 6
 
@@ -103,7 +109,7 @@ class FileEstimate:
 
 @dataclass(frozen=True)
 class TrainingEstimate:
-    """What to expect of a step of training, in float32 with AdamW.
+    """What to expect of a step of training with AdamW.
 
     Attributes:
         bytes: Weights, gradients, moments, and what layers keep for their gradients.
@@ -160,12 +166,37 @@ def estimate_training(
         length: Tokens of a window. Defaults to `128`.
     """
     tokens = batch * length
-    layer = _KEPT_WIDTHS * shape.width + _KEPT_NEURONS * shape.neurons
-    attention = 3 * shape.heads * length
-    kept = tokens * (shape.layers * (layer + attention) + 3 * shape.vocabulary) * 4
+    kept = tokens * (_kept(shape, length) + 3 * shape.vocabulary) * 4
     size = _TRAINED * shape.parameters + kept
     seconds = _STEP * (shape.body + shape.table) * tokens / machine.flops
     return TrainingEstimate(int(size), seconds, size < machine.memory_bytes)
+
+
+def estimate_on_gpu(shape: Shape, gpu: Gpu, batch: int = 8, length: int = 128) -> TrainingEstimate:
+    """Returns what to expect of a step of training in mixed precision on a GPU.
+
+    Weights, gradients and moments are float32, what layers keep has 16 bits, the last logits both.
+    A step takes as long as its arithmetic at the rate of the data sheet, or as reading and writing
+    all weights and moments, whichever is longer; programs reach a third to a half of such rates.
+
+    Args:
+        shape: Of the model.
+        gpu: One of `GPUS`, or your own.
+        batch: Windows of a step. Defaults to `8`.
+        length: Tokens of a window. Defaults to `128`.
+    """
+    tokens = batch * length
+    kept = tokens * (2 * _kept(shape, length) + _LOGITS_16 * shape.vocabulary)
+    size = (_TRAINED + 2) * shape.parameters + kept
+    arithmetic = _STEP * (shape.body + shape.table) * tokens / gpu.flops
+    moved = (_MOVED * shape.parameters + 2 * kept) / gpu.bandwidth
+    return TrainingEstimate(int(size), max(arithmetic, moved), size < gpu.memory_bytes)
+
+
+def _kept(shape: Shape, length: int) -> float:
+    """Returns how many numbers layers keep of a token for their gradients."""
+    layer = _KEPT_WIDTHS * shape.width + _KEPT_NEURONS * shape.neurons
+    return shape.layers * (layer + 3 * shape.heads * length)
 
 
 def shape_of(config: dict[str, object]) -> Shape:

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.data.corpus import tokens_as_input
-from tfgptopt.evaluation.artifacts import Artifact, KerasArtifact
+from tfgptopt.evaluation.artifacts import Artifact, InParts, KerasArtifact
 from tfgptopt.evaluation.integrating import integrate
 
 Method = Literal["occlusion", "integrated_gradients", "shap", "lime"]
@@ -164,9 +164,14 @@ class _Question:
 
 def _logs(artifact: Artifact, rows: Any) -> np.ndarray:
     """Returns logarithms of probabilities behind rows of ids, float64 `(rows, vocabulary)`."""
-    tokens = tf.constant(np.asarray(rows, np.int32))
-    logits = artifact.logits({"token_ids": tokens, "padding_mask": tf.ones_like(tokens)})
-    last = np.asarray(logits[:, -1], np.float64)
+    rows = np.asarray(rows, np.int32)
+    if isinstance(artifact, InParts):  # Only the last token needs the head.
+        found = [part for row in rows for part in artifact.parts(row.tolist(), len(row) - 1)]
+        last = np.concatenate(found).astype(np.float64)
+    else:
+        tokens = tf.constant(rows)
+        logits = artifact.logits({"token_ids": tokens, "padding_mask": tf.ones_like(tokens)})
+        last = np.asarray(logits[:, -1], np.float64)
     last -= last.max(-1, keepdims=True)
     return last - np.log(np.exp(last).sum(-1, keepdims=True))
 
