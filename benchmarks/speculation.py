@@ -75,14 +75,20 @@ def main() -> None:
             path, encode = smollm2(Path(folder))
             lm = TFLiteCausalLM(path)
         ways = {"NGram": NGram()} | ({"Draft": Draft(arguments.draft)} if arguments.draft else {})
-        table = Table("text", "guesses by", padding=(0, 1))
-        for heading in ("plain ms", "faster", "worst", "kept", "a call", "same"):
-            table.add_column(heading, justify="right")
+        found = table()
         for kind in ("source code", "repeated", "drawn"):
             prompts = prompts_of(kind, encode, arguments.prompts)
             for name, way in ways.items():
-                table.add_row(kind, name, *compared(lm, prompts, way, kind))
-    console.print(table)
+                found.add_row(kind, name, *compared(lm, prompts, way, kind))
+    console.print(found)
+
+
+def table() -> Table:
+    """Returns the table, whose rows `compared` fills."""
+    found = Table("text", "guesses by", padding=(0, 1))
+    for heading in ("plain ms", "faster", "worst", "kept", "a call", "same"):
+        found.add_column(heading, justify="right")
+    return found
 
 
 def compared(

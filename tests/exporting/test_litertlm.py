@@ -184,11 +184,14 @@ def test_a_chat_with_a_sentencepiece_model(tmp_path):
 
 def test_the_example_of_the_page(tmp_path, monkeypatch, capfd):
     page = (Path(__file__).parents[2] / "docs/litertlm.md").read_text("utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    code, for_gpus = re.findall(r"```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("Hello", "AaBbAcBd"), {"gpt": with_pairs("GPT2", CONTEXT)})
+    names = {"gpt": with_pairs("GPT2", CONTEXT)}
+    exec(code.replace("Hello", "AaBbAcBd"), names)
     theirs, ours = capfd.readouterr().out.splitlines()[-2:]
     assert ours.startswith("AaBbAcBd" + theirs) and len(theirs) > 8
+    Path("gpt.litertlm").unlink()
+    exec(for_gpus.replace("1024", "64"), names)
 
 
 @pytest.fixture(scope="module")
