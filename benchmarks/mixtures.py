@@ -6,7 +6,7 @@ at 50 % by the rows of each expert is compared with pruning by magnitude. With `
 of one model with random weights take turns: one that computes only the chosen experts of a token,
 as files do, and one that computes all.
 
-    python benchmarks/mixtures.py              # some ten minutes on one core
+    python benchmarks/mixtures.py              # some twenty minutes on one core
     python benchmarks/mixtures.py --steps 20   # to see that it runs
     python benchmarks/mixtures.py --speed      # a minute
 """
@@ -80,7 +80,7 @@ def variants(calibration: Any) -> dict[str, Callable[[keras.Model], object] | No
 def main() -> None:
     """Trains, writes the files, measures them and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--weights", help="where trained weights are kept, or found")
     parser.add_argument("--speed", action="store_true", help="measure decoding instead")
     options = parser.parse_args()
