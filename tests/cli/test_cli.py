@@ -122,7 +122,9 @@ def test_optimize_does_the_whole_job_on_a_users_own_text(preset, text_files, tmp
     assert all(share >= 0.59 for share in found["training"]["sparsity"].values())
     assert len(found["training"]["noise"]) >= 13  # In dB, of each rounded weight.
     page = (out / "report.html").read_text("utf-8")
-    assert page.count("<svg") == 3 and "The same prompts, continued" in page
+    # Front, curve and side by side, and how the weights of each place lie.
+    assert page.count("<svg") == 3 + len(found["training"]["weights"]) > 3
+    assert "The same prompts, continued" in page
     both = run("report", out / "results.json", out / "results.json", "--out", tmp_path / "two.html")
     assert both.returncode == 0, both.stderr
     assert "optimized TFLite (2)" in (tmp_path / "two.html").read_text("utf-8")
