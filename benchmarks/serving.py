@@ -74,9 +74,10 @@ def streamed(client: httpx.Client, prompt: str) -> Iterator[str]:
 
 def overhead(client: httpx.Client, lm: TFLiteCausalLM, rounds: int) -> tuple[float, float]:
     """Returns what the server adds to the first token and to one more, in ms."""
-    prompt, added = "import os\nimport sys\n", []
-    length = len(lm.tokenize(prompt)) + 1 + _NEW
-    for _ in range(rounds):
+    added = []
+    for number in range(rounds):
+        prompt = f"{number} import os\nimport sys\n"  # The server has read none that begins so.
+        length = len(lm.tokenize(prompt)) + 1 + _NEW
         lm.reset()
         own = gaps(lm.stream(prompt, length, stop=None))
         served = gaps(streamed(client, prompt))

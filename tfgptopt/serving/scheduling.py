@@ -14,6 +14,10 @@ from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.texts import Text, TokenScore
 from tfgptopt.monitoring.generation import GenerationMetrics
 
+# Turns of an event loop in which a piece goes from its queue into a socket, and how many seconds
+# the model waits for them at most.
+_TURNS, _PATIENCE = 8, 0.01
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -150,8 +154,9 @@ class Scheduler:
             pieces.setdefault(answer.loop, []).append((answer, _piece(answer, shown)))
             if text.finished:
                 del self._answers[text]
-        for loop, found in pieces.items():
-            _call(loop, found)
+        sent = [_call(loop, found) for loop, found in pieces.items()]
+        for one in sent:
+            one.wait(_PATIENCE)
 
     def _time(self, answer: Answer, now: float) -> None:
         count = len(answer.text.tokens) - len(answer.text.prompt)
@@ -182,14 +187,30 @@ def _piece(answer: Answer, shown: str) -> Piece:
     return Piece(shown, len(text.tokens) - len(text.prompt), scores, reason, error)
 
 
-def _call(loop: asyncio.AbstractEventLoop, found: list[tuple[Answer, Piece]]) -> None:
-    """Puts pieces into their queues, in the loop that reads them."""
+def _call(loop: asyncio.AbstractEventLoop, found: list[tuple[Answer, Piece]]) -> threading.Event:
+    """Puts pieces into their queues, in the loop that reads them.
+
+    LiteRT keeps Python's lock while it computes: a loop that has to ask for it at each of its
+    steps would send the pieces of many tokens together, some steps of the model later.
+
+    Returns:
+        What is set when the loop has gone on far enough to have sent them.
+    """
+    sent = threading.Event()
 
     def put() -> None:
         for answer, piece in found:
             answer.pieces.put_nowait(piece)
+        go_on(_TURNS)
+
+    def go_on(turns: int) -> None:
+        if turns:
+            loop.call_soon(go_on, turns - 1)
+        else:
+            sent.set()
 
     try:
         loop.call_soon_threadsafe(put)
     except RuntimeError:  # The loop is closed: nobody listens.
-        return
+        sent.set()
+    return sent
