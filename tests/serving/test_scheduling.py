@@ -18,6 +18,7 @@ def test_pieces_have_been_read_and_written_when_the_model_goes_on():
         async for piece in answers[0].read():
             await asyncio.sleep(0)  # As a server does between a piece and its socket.
             written.append(piece.text)
+        await asyncio.sleep(0.1)  # A server's loop goes on.
 
     thread = threading.Thread(target=lambda: asyncio.run(client()))
     thread.start()
