@@ -53,8 +53,11 @@ def of_all_texts(name: str) -> str:
 
 
 def moved_rows(context_length: int) -> int:
-    """Returns how many rows are moved at once: every cache has a multiple of them."""
-    return math.gcd(16, context_length)
+    """Returns how many rows are moved at once: every cache has a multiple of them.
+
+    Texts that were one a few tokens ago have few rows of their own.
+    """
+    return math.gcd(4, context_length)
 
 
 def window_positions(window: int, chunk: int) -> int:

@@ -24,7 +24,6 @@ from tfgptopt.file.names import (
     TOKENS,
     WINDOW_START,
     in_layer,
-    moved_rows,
     of_all_texts,
     reorder_of,
 )
@@ -63,7 +62,11 @@ class Batch:
         self._num_layers, self._vocabulary_size = decoder.num_layers, decoder.vocabulary_size
         signatures = model.get_signature_list()
         self._written = [name for name in signatures[self._name]["outputs"] if name != LOGITS]
-        self._placed = list(signatures[PLACE]["outputs"]) if self.size > 1 else []
+        self._placed, self._moved_at_once = [], 0
+        if self.size > 1:
+            self._placed = list(signatures[PLACE]["outputs"])
+            details = model.get_input_tensor_details(reorder_of(self.size))
+            self._moved_at_once = int(details[ROWS]["shape"][0])
         inputs = signatures[self._name]["inputs"]
         self._given = {
             name: model.create_input_buffer_by_name(self._name, name)
@@ -143,7 +146,7 @@ class Batch:
         if not pairs:
             return
         begin, end = min(alike(*pair) for pair in pairs), max(len(new) for _, new in pairs)
-        name, count = reorder_of(self.size), moved_rows(self._caches.context_length)
+        name, count = reorder_of(self.size), self._moved_at_once
         with self._lock:
             create = self._model.create_input_buffer_by_name
             given: Buffers = {key: create(name, key) for key in (PARENTS, ROWS)}

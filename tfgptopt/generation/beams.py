@@ -15,8 +15,8 @@ from tfgptopt.generation.samplers import check_count
 from tfgptopt.generation.speculating import Statistics
 from tfgptopt.generation.texts import Text
 
-# Blocks of scores whose largest say which scores need not be looked at.
-_BLOCK = 128
+# Size of groups of scores whose largest say which scores need not be looked at.
+_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -243,12 +243,13 @@ def _largest(logits: np.ndarray, offsets: np.ndarray, count: int) -> list[tuple[
     """
     found: list[tuple[int, int, float]] = []
     for row, (values, offset) in enumerate(zip(logits, offsets, strict=True)):
-        columns = np.arange(len(values))
-        whole = len(values) // _BLOCK * _BLOCK
-        if whole >= count * _BLOCK:
-            # So many blocks have a number that is as large: no other can be needed.
-            tops = values[:whole].reshape(-1, _BLOCK).max(axis=1)
+        groups = len(values) // _GROUP
+        if groups >= count:
+            # So many groups have a number that is as large: no other can be needed.
+            tops = values[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
             columns = np.flatnonzero(values >= np.partition(tops, -count)[-count])
+        else:
+            columns = np.arange(len(values))
         best = columns[np.argsort(-values[columns], kind="stable")[:count]]
         found += [(row, int(column), float(values[column] + offset)) for column in best]
     return sorted(found, key=lambda one: -one[2])[:count]
