@@ -111,3 +111,17 @@ def test_other_ways_to_decode(pair):
     copy = engine.copy_cache(cache)
     np.testing.assert_array_equal(engine.decode(copy, 5), engine.decode(cache, 5))
     np.testing.assert_allclose(short.score(longer), whole.score(longer), atol=1e-5)
+
+
+def test_an_interrupt_while_rows_move_leaves_nothing_half_done(pair, monkeypatch):
+    engine = pair[0]._engine
+    cache, text = engine.new_cache(), prompt(CONTEXT - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "roll", lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.read(cache, text)
+    assert cache.tokens == [] and cache.start == 0
+    fresh = engine.new_cache()
+    for one in (cache, fresh):
+        engine.read(one, text)
+    np.testing.assert_array_equal(engine.decode(cache, 7), engine.decode(fresh, 7))

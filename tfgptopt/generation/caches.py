@@ -65,6 +65,17 @@ class Cache:
         return alike(self.tokens, tokens)
 
 
+@contextlib.contextmanager
+def _all_or_nothing(cache: Cache) -> Iterator[None]:
+    """Forgets what a cache holds if its layers could not all be changed alike."""
+    try:
+        yield
+    except BaseException:
+        cache.buffers, cache.positions, cache.windowed, cache.start = {}, 0, 0, 0
+        cache.tokens = []
+        raise
+
+
 class IdleCache:
     """Lends a cache, the one that was used last if it is free. Threads may share it.
 
@@ -206,12 +217,13 @@ class Caches:
 
     def _move_to_front(self, cache: Cache, start: int) -> None:
         """Lets layers with a window begin at a later position."""
-        gone, cache.start = start - cache.start, start
-        for key, (heads, size, dtype) in self._parts.items():
-            if self._is_windowed(key):
-                held = cache.buffers[key].read(heads * cache.windowed * size, dtype.type)
-                rows = held.reshape(heads, cache.windowed, size)
-                cache.buffers[key].write(np.roll(rows, -gone, axis=1))
+        with _all_or_nothing(cache):
+            for key, (heads, size, dtype) in self._parts.items():
+                if self._is_windowed(key):
+                    held = cache.buffers[key].read(heads * cache.windowed * size, dtype.type)
+                    rows = held.reshape(heads, cache.windowed, size)
+                    cache.buffers[key].write(np.roll(rows, cache.start - start, axis=1))
+        cache.start = start
 
     def _is_windowed(self, key: str) -> bool:
         return int(key.rsplit("_", 1)[1]) in self._windowed_layers
@@ -273,16 +285,12 @@ class Caches:
 
     def _grow_layers(self, cache: Cache, windowed: bool, before: int, positions: int) -> None:
         """Gives the layers with a window, or the others, more positions."""
-        try:
+        with _all_or_nothing(cache):
             for (kind, *_), layers in self._alike.items():
                 if kind is windowed:
                     rooms = self._rooms_for(layers[0], before, positions - before)
                     for layer in layers:
                         self._grow_layer(cache, layer, rooms)
-        except BaseException:  # Layers of two sizes are of no use.
-            cache.buffers, cache.positions, cache.windowed, cache.start = {}, 0, 0, 0
-            cache.tokens = []
-            raise
 
     def _rooms_for(self, layer: int, positions: int, extra: int) -> Buffers:
         """Fits the signature that grows to a layer; returns the zeros that it appends."""
