@@ -7,6 +7,7 @@ import pytest
 from decoder.families import logits, prompt, randomize
 from keras_hub.src.models.gpt_oss.gpt_oss_decoder import GptOssExperts
 from keras_hub.src.models.mixtral.mixtral_decoder import MixtralMoeExperts
+from keras_hub.src.models.qwen3_5_moe.qwen3_5_moe_decoder import Qwen3_5MoeExperts
 from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3MoeExperts
 from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeExperts
 
@@ -28,7 +29,8 @@ def kernels_of(model):
 
 
 @pytest.mark.parametrize(
-    "bank_class", [GptOssExperts, MixtralMoeExperts, Qwen3MoeExperts, QwenMoeExperts]
+    "bank_class",
+    [GptOssExperts, MixtralMoeExperts, Qwen3_5MoeExperts, Qwen3MoeExperts, QwenMoeExperts],
 )
 def test_a_bank_computes_the_same_through_its_products(bank_class):
     bank = bank_class(num_experts=3, hidden_dim=8, intermediate_dim=12)

@@ -30,8 +30,11 @@ def experts_of(model: keras.Layer) -> list[Experts]:
 
 
 def _in_layer(layer: Any) -> Experts | None:
-    if hasattr(layer, "expert_bank"):  # Mixtral, Qwen MoE, Qwen 3 MoE
-        return Experts(layer._sparse_feedforward_gate_dense, layer.expert_bank, layer.top_k)
+    if hasattr(layer, "expert_bank"):
+        # Qwen 3.5 MoE; Mixtral, Qwen MoE, Qwen 3 MoE
+        names = ("_router_gate", "_sparse_feedforward_gate_dense")
+        router = next(getattr(layer, name) for name in names if hasattr(layer, name))
+        return Experts(router, layer.expert_bank, layer.top_k)
     if hasattr(layer, "experts") and hasattr(layer, "router"):  # GPT-OSS
         return Experts(layer.router.router_dense, layer.experts, layer.top_k)
     return None

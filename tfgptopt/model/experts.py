@@ -53,6 +53,12 @@ def _qwen(bank: Any, x: Any) -> Any:
     return down(up * bank.activation(gate))
 
 
+def _qwen3_5(bank: Any, x: Any) -> Any:
+    both, down = bank.expert_products
+    gate, up = ops.split(both(x), 2, axis=-1)
+    return down(up * ops.cast(ops.silu(ops.cast(gate, "float32")), up.dtype))
+
+
 def _gpt_oss(bank: Any, x: Any) -> Any:
     both, down = bank.expert_products
     found = both(x) + bank.gate_up_proj_bias[:, None, :]
@@ -96,6 +102,8 @@ _BANKS: dict[type, _Bank] = dict(
         _known(_bank("gpt_oss.gpt_oss_decoder", "GptOssExperts"), _gpt_oss,
                "gate_up_proj", "down_proj"),
         _known(_bank("mixtral.mixtral_decoder", "MixtralMoeExperts"), _mixtral, _GATE, _UP, _DOWN),
+        _known(_bank("qwen3_5_moe.qwen3_5_moe_decoder", "Qwen3_5MoeExperts"), _qwen3_5,
+               _GATE, _DOWN),
         _known(_bank("qwen3_moe.qwen3_moe_decoder", "Qwen3MoeExperts"), _qwen, _GATE, _DOWN),
         _known(_bank("qwen_moe.qwen_moe_decoder", "QwenMoeExperts"), _qwen, _GATE, _DOWN),
     )
