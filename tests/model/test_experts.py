@@ -12,6 +12,7 @@ from keras_hub.src.models.qwen3_moe.qwen3_moe_decoder import Qwen3MoeExperts
 from keras_hub.src.models.qwen_moe.qwen_moe_decoder import QwenMoeExperts
 
 import tfgptopt
+from tfgptopt.families.mixtures import experts_of
 from tfgptopt.model.experts import open_experts
 from tfgptopt.model.targets import select, walk
 from tfgptopt.quantization import Int8
@@ -111,3 +112,13 @@ def test_adapters_of_experts_are_refused():
     chosen = [target for target in select(model) if target.expert_axis is not None]
     with pytest.raises(ValueError, match="take no LoRA adapters"):
         chosen[0].layer.enable_lora(2)
+
+
+def test_the_router_of_qwen_3_5_is_found():
+    backbone = keras_hub.models.Qwen3_5MoeBackbone(
+        50, 1, 2, 1, 8, 16, 24, 16, num_experts=3, top_k=2, linear_num_key_heads=1,
+        linear_num_value_heads=2, linear_key_head_dim=4, linear_value_head_dim=4,
+    )  # fmt: skip
+    (experts,) = experts_of(backbone)
+    assert experts.router.kernel.shape == (16, 3) and experts.top_k == 2
+    assert type(experts.bank).__name__ == "Qwen3_5MoeExperts"
