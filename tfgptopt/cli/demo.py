@@ -28,7 +28,8 @@ _DEMO_SHAPE = {
     "intermediate_dim": 768,
     "max_sequence_length": 64,
 }
-_QUICK_FILES = 60
+# With --quick: a model of one layer and little text.
+_QUICK_FILES, _QUICK_SHAPE = 20, {**_DEMO_SHAPE, "num_layers": 1, "hidden_dim": 64}
 
 
 def demo(
@@ -36,7 +37,9 @@ def demo(
     bits: Annotated[int, typer.Option(help="8 or 4: bits of the weights.")] = 8,
     sparsity: Annotated[float, typer.Option(help="Share of weights to prune, in [0, 1).")] = 0.5,
     strategy: StrategyName = "auto",
-    quick: Annotated[bool, typer.Option(help="A few steps only, to see that it runs.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A tiny model and a few steps, to see that it runs.")
+    ] = False,
     resume: Resume = False,
     force: Force = False,
 ) -> None:
@@ -68,7 +71,7 @@ def demo(
 
     keras.utils.set_random_seed(0)
     with chosen.scope():
-        model = small_gpt(corpus, **_DEMO_SHAPE)
+        model = small_gpt(corpus, **(_QUICK_SHAPE if quick else _DEMO_SHAPE))
         compile_model(model, training)
     console.print(f"Model: GPT-2 with {model.count_params() / 1e6:.1f} M weights")
     outcome = optimize(model, corpus, recipe, training, out, words, force, console, None, resume)
