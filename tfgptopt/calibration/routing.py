@@ -88,11 +88,6 @@ class Routing:
         return [(part, rows) for part, rows in pairs if rows.shape[0]]
 
 
-def routers_of(model: keras.Layer, chosen: list[Target]) -> list[keras.layers.Dense]:
-    """Returns the routers that choose the experts of some targets."""
-    return list(Routing(model, chosen).routers.values())
-
-
 def has_router(model: keras.Layer, chosen: list[Target]) -> list[bool]:
     """Returns of each target whether data tells what it reads: for experts, a router must say."""
     known = _by_product(model) if any(t.expert_axis is not None for t in chosen) else {}

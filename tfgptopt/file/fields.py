@@ -93,12 +93,7 @@ class Fields:
         Raises:
             ValueError: If it is something else.
         """
-        found = self.get(name)
-        if found is None:
-            return ()
-        if not isinstance(found, list) or not all(type(one) is int for one in found):
-            raise self.wrong(name, "a list of integers")
-        return tuple(found)
+        return self._all(name, int, "a list of integers")
 
     def texts(self, name: str) -> tuple[str, ...]:
         """Returns a list of texts, which is empty where the field is missing.
@@ -106,9 +101,13 @@ class Fields:
         Raises:
             ValueError: If it is something else.
         """
+        return self._all(name, str, "a list of texts")
+
+    def _all(self, name: str, kind: type[_Value], expected: str) -> tuple[_Value, ...]:
         found = self.get(name)
         if found is None:
             return ()
-        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
-            raise self.wrong(name, "a list of texts")
+        # By type: in Python, true and false are integers.
+        if not isinstance(found, list) or not all(type(one) is kind for one in found):
+            raise self.wrong(name, expected)
         return tuple(found)

@@ -21,6 +21,7 @@ from tensorflow.python.eager import context
 
 from tfgptopt.model.changing import strategy_scope
 from tfgptopt.model.retracing import retrace
+from tfgptopt.training.sharding import each_worker
 
 _WATCH = "_tfgptopt_data_watch"
 _Hash = tuple[int, int]
@@ -163,7 +164,7 @@ class RunningFit:
             strategy: The strategy of the model.
 
         Returns:
-            Number and hash of the batches.
+            Number and hash of the batches, of all workers.
 
         Raises:
             ValueError: If the data ends before.
@@ -193,7 +194,7 @@ class RunningFit:
                         read(source)
         if batches:
             self._begin_at(batches // execution, read)
-        return count, total
+        return count, _wrapped(sum(each_worker(strategy, total)))
 
     def _begin_at(self, executions: int, read: Callable[[Iterator[Any]], None]) -> None:
         """Lets the next epoch begin behind some executions of the step, which are read here."""

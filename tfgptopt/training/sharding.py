@@ -151,11 +151,6 @@ def each_worker(chosen: tf.distribute.Strategy, value: int) -> list[int]:
     return of_workers(chosen, value)[:: len(chosen.extended.worker_devices)]
 
 
-def sum_of_workers(chosen: tf.distribute.Strategy, value: int) -> int:
-    """Returns the sum over workers of a number, as int64 has it."""
-    return (sum(each_worker(chosen, value)) + 2**63) % 2**64 - 2**63
-
-
 @contextlib.contextmanager
 def together(chosen: tf.distribute.Strategy) -> Iterator[None]:
     """Lets all workers fail where one does, instead of waiting for it. Nothing inside may wait.
