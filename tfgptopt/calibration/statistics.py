@@ -43,6 +43,18 @@ class Grams:
         return gram.astype(np.float64)
 
 
+def damp(gram: np.ndarray, damping: float) -> None:
+    """Adds a share of the mean to the diagonal of a Gram matrix, in place.
+
+    Args:
+        gram: float64 array `(inputs, inputs)`.
+        damping: float, the share.
+    """
+    diagonal = np.einsum("ii->i", gram)  # A view.
+    diagonal += damping * diagonal.mean()
+    diagonal[diagonal == 0] = 1.0  # Inputs that are always zero.
+
+
 def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:
     """Returns the upper factor `U` with `U^T U` the inverse of a damped Gram matrix.
 
@@ -53,9 +65,7 @@ def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:
     Returns:
         float64 array `(inputs, inputs)`.
     """
-    diagonal = np.einsum("ii->i", gram)  # A view.
-    diagonal += damping * diagonal.mean()
-    diagonal[diagonal == 0] = 1.0  # Inputs that are always zero.
+    damp(gram, damping)
     return np.linalg.cholesky(np.linalg.inv(gram)).T
 
 
