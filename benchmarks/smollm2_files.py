@@ -24,7 +24,11 @@ def make_smollm2() -> Any:
     import gguf
 
     reader = gguf.GGUFReader(str(smollm2_gguf()))
-    stored = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    stored = {t.name: t for t in reader.tensors}
+
+    def floats(name: str) -> np.ndarray:
+        return gguf.dequantize(stored[name].data, stored[name].tensor_type)
+
     backbone = keras_hub.models.LlamaBackbone(
         vocabulary_size=49152,
         num_layers=30,
@@ -43,13 +47,13 @@ def make_smollm2() -> Any:
         pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
         return pairs.swapaxes(1, 2).reshape(rows, columns)
 
-    backbone.token_embedding.embeddings.assign(stored["token_embd.weight"])
-    backbone.layer_norm.scale.assign(stored["output_norm.weight"])
+    backbone.token_embedding.embeddings.assign(floats("token_embd.weight"))
+    backbone.layer_norm.scale.assign(floats("output_norm.weight"))
     for i, layer in enumerate(backbone.transformer_layers):
         attention = layer._self_attention_layer
 
         def weight(name: str, i: int = i) -> np.ndarray:
-            return stored[f"blk.{i}.{name}.weight"]
+            return floats(f"blk.{i}.{name}.weight")
 
         query, key = unpermuted(weight("attn_q"), 9), unpermuted(weight("attn_k"), 3)
         for dense, values in (
