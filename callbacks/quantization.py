@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 from tfgptopt.callbacks.pruning import last_mask_step
 
+from tfgptopt.distillation.distiller import Distiller
 from tfgptopt.model.changing import build_optimizer, changing, strategy_scope
 from tfgptopt.model.current import full_precision, has_adapters
 from tfgptopt.model.retracing import retrace
@@ -17,6 +19,7 @@ from tfgptopt.quantization import layers, quantizers
 from tfgptopt.quantization.aware import hold_scales, quantize_aware
 from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.learned import scale_updates
+from tfgptopt.quantization.post_training import Method, quantize
 from tfgptopt.quantization.quantizers import Quantizer
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.quantization.technique import QuantizeAware
@@ -41,10 +44,15 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         freeze_step: int. Value of `optimizer.iterations` from which on the scales stay as they
             are, so that the last steps settle the weights on a grid that does not move. Defaults
             to `None`: never.
+        method: How weights are rounded where rounding begins, as `tfgptopt.quantize` has it: for 4
+            bits `"gptq"` is the best start. The scales that it finds stay, unless the spec learns
+            them. Defaults to `"rtn"`: to nearest, with the scales of the spec at each step.
+        data: Calibration data for `method`, as `tfgptopt.quantize` takes it. Defaults to `None`.
 
     Raises:
         ValueError: If a setting is out of range; in `fit`, before the first step, if nothing
-            matches, a weight does not fit, or the layers already round to another spec.
+            matches, a weight does not fit, the layers already round to another spec, or the method
+            has no data.
 
     Example:
 
@@ -64,9 +72,12 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
         targets: Selector | None = None,
         start_step: int = 0,
         freeze_step: int | None = None,
+        method: Method | Sequence[Method] = "rtn",
+        data: Data = None,
     ) -> None:
         super().__init__()
-        self.technique = QuantizeAware(spec, targets, start_step, freeze_step)
+        self.technique = QuantizeAware(spec, targets, start_step, freeze_step, method)
+        self._data = data
         self._chosen: list[tuple[Target, Spec]] = []
         self._waiting = True
         self._learning: list[Quantizer] = []
@@ -77,8 +88,16 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
 
     @classmethod
     def of(cls, technique: QuantizeAware, calibration: Data = None) -> QuantizationAwareTraining:
-        """Returns the callback that carries out a technique, which needs no calibration data."""
-        return cls(technique.spec, technique.targets, technique.start_step, technique.freeze_step)
+        """Returns the callback that carries out a technique.
+
+        Args:
+            technique: The technique.
+            calibration: Data for a method that needs some. Defaults to `None`.
+        """
+        return cls(
+            technique.spec, technique.targets, technique.start_step, technique.freeze_step,
+            technique.method, calibration,
+        )  # fmt: skip
 
     def _iterations(self) -> int:
         return int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
@@ -86,6 +105,11 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         # Keras does this for all callbacks of a `fit` before any may change the model.
         super().set_model(model)
+        if self.technique.needs_data and self._data is None:
+            raise ValueError(
+                f"method={self.technique.method!r} needs calibration data: give `data`. Received: "
+                "data=None"
+            )
         prepare_replicas(model)
         self._chosen = self.technique.check(model)
         held = [layers.spec_of(t.layer) if layers.is_dressed(t.layer) else None
@@ -155,9 +179,21 @@ class QuantizationAwareTraining(keras.callbacks.Callback):
 
     def _dress_if_due(self) -> None:
         if self._waiting and self._iterations() >= self.technique.start_step:
-            quantize_aware(self.model, self.technique.spec, self.technique.targets)
+            self._dress()
             self._waiting = False
             self._learn_scales()
+
+    def _dress(self) -> None:
+        technique = self.technique
+        rounders = [one for t, _ in self._chosen for one in quantizers.quantizers_of(t.layer)]
+        # A run that is resumed has what the method found.
+        if technique.method == "rtn" or any(one.has_scale for one in rounders):
+            quantize_aware(self.model, technique.spec, technique.targets)
+            return
+        # A student knows its start token, the Distiller around it does not.
+        model = self.model.student if isinstance(self.model, Distiller) else self.model
+        with changing(self.model):
+            quantize(model, technique.spec, technique.method, self._data, technique.targets)
 
     def _learn_scales(self) -> None:
         learned = [

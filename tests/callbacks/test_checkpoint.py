@@ -110,6 +110,28 @@ def test_a_killed_run_ends_with_the_same_bits_and_the_same_history(step, tmp_pat
         np.testing.assert_allclose(history[name], values, rtol=1e-6, err_msg=name)
 
 
+def test_a_run_that_began_with_gptq_is_resumed_without_it(tmp_path, monkeypatch):
+    inputs = np.random.default_rng(5).normal(0, 1, (128, 16)).astype(np.float32)
+
+    def rounding():
+        return QuantizationAwareTraining(Int8(scale="learned"), method="gptq", data=inputs)
+
+    def train(model, *callbacks):
+        model.fit(
+            make_data(), epochs=2, verbose=0, shuffle=False, callbacks=[rounding(), *callbacks]
+        )
+
+    whole, model = make_model(), make_model(seed=8)
+    train(whole)
+    checkpoint = Checkpoint(tmp_path, save_freq=4)
+    with pytest.raises(Killed):
+        train(make_model(), checkpoint, KillAt(9))
+    checkpoint.folder.close()
+    monkeypatch.setattr("tfgptopt.callbacks.quantization.quantize", None)
+    train(model, Checkpoint(tmp_path, save_freq=4))
+    assert_equal(model, whole)
+
+
 @pytest.mark.parametrize(
     "options", [{"steps_per_epoch": 5}, {"steps_per_epoch": 5, "repeat": True}]
 )

@@ -9,6 +9,7 @@ from tfgptopt.model.targets import select
 from tfgptopt.pruning import ConstantSparsity
 from tfgptopt.quantization import Int4, Int8
 from tfgptopt.quantization.layers import is_dressed
+from tfgptopt.quantization.quantizers import quantizers_of
 
 
 def fit(model, callbacks, **kwargs):
@@ -114,3 +115,54 @@ def test_frozen_weights_are_rounded_once_and_count_as_ever():
     # The table and both feed-forward kernels of two layers, keys and outputs of attention.
     assert min(seen) == max(seen) == 9
     assert all(q.given is None for layer in model._flatten_layers() for q in quantizers_of(layer))
+
+
+def gptq_training(spec=None, data=None):
+    calibration = random_batch(rows=16, seed=9) if data is None else data
+    return QuantizationAwareTraining(spec or Int4(), method="gptq", data=calibration)
+
+
+def state(model):
+    rounders = [one for t in select(model, roles=("kernel", "embedding"))
+                for one in quantizers_of(t.layer)]  # fmt: skip
+    return [*model.get_weights(), *(one.kept.numpy() for one in rounders)]
+
+
+def test_rounding_may_begin_with_gptq():
+    model, expected = make_gpt(), make_gpt()
+    expected.set_weights(model.get_weights())
+    tfgptopt.quantize(expected, Int4(), "gptq", random_batch(rows=16, seed=9))
+    model.compile(optimizer=keras.optimizers.SGD(0.0))
+    fit(model, [gptq_training()])
+    for found, wanted in zip(state(model), state(expected), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    fit(model, [gptq_training()])  # A second `fit` finds the layers rounded.
+    for found, wanted in zip(state(model), state(expected), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_student_may_begin_with_gptq():
+    model = make_gpt()
+    distiller = tfgptopt.Distiller(model, "self")
+    distiller.compile(optimizer=keras.optimizers.Adam(1e-4))
+    distiller.fit(
+        *random_batch(rows=8), batch_size=4, verbose=0,
+        callbacks=[gptq_training(Int4(scale="learned"))],
+    )  # fmt: skip
+    scales = state(model)[len(model.get_weights()) :]
+    nearest = make_gpt()
+    tfgptopt.quantize(nearest, Int4(scale="learned"), "rtn")
+    others = state(nearest)[len(nearest.get_weights()) :]
+    assert any((found != other).any() for found, other in zip(scales, others, strict=True))
+
+
+def test_how_rounding_may_not_begin():
+    with pytest.raises(ValueError, match="comes before `fit`"):
+        QuantizationAwareTraining(Int4(), method=("rotation", "gptq"))
+    with pytest.raises(ValueError, match="`method` must be"):
+        QuantizationAwareTraining(Int4(), method="best")
+    model = make_gpt()
+    model.compile(optimizer="adam")
+    with pytest.raises(ValueError, match="give `data`"):
+        fit(model, [QuantizationAwareTraining(Int4(), method="gptq")])
+    assert not any(dressed(model))

@@ -159,13 +159,21 @@ def test_stages_to_yaml_and_back(tmp_path):
         from_recipe(again)
 
 
+def test_a_method_comes_back_from_yaml(tmp_path):
+    recipe = Recipe((QuantizeAware(Int4(), method=["awq", "gptq"]),))
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path / "recipe.yaml") == recipe
+
+
 def test_named_recipes_come_back_from_yaml(tmp_path):
     for name in recipes.names():
         recipe = recipes.named(name, steps=50)
         recipe.save(tmp_path / "recipe.yaml")
         assert Recipe.load(tmp_path / "recipe.yaml").to_config() == recipe.to_config()
     assert tfgptopt.recipes.int8().techniques == (Rotate(), QuantizeAware(Int8()))
-    assert tfgptopt.recipes.int4(64).techniques[-1] == QuantizeAware(Int4(block_size=64))
+    assert tfgptopt.recipes.int4(64).techniques[-1] == QuantizeAware(
+        Int4(block_size=64), method="gptq"
+    )
     schedule = recipes.pruned_int8(0.4, steps=50).techniques[0].schedule
     assert (schedule.final_sparsity, schedule.end_step) == (0.4, 30)
     with pytest.raises(ValueError, match="named int8, int4, pruned_int8, small"):

@@ -158,6 +158,25 @@ def _automatic(
     return (*first, *balances, "gptq")
 
 
+def turns(method: Any) -> bool:
+    """Returns whether a method rotates.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    return method == "auto" or _methods(method)[0] is not None
+
+
+def needs_data(method: Any) -> bool:
+    """Returns whether a method reads calibration data.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    _, balances, final = _methods(method)
+    return bool(balances) or final == "gptq"
+
+
 def _methods(method: Any) -> tuple[Rotate | None, list[Balance], str]:
     """Returns how to rotate first, what else to do before rounding, and how to round."""
     names = [method] if isinstance(method, str | Rotate) else list(method)

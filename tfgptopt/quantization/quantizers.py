@@ -75,6 +75,11 @@ class Quantizer(keras.layers.Layer):
             self.kept.assign(scale)
         self._restore()
 
+    @property
+    def has_scale(self) -> bool:
+        """Whether it keeps a scale, or will keep one that a checkpoint had."""
+        return self.kept is not None or self._loaded is not None
+
     def _restore(self) -> None:
         if self._loaded is None or self.kept is None:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from tfgptopt.quantization.aware import (
     quantize_aware,
 )
 from tfgptopt.quantization.bit_allocation import BitAllocation
+from tfgptopt.quantization.post_training import Method, needs_data, turns
 from tfgptopt.quantization.specs import Spec, deserialize_spec, serialize_spec
 
 
@@ -35,15 +36,19 @@ class QuantizeAware:
         start_step: int. Value of `optimizer.iterations` from which on to round. Defaults to `0`.
         freeze_step: int. Value of `optimizer.iterations` from which on scales stay as they are.
             Defaults to `None`: never.
+        method: How weights are rounded where rounding begins: a method of `tfgptopt.quantize`, or
+            several, but for rotation. Defaults to `"rtn"`.
 
     Raises:
-        ValueError: If `spec` is no quantization spec, or a step is out of range.
+        ValueError: If `spec` is no quantization spec, a step is out of range, or there is no such
+            method.
     """
 
     spec: Spec | BitAllocation
     targets: Selector | None = None
     start_step: int = 0
     freeze_step: int | None = None
+    method: Method | Sequence[Method] = "rtn"
 
     name: ClassVar[str] = "quantize_aware"
     order: ClassVar[int] = 2
@@ -57,6 +62,18 @@ class QuantizeAware:
             raise ValueError(
                 f"`freeze_step` must be None or an int >= `start_step`. Received: {last!r}"
             )
+        if not isinstance(self.method, str):
+            object.__setattr__(self, "method", tuple(self.method))
+        if turns(self.method):
+            raise ValueError(
+                "Rotation changes weights that an optimizer knows already: it comes before `fit`, "
+                f"as `tfgptopt.quantization.rotate` or `Rotate`. Received: method={self.method!r}"
+            )
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the method reads calibration data."""
+        return needs_data(self.method)
 
     def check(self, model: keras.Layer) -> list[tuple[Target, Spec]]:
         """Returns the weights of a model that would be rounded, each with its spec.
@@ -78,6 +95,7 @@ class QuantizeAware:
             "targets": check_regex(self.targets),
             "start_step": self.start_step,
             "freeze_step": self.freeze_step,
+            "method": self.method if isinstance(self.method, str) else list(self.method),
         }
 
     @classmethod

@@ -36,7 +36,8 @@ def int8() -> Recipe:
 def int4(block_size: int | None = 32) -> Recipe:
     """Returns a recipe for an eighth of the size.
 
-    Features are turned, then the rounded model learns to predict what the float model predicts.
+    Features are turned, weights are rounded by GPTQ, and the rounded model learns to predict what
+    the float model predicts.
 
     Args:
         block_size: int. As of `Int4`. Defaults to `32`. `None` is smaller and decodes faster, and
@@ -49,7 +50,8 @@ def int4(block_size: int | None = 32) -> Recipe:
     ```
     """
     taught = Distill(steps=0, losses=(LogitsKL(),))
-    return Recipe((Rotate(), taught, QuantizeAware(Int4(block_size=block_size))))
+    rounded = QuantizeAware(Int4(block_size=block_size), method="gptq")
+    return Recipe((Rotate(), taught, rounded))
 
 
 def pruned_int8(sparsity: float = 0.5, steps: int = 500) -> Recipe:
