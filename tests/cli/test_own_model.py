@@ -14,6 +14,7 @@ from conftest import make_gpt
 from data.chatty import CHATS, gemma_tokenizer
 
 import tfgptopt
+from tfgptopt.calibration.journal import FolderJournal
 from tfgptopt.data import load_corpus, load_preset
 from tfgptopt.evaluation.energy import why_not_measured
 from tfgptopt.evaluation.loss import tflite_loss
@@ -46,11 +47,25 @@ def held_out(preset, text, sequence_length):
     ).validation
 
 
-def test_quantize_evaluate_inspect(preset, text_files, tmp_path):
+def test_quantize_evaluate_inspect(preset, text_files, tmp_path, monkeypatch):
     path, text = tmp_path / "small.tflite", text_files / "scanner.py"
-    result = run("quantize", preset, path, "--spec", "int4:32", "--calibration", text,
-                 "--text", text, "--sequence-length", 32)  # fmt: skip
+    command = ("quantize", preset, path, "--spec", "int4:32", "--calibration", text,
+               "--text", text, "--sequence-length", 32)  # fmt: skip
+    with monkeypatch.context() as patch:
+        write = FolderJournal.write
+
+        def stop(journal, *step):
+            write(journal, *step)
+            raise KeyboardInterrupt
+
+        patch.setattr(FolderJournal, "write", stop)
+        stopped = run(*command)
+    assert stopped.returncode == 130 and "the same call goes on" in stopped.stderr
+    assert not path.exists()
+    assert_refused(run(*command), "--resume")
+    result = run(*command, "--resume")
     assert result.returncode == 0, result.stderr
+    assert "Going on from" in result.stdout and list(tmp_path.iterdir()) == [path]
     words = result.stdout.split("perplexity")[-1].split()
     after = tflite_loss(tfgptopt.TFLiteCausalLM(path), held_out(preset, text, 32))
     assert float(words[2]) == pytest.approx(np.exp(after), abs=1e-4)  # That of the file.

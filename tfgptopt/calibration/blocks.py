@@ -124,8 +124,9 @@ def block_by_block(
 
     Yields the targets of a block, and a function that shows an observer what goes into them. The
     weights of a block may be changed before the next is asked for, which then sees what the
-    changed block gives. Where each block reads the result of the one before, as in a GPT, only
-    the activations between two blocks are held; other models are run from the start each time.
+    changed block gives; who only changes blocks, and runs none, computes nothing. Where each block
+    reads the result of the one before, as in a GPT, only the activations between two blocks are
+    held; other models are run from the start each time.
 
     Args:
         model: A built Keras 3 model.
@@ -153,16 +154,35 @@ def block_by_block(
             if group:
                 yield group, _run_model(model, group, batches)
         return
-    states = []
-    for batch in batches:
-        _, args, kwargs, _ = _Recorder(called[:1], stop=True).run(model, batch).calls[0]
-        states.append((args, kwargs))
+    states = _States(model, called, batches)
     for block in called:
-        group = members[id(block)]
-        yield group, _run_block(model, block, group, batches, states)
-        if block is not called[-1]:
-            for i, (args, kwargs) in enumerate(states):
-                states[i] = ((block(*args, **kwargs), *args[1:]), kwargs)
+        yield members[id(block)], _run_block(model, block, members[id(block)], batches, states)
+
+
+class _States:
+    """What goes into the blocks of a chain, one behind the other, for each batch of data.
+
+    A block is called when what it gives is asked for: nothing is computed behind the last one that
+    somebody looks at, nor in front of the first.
+    """
+
+    def __init__(self, model: keras.Layer, blocks: list[keras.Layer], batches: list[Any]) -> None:
+        self._model, self._blocks, self._batches = model, blocks, batches
+        self._states: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._at = 0
+
+    def before(self, block: keras.Layer) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Returns the arguments of a block, which is none that was passed already."""
+        if not self._states:
+            for batch in self._batches:
+                calls = _Recorder(self._blocks[:1], stop=True).run(self._model, batch).calls
+                self._states.append(calls[0][1:3])
+        while self._blocks[self._at] is not block:
+            passed = self._blocks[self._at]
+            for i, (args, kwargs) in enumerate(self._states):
+                self._states[i] = ((passed(*args, **kwargs), *args[1:]), kwargs)
+            self._at += 1
+        return self._states
 
 
 def _run_model(model: keras.Layer, chosen: list[Target], batches: list[Any]) -> Run:
@@ -180,11 +200,11 @@ def _run_block(
     block: keras.Layer,
     chosen: list[Target],
     batches: list[Any],
-    states: list[Any],
+    states: _States,
 ) -> Run:
     def run(observe: Observer) -> None:
         routing = Routing(model, chosen)
-        for batch, (args, kwargs) in zip(batches, states, strict=True):
+        for batch, (args, kwargs) in zip(batches, states.before(block), strict=True):
             with watching(chosen, observe, batch, routing):
                 block(*args, **kwargs)
 

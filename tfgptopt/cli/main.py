@@ -82,6 +82,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         app(list(arguments), prog_name="tfgptopt")
     except SystemExit as end:  # What typer ends with, after help and wrong options too.
+        _print_notes(end)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error))
@@ -97,6 +98,14 @@ def _fail(message: str) -> int:
     errors = Console(stderr=True, highlight=False)
     errors.print(f"[red]Error:[/red] {escape(message)}", soft_wrap=True)
     return 1
+
+
+def _print_notes(end: BaseException | None) -> None:
+    """Prints what is noted on the error that ended a command, Ctrl-C above all."""
+    while end is not None:
+        for note in getattr(end, "__notes__", ()):
+            Console(stderr=True, highlight=False).print(escape(note), soft_wrap=True)
+        end = end.__cause__ or end.__context__
 
 
 def _show_warning(

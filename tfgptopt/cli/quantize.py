@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+from rich.markup import escape
 
 from tfgptopt.cli.shared import (
     FILE_SUFFIXES,
     Force,
+    Resume,
     console,
     load,
     load_libraries,
@@ -54,6 +57,7 @@ def quantize(
     context_length: Annotated[
         int | None, typer.Option(help="Positions of the KV cache. Default: all of the model.")
     ] = None,
+    resume: Resume = False,
     force: Force = False,
 ) -> None:
     """Quantize a model without training, and export it."""
@@ -61,11 +65,12 @@ def quantize(
     import tfgptopt
     from tfgptopt.exporting.formats import format_of
     from tfgptopt.file.replacing import check_target
+    from tfgptopt.job.stages import checkpoints_beside
     from tfgptopt.quantization import report
     from tfgptopt.quantization.specs import parse_spec
 
-    check_target(path, force)
     parsed = parse_spec(spec)
+    checkpoints = checkpoints_beside(check_target(path, force), force, resume)
     options = {} if context_length is None else {"context_length": context_length}
     format = format_of(path, options)
     model = load(preset)
@@ -79,9 +84,13 @@ def quantize(
     if held_out is not None:
         before = perplexity_of(model, held_out.validation)
     names = cast("list[Method]", method.split("+"))
-    tfgptopt.quantize(model, parsed, names[0] if len(names) == 1 else names, data)
+    chosen = names[0] if len(names) == 1 else names
+    if checkpoints.exists():
+        console.print(f"Going on from {escape(str(checkpoints))}")
+    tfgptopt.quantize(model, parsed, chosen, data, checkpoints=checkpoints)
     console.print(report(model))
     tfgptopt.export(model, path, format, force)
+    shutil.rmtree(checkpoints, ignore_errors=True)
     print_size(path)
     if before is not None and held_out is not None:
         measured = path if path.suffix in FILE_SUFFIXES else model

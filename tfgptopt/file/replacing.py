@@ -98,6 +98,15 @@ def remove_left_behind(parent: Path, name: str = "") -> None:
                 os.close(descriptor)
 
 
+def flush(path: Path) -> None:
+    """Waits until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _put_in_place(temporary: Path, target: Path, folder: Path) -> None:
     """Renames what was written to its target; what was there before ends up in `folder`."""
     if target.is_dir() and not target.is_symlink():

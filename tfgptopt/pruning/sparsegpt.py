@@ -76,19 +76,20 @@ class SparseGPT:
             were changed.
         """
         unread = []
-        for target, parts in grams_by_block(model, chosen, self.data, "SparseGPT"):
-            pruned, kept = [], []
-            for part, gram in parts:
-                matrix = part.to_matrix(target.variable.value).numpy().astype(np.float64)
-                if gram is None:  # All inputs count alike then, and nothing is corrected.
-                    unread.append(part)
-                    gram = np.zeros((len(matrix), len(matrix)))
-                factor = inverse_factor(gram, self.damping)
-                share = shares[id(target.variable)]
-                kept.append(self._prune_matrix(matrix, factor, share, pattern))
-                pruned.append(matrix.astype(np.float32))
-            target.variable.assign(target.from_matrix(np.concatenate(pruned, axis=1)))
-            yield target, target.from_matrix(np.concatenate(kept, axis=1)).numpy()
+        for _, members in grams_by_block(model, chosen, self.data, "SparseGPT"):
+            for target, parts in members:
+                pruned, kept = [], []
+                for part, gram in parts:
+                    matrix = part.to_matrix(target.variable.value).numpy().astype(np.float64)
+                    if gram is None:  # All inputs count alike then, and nothing is corrected.
+                        unread.append(part)
+                        gram = np.zeros((len(matrix), len(matrix)))
+                    factor = inverse_factor(gram, self.damping)
+                    share = shares[id(target.variable)]
+                    kept.append(self._prune_matrix(matrix, factor, share, pattern))
+                    pruned.append(matrix.astype(np.float32))
+                target.variable.assign(target.from_matrix(np.concatenate(pruned, axis=1)))
+                yield target, target.from_matrix(np.concatenate(kept, axis=1)).numpy()
         warn_of_unread(unread, "pruned by magnitude", stacklevel=3)
 
     def _prune_matrix(

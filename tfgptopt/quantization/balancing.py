@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration.batches import batches_of, rows_of
+from tfgptopt.calibration.journal import Arrays, Journal
 from tfgptopt.calibration.routing import warn_of_unread
 from tfgptopt.calibration.watching import advancing, observe_all
 from tfgptopt.model.targets import Target
@@ -80,6 +81,7 @@ def balance(
     pairs: list[Pair],
     data: Data,
     kind: Balance,
+    journal: Journal | None = None,
 ) -> list[Pair]:
     """Moves the scale of features between inputs and weights, so that rounding costs least.
 
@@ -94,6 +96,8 @@ def balance(
         data: Calibration data.
         kind: `"awq"`: a factor grows with the mean magnitude of its feature. `"smoothquant"`: it
             also shrinks with the largest weight that reads the feature.
+        journal: Has what was found for the first pairs before, and is given the rest. Defaults to
+            `None`: nothing is known or kept.
 
     Returns:
         The pairs whose factors were moved.
@@ -112,23 +116,39 @@ def balance(
     inputs = _Inputs(max(1, _ROWS // len(batches)))
     rows = sum(rows_of(batch) for batch in batches)
     tries = {id(pair): _TRIES * sum(t.size for t in pair.consumers) for pair in pairs}
-    work = rows * sum(target.size for target in kernels) + sum(tries.values())
+    journal = journal or Journal()
+    known = journal.known(kind)
+    reading = rows * sum(target.size for target in kernels) if known < len(pairs) else 0
     moved, unread = [], []
-    with stage(f"{_NAMES[kind]}, reading", work) as shown:
-        observe_all(model, kernels, batches, advancing(inputs, shown, lambda t: t.size))
+    with stage(
+        f"{_NAMES[kind]}, reading", reading + sum(tries[id(pair)] for pair in pairs[known:])
+    ) as shown:
+        if reading:
+            observe_all(model, kernels, batches, advancing(inputs, shown, lambda t: t.size))
         for i, pair in enumerate(pairs, 1):
             shown.say(f"{_NAMES[kind]}, place {i} of {len(pairs)}")
-            gathered = inputs.of(pair.consumers[0])
-            if gathered is None:
+            if i <= known:
+                found = journal.read(kind, i)
+            else:
+                found = _found(pair, inputs, specs, kind)
+                journal.write(kind, i, found)
+                shown.advance(tries[id(pair)])
+            if "unread" in found:
                 unread.append(pair.consumers[0])
-                continue
-            factors = _best_factors(pair, gathered, specs, kind)
-            if factors is not None:
-                pair.fold(factors)
+            if "factors" in found:
+                pair.fold(found["factors"])
                 moved.append(pair)
-            shown.advance(tries[id(pair)])
     warn_of_unread(unread, f"{_NAMES[kind]} leaves its scales", stacklevel=4)
     return moved
+
+
+def _found(pair: Pair, inputs: _Inputs, specs: dict[int, Spec], kind: Balance) -> Arrays:
+    """Returns the factors of a pair, if some are better than none, or that it read nothing."""
+    gathered = inputs.of(pair.consumers[0])
+    if gathered is None:
+        return {"unread": np.ones(1, np.int8)}
+    factors = _best_factors(pair, gathered, specs, kind)
+    return {} if factors is None else {"factors": factors}
 
 
 def _by_feature(pair: Pair, values: np.ndarray) -> np.ndarray:

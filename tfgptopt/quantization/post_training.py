@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration.batches import Batches, batches_of, with_start
-from tfgptopt.calibration.correcting import grams_by_block
-from tfgptopt.calibration.routing import has_router, warn_of_unread
+from tfgptopt.calibration.identity import checksum_of, words_of_data, words_of_model
+from tfgptopt.calibration.journal import Journal, journal_in
+from tfgptopt.calibration.routing import has_router
 from tfgptopt.calibration.watching import observe_all
-from tfgptopt.model import masks
 from tfgptopt.model.changing import changing
-from tfgptopt.model.current import current, has_adapters
+from tfgptopt.model.current import current
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
 from tfgptopt.model.types import Data
@@ -25,7 +24,7 @@ from tfgptopt.quantization import layers, quantizers, rotation, rounding
 from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
 from tfgptopt.quantization.balancing import Balance, balance
 from tfgptopt.quantization.bit_allocation import BitAllocation
-from tfgptopt.quantization.gptq import gptq
+from tfgptopt.quantization.block_rounding import bytes_of_blocks, round_blocks
 from tfgptopt.quantization.rotatable import rotatable
 from tfgptopt.quantization.rotation import Rotate, rotate, why_not_rotated
 from tfgptopt.quantization.smoothing import find_pairs
@@ -47,6 +46,7 @@ def quantize(
     data: Data = None,
     targets: Selector | None = None,
     verbose: Verbose = "auto",
+    checkpoints: str | Path | None = None,
 ) -> keras.Layer:
     """Quantizes a model without training, in place.
 
@@ -82,13 +82,20 @@ def quantize(
             tables of Embedding and ReversibleEmbedding, wherever they are nested.
         verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 shows progress bars with the time left, 2
             prints lines. Defaults to `"auto"`: bars in terminals and notebooks.
+        checkpoints: Folder for what `"gptq"`, `"awq"` and `"smoothquant"` find, written behind
+            each block and each place, about a byte for each weight. The same call on the same
+            model and data, in another process too, goes on where one was stopped, however that
+            ended, and comes to the same weights and scales; behind the end it gives them at once.
+            Nobody removes the folder. Defaults to `None`: nothing is written.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: If a setting is unknown or does not fit, a layer is quantized already, or data
-            is missing, too little, or nothing the model can read. The model is as it was then.
+        ValueError: If a setting is unknown or does not fit, a layer is quantized already, data is
+            missing, too little, or nothing the model can read, or `checkpoints` cannot be written
+            to, is in use, or is of another model, spec, method or data. The model is as it was
+            then.
 
     Example:
 
@@ -114,18 +121,22 @@ def quantize(
     # Read once: a generator serves, too.
     data = None if data is None else with_start(model, batches_of(data))
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
-    turned = False
-    with changing(model), showing(verbose):
+    turned, by_data = False, bool(balances) or final == "gptq"
+    folder = checkpoints if by_data else None
+    identity = {} if folder is None else _identity(model, chosen, turning, (*balances, final), data)
+    room = bytes_of_blocks(chosen) if final == "gptq" else 0
+    with journal_in(folder, identity, room) as journal, changing(model), showing(verbose):
         try:
             if turning is not None:
                 with stage("Rotating"):
                     rotate(model, turning)
                 turned = True
-            told = _told_by_data(model, chosen, bool(balances) or final == "gptq")
+            told = _told_by_data(model, chosen, by_data)
             _check_data(model, told, data)
-            _balance(model, told, balances, data)
+            _balance(model, told, balances, data, journal)
             if final == "gptq":
-                _round_blocks(model, [(t, s) for t, s in told if t.role != "embedding"], data)
+                kernels = [(t, s) for t, s in told if t.role != "embedding"]
+                round_blocks(model, kernels, data, journal)
             _round(chosen, final)
         except BaseException:
             for target, _ in chosen:
@@ -138,6 +149,26 @@ def quantize(
                 variable.assign(value)
             raise
     return model
+
+
+def _identity(
+    model: keras.Layer,
+    chosen: list[tuple[Target, Spec]],
+    turning: Rotate | None,
+    methods: tuple[str, ...],
+    data: Any,
+) -> dict[str, str]:
+    """Returns what has to be the same for a calibration to go on from checkpoints, in words."""
+    places = {id(variable): i for i, variable in enumerate(model.weights)}
+    by_place = checksum_of(f"{places.get(id(target.variable))} {one}" for target, one in chosen)
+    specs = ", ".join(str(spec) for spec in dict.fromkeys(spec for _, spec in chosen))
+    first = () if turning is None else (repr(turning),)
+    return {
+        "model": words_of_model(model),
+        "spec": f"{specs} for {len(chosen)} weights ({by_place})",
+        "method": " + ".join((*first, *methods)),
+        "data": words_of_data(data),
+    }
 
 
 def _automatic(
@@ -240,7 +271,11 @@ def _told_by_data(
 
 
 def _balance(
-    model: keras.Layer, chosen: list[tuple[Target, Spec]], kinds: list[Balance], data: Data
+    model: keras.Layer,
+    chosen: list[tuple[Target, Spec]],
+    kinds: list[Balance],
+    data: Data,
+    journal: Journal,
 ) -> None:
     """Moves scales between inputs and weights, by one method after the other."""
     if not kinds:
@@ -257,7 +292,7 @@ def _balance(
             stacklevel=3,
         )
     for kind in kinds:
-        balance(model, chosen, pairs, data, kind)
+        balance(model, chosen, pairs, data, kind, journal)
 
 
 def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
@@ -272,47 +307,3 @@ def _round(chosen: list[tuple[Target, Spec]], final: str) -> None:
                 quantizer.hold(weights, rounding.mse_scale(weights, quantizer.grid))
             elif spec.scale == "learned":
                 quantizer.hold(weights)
-
-
-def _round_blocks(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:
-    """Rounds kernels by GPTQ; each block sees what the rounded ones before it give."""
-    specs = {id(target.variable): spec for target, spec in chosen}
-    unread: list[Target] = []
-    if chosen:
-        for target, parts in grams_by_block(model, [t for t, _ in chosen], data, "GPTQ"):
-            unread += _round_kernel(target, specs[id(target.variable)], parts)
-    warn_of_unread(unread, "rounded to nearest", stacklevel=3)
-
-
-def _round_kernel(
-    target: Target, spec: Spec, parts: Iterable[tuple[Target, np.ndarray | None]]
-) -> list[Target]:
-    """Rounds a kernel, or that of each expert; returns the experts that read nothing."""
-    if has_adapters(target.layer):
-        raise ValueError(
-            f"{target.path} has LoRA adapters, which GPTQ cannot move. Merge them first, or use "
-            'the method "mse".'
-        )
-    grid = quantizers.grids_of(target, spec)[0][1]
-    grid_of_part = replace(grid, axes=(0,))
-    weights, kept = current(target.layer, target.variable), None
-    rounded, scales, unread = [], [], []
-    for part, gram in parts:
-        matrix = part.to_matrix(weights).numpy()
-        if masks.masked(target.variable):
-            kept = part.to_matrix(target.variable.constraint.mask.value).numpy().astype(bool)
-        if gram is None:  # Its scale rounds it when the layer computes.
-            unread.append(part)
-            scale = rounding.mse_scale(tf.constant(matrix), grid_of_part).numpy()
-        else:
-            matrix, scale = gptq(matrix, gram, grid.bits, grid.block_size, kept)
-        rounded.append(matrix)
-        scales.append(scale)
-    target.variable.assign(target.from_matrix(np.concatenate(rounded, axis=1)))
-    scale = np.concatenate(scales, axis=-1)
-    if grid.block_size is None:
-        scale = scale.reshape(grid.scale_shape(target.variable.shape))
-    layers.dress(target, spec)
-    quantizer = quantizers.quantizers_of(target.layer)[0]
-    quantizer.hold(current(target.layer, target.variable), scale)
-    return unread

@@ -14,7 +14,7 @@ from typing import Any
 
 from tfgptopt.file.container import checksum
 from tfgptopt.file.locking import try_lock
-from tfgptopt.file.replacing import remove_left_behind, replacing
+from tfgptopt.file.replacing import flush, remove_left_behind, replacing
 
 _PREFIX, _MANIFEST, _LOCK = "step-", "manifest.json", ".lock"
 _FORMAT = 1
@@ -128,7 +128,7 @@ class CheckpointFolder:
             path = temporary / _MANIFEST
             path.write_text(json.dumps(manifest), "utf-8")
             _sealed(path)
-        _flush(self.path)
+        flush(self.path)
         for old in list(self._paths())[self.keep :]:
             # Without its manifest it is none: half a checkpoint is never taken for one.
             with contextlib.suppress(OSError):
@@ -182,18 +182,9 @@ class CheckpointFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
-    """Waits until the disk has a file, or the names in a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _sealed(path: Path) -> dict[str, int]:
     """Returns size and checksum of a file as it is on the disk."""
-    _flush(path)
+    flush(path)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         return {"size": size, "checksum": checksum(file, size)}
