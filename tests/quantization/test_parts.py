@@ -116,7 +116,7 @@ def test_large_neurons_cost_only_each_other():
         model = gpt_with_large_neurons()
         tfgptopt.quantize(model, spec, method, inputs, targets="feedforward_output")
         errors[name] = np.square(np.asarray(model(inputs)) - exact).mean()
-    assert errors["sorted"] < 0.2 * errors["cut"]
+    assert errors["sorted"] < 0.5 * errors["cut"]
     assert errors["sorted"] < 0.2 * errors["whole"]
 
 
