@@ -39,7 +39,8 @@ from tfgptopt.callbacks import QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
-from tfgptopt.quantization import Int4, Int8, Rotate, layers, rotation
+from tfgptopt.model.targets import select
+from tfgptopt.quantization import BitAllocation, Int4, Int8, Rotate, layers, rotation
 
 LENGTH = 512
 
@@ -139,6 +140,7 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
     rows["int8, rotation"] = quantized(Int8(), "rotation")
     rows["int8, rotation without down"] = quantized(Int8(), Rotate(down=None))
     rows["int8, rotation + gptq"] = quantized(Int8(), ("rotation", "gptq"))
+    rows |= in_parts(bench)
     rows["int4/32, rotation + gptq"] = quantized(Int4(block_size=32), ("rotation", "gptq"))
     rows["int4/64, rotation + gptq"] = quantized(Int4(block_size=64), ("rotation", "gptq"))
     blocks = Int4(block_size=64)
@@ -151,6 +153,32 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
     rows["int4 per channel, rtn"] = quantized(Int4(), "rtn")
     rows["int4 per channel, gptq"] = quantized(Int4(), "gptq")
     return rows
+
+
+def in_parts(bench: Bench) -> dict[str, Callable[[], Any]]:
+    """Returns rows in which each `down` is a sum of products, each with a part of its inputs."""
+    chosen = select(bench.model, None, ("kernel", "embedding"))
+
+    def cut(parts: int, *method: Any) -> Callable[[], Any]:
+        specs = {target.path: Int8() for target in chosen}
+        for path in specs:
+            if "feedforward_output" in path:
+                specs[path] = Int8(activation_blocks=parts)
+        return lambda: tfgptopt.quantize(bench.model, BitAllocation(specs), method, bench.shown)
+
+    without = Rotate(down=None)
+    return {
+        "int8, down in 4": cut(4, "rtn"),
+        "int8, sorted, down in 4": cut(4, "sorting"),
+        "int8, rotation, down in 4": cut(4, "rotation"),
+        "int8, sorted, rotation, down in 4": cut(4, "sorting", "rotation"),
+        "int8, sorted, rotation": cut(1, "sorting", "rotation"),
+        "int8, rotation without down, down in 4": cut(4, without),
+        "int8, sorted, rotation without down, down in 2": cut(2, "sorting", without),
+        "int8, sorted, rotation without down, down in 4": cut(4, "sorting", without),
+        "int8, sorted, rotation without down, down in 4, gptq": cut(4, "sorting", without, "gptq"),
+        "int8, sorted, rotation, down in 4, gptq": cut(4, "sorting", "rotation", "gptq"),
+    }
 
 
 def self_distilled(bench: Bench, spec: Any, steps: int) -> None:

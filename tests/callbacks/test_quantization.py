@@ -157,7 +157,7 @@ def test_a_student_may_begin_with_gptq():
 
 
 def test_how_rounding_may_not_begin():
-    with pytest.raises(ValueError, match="comes before `fit`"):
+    with pytest.raises(ValueError, match="come before `fit`"):
         QuantizationAwareTraining(Int4(), method=("rotation", "gptq"))
     with pytest.raises(ValueError, match="`method` must be"):
         QuantizationAwareTraining(Int4(), method="best")

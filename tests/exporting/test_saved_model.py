@@ -156,7 +156,9 @@ def test_any_keras_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spec", "final"), [(Int8(), False), (Int4(block_size=32, embedding_bits=4), True)], ids=str
+    ("spec", "final"),
+    [(Int8(activation_blocks=2), False), (Int4(block_size=32, embedding_bits=4), True)],
+    ids=str,
 )
 def test_weights_are_stored_as_integers(spec, final, tmp_path):
     gpt = make_gpt(context=16)

@@ -13,6 +13,7 @@ from tfgptopt.exporting.tflite import operators as op
 from tfgptopt.exporting.tflite.builder import Model
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.rounding import Grid
+from tfgptopt.quantization.row_rounding import fake_quantize_rows
 
 matrices = hnp.arrays(
     np.float32,
@@ -73,7 +74,7 @@ def test_gradients_pass_straight_through():
         loss = tf.reduce_sum(rounding.fake_quantize(weights, Grid(4, (1,))) * upstream)
     np.testing.assert_array_equal(tape.gradient(loss, weights).numpy(), upstream.numpy())
     with tf.GradientTape() as tape:
-        loss = tf.reduce_sum(rounding.fake_quantize_rows(weights, (1,)) * upstream)
+        loss = tf.reduce_sum(fake_quantize_rows(weights, (1,)) * upstream)
     np.testing.assert_array_equal(tape.gradient(loss, weights).numpy(), upstream.numpy())
 
 
@@ -100,7 +101,7 @@ def test_rows_are_rounded_as_litert_does(bits, shift):
     x = graph.input("x", inputs.shape, np.float32)
     graph.output("y", op.fully_connected(graph, x, matrix))
     run = Interpreter(model_content=bytes(model.pack())).get_signature_runner("serve")
-    emulated = rounding.fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.floats().T
+    emulated = fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.floats().T
     np.testing.assert_allclose(run(x=inputs)["y"], emulated, atol=1e-5)
 
 
@@ -187,27 +188,54 @@ def test_gradient_of_a_scale_is_the_one_of_lsq():
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [32, 64])
-def test_products_with_blocks_are_those_of_litert(block):
+def rows_as_litert_rounds_them(inputs):
+    """The arithmetic of XNNPACK's rows in numpy: one scale and zero point for each."""
+    low, high = np.minimum(inputs.min(-1), 0.0), np.maximum(inputs.max(-1), 0.0)
+    inverse = (np.float32(255) / (high - low))[..., None]
+    zero = np.clip(np.rint(-128 - low[..., None] * inverse), -128, 127)
+    return (np.clip(np.rint(inputs * inverse) + zero, -128, 127) - zero) / inverse
+
+
+def test_parts_of_rows_have_scales_of_their_own():
+    inputs = np.random.default_rng(0).normal(0, 1, (3, 4, 8)).astype(np.float32)
+    inputs[:, 0] *= 100
+    flat = inputs.reshape(3, 4, 8)
+    expected = rows_as_litert_rounds_them(flat)
+    for axes, rows in (((1, 2), inputs), ((-2, -1), inputs), ((-1,), inputs.reshape(3, 32))):
+        found = fake_quantize_rows(tf.constant(rows), axes, 4).numpy()
+        np.testing.assert_allclose(found, expected.reshape(rows.shape), atol=1e-5)
+    turned = np.ascontiguousarray(inputs.transpose(2, 0, 1))
+    found = fake_quantize_rows(tf.constant(turned), (2, 0), 4).numpy()
+    np.testing.assert_allclose(found.transpose(1, 2, 0), expected, atol=1e-5)
+    whole = fake_quantize_rows(tf.constant(inputs), (1, 2)).numpy()
+    assert np.abs(whole[:, 1:] - inputs[:, 1:]).max() > 10 * np.abs(expected - inputs)[:, 1:].max()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("block", [None, 32, 64])
+def test_products_with_blocks_are_those_of_litert(block, parts):
     generator = np.random.default_rng(0)
     weights = generator.normal(0, 0.05, (128, 24)).astype(np.float32)
     inputs = generator.normal(0, 1, (8, 128)).astype(np.float32)
+    inputs[:, :64] *= 30
     grid = Grid(4, (0,), block)
     integers, scale = (x.numpy() for x in rounding.quantize(weights, grid))
     rows = np.ascontiguousarray(integers.T.astype(np.int8))
-    matrix = Matrix("w", rows, 4, np.ascontiguousarray(scale[:, 0].T), block_size=block)
-    np.testing.assert_array_equal(
-        matrix.floats().T, rounding.dequantize(integers, scale, grid).numpy()
-    )
-    emulated = rounding.fake_quantize_rows(tf.constant(inputs), (-1,)).numpy() @ matrix.floats().T
-    for rounds_inputs, expected in ((True, emulated), (False, inputs @ matrix.floats().T)):
+    by_output = scale.reshape(-1) if block is None else np.ascontiguousarray(scale[:, 0].T)
+    bias = generator.normal(0, 1, 24).astype(np.float32)
+    matrix = Matrix("w", rows, 4, by_output, bias, block, activation_blocks=parts)
+    np.testing.assert_array_equal(matrix.floats().T, rounding.dequantize(integers, scale, grid))
+    rounded = rows_as_litert_rounds_them(inputs.reshape(8, parts, -1)).reshape(inputs.shape)
+    both = ((True, rounded), (False, inputs)) if parts == 1 else ((True, rounded),)
+    for rounds_inputs, read in both:
         model = Model("one product")
         graph = model.graph("serve")
         x = graph.input("x", inputs.shape, np.float32)
         one = dataclasses.replace(matrix, rounds_inputs=rounds_inputs)
         graph.output("y", op.fully_connected(graph, x, one))
         run = Interpreter(model_content=bytes(model.pack())).get_signature_runner("serve")
-        np.testing.assert_allclose(run(x=inputs)["y"], expected, atol=1e-5)
+        expected = read.astype(np.float64) @ matrix.floats().T + bias
+        np.testing.assert_allclose(run(x=inputs)["y"], expected, atol=2e-4)
 
 
 @settings(deadline=None, max_examples=30)

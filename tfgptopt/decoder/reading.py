@@ -17,6 +17,7 @@ from tfgptopt.model.targets import Target, target_of
 from tfgptopt.model.turning import Turn, factors_of, turns_of
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import read_integers
+from tfgptopt.quantization.quantizers import row_blocks_of
 
 
 def as_floats(variable: keras.Variable) -> np.ndarray:
@@ -66,6 +67,7 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
         bias=bias,
         block_size=stored.grid.block_size,
         rounds_inputs=layer.quantization_spec.activations is not None,
+        activation_blocks=row_blocks_of(layers.rounded_target(layer), layer.quantization_spec),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -36,6 +37,8 @@ class Matrix:
         bias: float32 array of shape `(outputs,)`, or `None`.
         block_size: How many inputs, one after the other, share a scale; `None` for all.
         rounds_inputs: Whether the product rounds its inputs to integers too, if it has some.
+        activation_blocks: Of how many products it is the sum, each with a part of the inputs, one
+            after the other, that is rounded with a scale of its own.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Matrix:
     bias: np.ndarray | None = None
     block_size: int | None = None
     rounds_inputs: bool = True
+    activation_blocks: int = 1
 
     def floats(self) -> np.ndarray:
         """Returns what the product computes with, as float32 of shape `(outputs, inputs)`."""
@@ -60,15 +64,34 @@ class Matrix:
         return self.values.shape[1]
 
     @property
-    def form(self) -> tuple[int | None, int | None, bool]:
+    def form(self) -> tuple[int | None, int | None, bool, int]:
         """How it is stored and computed with: two of one form can be put together."""
-        return self.bits, self.block_size, self.rounds_inputs
+        return self.bits, self.block_size, self.rounds_inputs, self.activation_blocks
 
     def rows(self, name: str, chosen: np.ndarray) -> Matrix:
         """Returns a matrix of some of the outputs, under a name of its own."""
         scale = None if self.scale is None else self.scale[chosen]
         bias = None if self.bias is None else self.bias[chosen]
         return replace(self, name=name, values=self.values[chosen], scale=scale, bias=bias)
+
+    @cached_property
+    def parts(self) -> tuple[Matrix, ...]:
+        """The matrices of the products that it is the sum of, the bias in the first."""
+        count = self.activation_blocks
+        scales: list[np.ndarray | None] = [self.scale] * count
+        if self.scale is not None and self.block_size is not None:
+            scales = [np.ascontiguousarray(one) for one in np.split(self.scale, count, axis=1)]
+        return tuple(
+            replace(
+                self,
+                name=f"{self.name}/{i}",
+                values=np.ascontiguousarray(values),
+                scale=scales[i],
+                bias=self.bias if i == 0 else None,
+                activation_blocks=1,
+            )
+            for i, values in enumerate(np.split(self.values, count, axis=1))
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from tfgptopt.quantization.bit_allocation import BitAllocation, allocate
 from tfgptopt.quantization.outliers import Outliers, outliers
 from tfgptopt.quantization.rotation import Rotate, rotate
 from tfgptopt.quantization.rounding_report import QuantizationReport, report
+from tfgptopt.quantization.sorting import sort_neurons
 from tfgptopt.quantization.specs import Int4, Int8
 from tfgptopt.quantization.technique import QuantizeAware
 
@@ -21,4 +22,5 @@ __all__ = [
     "quantize_aware_layer",
     "report",
     "rotate",
+    "sort_neurons",
 ]

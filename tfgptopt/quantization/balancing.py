@@ -16,8 +16,9 @@ from tfgptopt.calibration.watching import advancing, observe_all
 from tfgptopt.model.targets import Target
 from tfgptopt.model.types import Config, Data
 from tfgptopt.quantization import rounding
-from tfgptopt.quantization.quantizers import grids_of
+from tfgptopt.quantization.quantizers import grids_of, row_blocks_of
 from tfgptopt.quantization.rounding import Grid
+from tfgptopt.quantization.row_rounding import fake_quantize_rows
 from tfgptopt.quantization.smoothing import Pair
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import stage
@@ -183,16 +184,18 @@ def _best_factors(
         ):
             spec = specs[id(target.variable)]
             grid = replace(grids_of(target, spec)[0][1], axes=(0,))
-            got = _product(rows / by_input, matrix * by_input[:, tf.newaxis], spec, grid)
+            scaled = matrix * by_input[:, tf.newaxis]
+            parts = row_blocks_of(target, spec)
+            got = _product(rows / by_input, scaled, spec, grid, parts)
             error += float(tf.reduce_sum(tf.reduce_sum(tf.square(got - exact), 1) / norm))
         if error < least:
             best, least = (factors if exponent else None), error
     return best
 
 
-def _product(rows: tf.Tensor, matrix: tf.Tensor, spec: Spec, grid: Grid) -> tf.Tensor:
+def _product(rows: tf.Tensor, matrix: tf.Tensor, spec: Spec, grid: Grid, parts: int) -> tf.Tensor:
     """Returns what a product of rows with a matrix gives once it is rounded."""
     integers, scale = rounding.quantize(matrix, grid)
     if spec.activations is not None:
-        rows = rounding.fake_quantize_rows(rows, (-1,))
+        rows = fake_quantize_rows(rows, (-1,), parts)
     return rows @ rounding.dequantize(integers, scale, grid)

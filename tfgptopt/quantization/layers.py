@@ -28,6 +28,7 @@ from tfgptopt.model.types import Config
 from tfgptopt.quantization import quantizers, rounding
 from tfgptopt.quantization.quantizers import Quantizer
 from tfgptopt.quantization.rounding import Grid
+from tfgptopt.quantization.row_rounding import fake_quantize_rows
 from tfgptopt.quantization.specs import Spec, deserialize_spec, serialize_spec
 
 _SPEC = "quantization_spec"
@@ -40,6 +41,7 @@ class QuantizeAwareMixin:
     quantization_spec: Spec
     quantized_as_head: bool
     _row_axes: tuple[int, ...]
+    _row_blocks: int
 
     def build(self, input_shape: Any = None) -> None:
         super().build(input_shape)  # type: ignore[misc]
@@ -55,7 +57,7 @@ class QuantizeAwareMixin:
     def _round_rows(self, inputs: tf.Tensor) -> Any:
         if self.quantization_spec.activations is None:
             return inputs
-        return rounding.fake_quantize_rows(inputs, self._row_axes)
+        return fake_quantize_rows(inputs, self._row_axes, self._row_blocks)
 
     def _call_rounded(
         self, quantizer: Quantizer, inputs: tf.Tensor, *args: object, **kwargs: object
@@ -149,6 +151,7 @@ def _resolve(layer: keras.Layer) -> None:
     """Finds the axes of a dressed layer that was built."""
     target = rounded_target(layer)
     layer._row_axes = target.row_axes
+    layer._row_blocks = quantizers.row_blocks_of(target, layer.quantization_spec)
     quantizers.attach(target, layer.quantization_spec)
 
 

@@ -28,12 +28,13 @@ from tfgptopt.quantization.block_rounding import bytes_of_blocks, round_blocks
 from tfgptopt.quantization.rotatable import rotatable
 from tfgptopt.quantization.rotation import Rotate, rotate, why_not_rotated
 from tfgptopt.quantization.smoothing import find_pairs
+from tfgptopt.quantization.sorting import sort_neurons
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import Verbose, check_verbose, showing, stage, track
 
-Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "rotation", "auto"]
+Method = Literal["rtn", "mse", "gptq", "awq", "smoothquant", "rotation", "sorting", "auto"]
 
-_ROTATION = "rotation"
+_ROTATION, _SORTING = "rotation", "sorting"
 _ROUNDINGS = ("rtn", "mse", "gptq")
 _BALANCES: tuple[Balance, ...] = ("awq", "smoothquant")
 _FEWEST_TOKENS = 64
@@ -59,6 +60,8 @@ def quantize(
     - `"rotation"`, or a `tfgptopt.quantization.Rotate` with settings: first turns the features of a
       decoder, so that none stands out; then rounds to nearest or as another method says. It needs
       no data, and helps most where activations are rounded.
+    - `"sorting"`: first sorts the neurons of feed-forward networks by size, for a spec with
+      `activation_blocks`; then rounds to nearest or as another method says.
     - `"rtn"`: rounds to nearest, with scales as the spec says.
     - `"mse"`: the same, with the scales of the smallest squared error.
     - `"gptq"`: rounds input by input and corrects the weights still to come, block by block through
@@ -75,7 +78,7 @@ def quantize(
         model: A built Keras 3 model.
         spec: `Int8()` or `Int4()`, or what `tfgptopt.quantization.allocate` returned.
         method: One of the names above, or several. Defaults to `"rtn"`.
-        data: Calibration data for `"gptq"`, `"awq"` and `"smoothquant"`: a finite
+        data: Calibration data for `"gptq"`, `"awq"`, `"smoothquant"` and `"sorting"`: a finite
             `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more. Each
             gets the start token in front that the model's preprocessor puts there.
         targets: Selector of the weights. Defaults to `None`: kernels of Dense and EinsumDense and
@@ -110,23 +113,26 @@ def quantize(
     """
     check_setting(spec)
     check_verbose(verbose)
-    turning, balances, final = _methods(
+    sorts, turning, balances, final = _methods(
         _automatic(model, spec, data, targets) if method == "auto" else method
     )
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
-    if data is None and (balances or final == "gptq"):
+    if data is None and (sorts or balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     # Read once: a generator serves, too.
     data = None if data is None else with_start(model, batches_of(data))
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     turned, by_data = False, bool(balances) or final == "gptq"
     folder = checkpoints if by_data else None
-    identity = {} if folder is None else _identity(model, chosen, turning, (*balances, final), data)
+    found = (*((_SORTING,) if sorts else ()), *balances, final)
+    identity = {} if folder is None else _identity(model, chosen, turning, found, data)
     room = bytes_of_blocks(chosen) if final == "gptq" else 0
     with journal_in(folder, identity, room) as journal, changing(model), showing(verbose):
         try:
+            if sorts:
+                sort_neurons(model, data)
             if turning is not None:
                 with stage("Rotating"):
                     rotate(model, turning)
@@ -189,13 +195,16 @@ def _automatic(
     return (*first, *balances, "gptq")
 
 
-def turns(method: Any) -> bool:
-    """Returns whether a method rotates.
+def reorders(method: Any) -> bool:
+    """Returns whether a method rotates or sorts: weights mean something else then.
 
     Raises:
         ValueError: If it is none.
     """
-    return method == "auto" or _methods(method)[0] is not None
+    if method == "auto":
+        return True
+    sorts, turning, *_ = _methods(method)
+    return sorts or turning is not None
 
 
 def needs_data(method: Any) -> bool:
@@ -204,27 +213,27 @@ def needs_data(method: Any) -> bool:
     Raises:
         ValueError: If it is none.
     """
-    _, balances, final = _methods(method)
-    return bool(balances) or final == "gptq"
+    sorts, _, balances, final = _methods(method)
+    return sorts or bool(balances) or final == "gptq"
 
 
-def _methods(method: Any) -> tuple[Rotate | None, list[Balance], str]:
-    """Returns how to rotate first, what else to do before rounding, and how to round."""
+def _methods(method: Any) -> tuple[bool, Rotate | None, list[Balance], str]:
+    """Returns whether to sort and how to rotate first, what else to do, and how to round."""
     names = [method] if isinstance(method, str | Rotate) else list(method)
     turning = [one if isinstance(one, Rotate) else Rotate() for one in names
                if one == _ROTATION or isinstance(one, Rotate)]  # fmt: skip
     rest = [one for one in names if one != _ROTATION and not isinstance(one, Rotate)]
     final = [one for one in rest if one in _ROUNDINGS]
-    unknown = [one for one in rest if one not in (*_ROUNDINGS, *_BALANCES)]
+    known = (*_ROUNDINGS, *_BALANCES, _SORTING)
+    unknown = [one for one in rest if one not in known]
     too_many = len(final) > 1 or len(turning) > 1 or len(set(rest)) < len(rest)
     if not names or unknown or too_many:
-        known = (*_ROUNDINGS, *_BALANCES, _ROTATION)
         raise ValueError(
-            f"`method` must be 'auto', one of {known}, or several of them with at most one of "
-            f"{_ROUNDINGS}. Received: {method!r}"
+            f"`method` must be 'auto', one of {(*known, _ROTATION)}, or several of them with at "
+            f"most one of {_ROUNDINGS}. Received: {method!r}"
         )
     balances: list[Balance] = [one for one in rest if one in _BALANCES]
-    return next(iter(turning), None), balances, (final or ["rtn"])[0]
+    return _SORTING in rest, next(iter(turning), None), balances, (final or ["rtn"])[0]
 
 
 def _check_data(model: keras.Layer, chosen: list[tuple[Target, Spec]], data: Data) -> None:

@@ -157,6 +157,11 @@ def grids_of(target: Target, spec: Spec) -> list[tuple[Any, Grid]]:
     return found
 
 
+def row_blocks_of(target: Target, spec: Spec) -> int:
+    """Returns how many scales a row of inputs has: one for tables and heads, which are whole."""
+    return spec.activation_blocks if target.role == "kernel" else 1
+
+
 def attach(target: Target, spec: Spec) -> None:
     """Hangs quantizers on the layer of a target, which keep those that are there."""
     layer = target.layer
@@ -183,21 +188,12 @@ def check_fits(chosen: list[Target], spec: Spec) -> None:
     """Raises unless weights can be rounded to a spec.
 
     Raises:
-        ValueError: If a weight is NaN or infinite, a block does not divide its inputs, or a scale
-            is to be learned for a weight that is frozen.
+        ValueError: If a weight is NaN or infinite, a block does not divide its inputs or a part of
+            them, or a scale is to be learned for a weight that is frozen.
     """
     inputs = {t.path: t.matrix_shape[0] for t in chosen if t.role == "kernel"}
-    size = spec.block_size
-    wrong = {path: n for path, n in inputs.items() if size is not None and n % size}
-    if wrong:
-        fitting = [n for n in range(32, min(inputs.values()) + 1, 32)
-                   if not any(inputs % n for inputs in inputs.values())]  # fmt: skip
-        path, count = next(iter(wrong.items()))
-        raise ValueError(
-            f"`block_size` must divide the inputs of each weight. {path} has {count}. Received: "
-            f"block_size={size}. Of the multiples of 32, {fitting or 'none'} divide the inputs of "
-            "all chosen weights. Give such a one, None, or other `targets`."
-        )
+    if inputs:
+        _check_divides(inputs, spec)
     for target in chosen:
         if not np.isfinite(keras.ops.convert_to_numpy(target.variable.value)).all():
             raise ValueError(f"{target.path} is NaN or infinite, so it has no scale.")
@@ -206,3 +202,30 @@ def check_fits(chosen: list[Target], spec: Spec) -> None:
                 f"{target.path} has LoRA adapters, and a learned scale needs the gradient of the "
                 'weight itself. Use `scale="mse"`, or merge the adapters first.'
             )
+
+
+def _check_divides(inputs: dict[str, int], spec: Spec) -> None:
+    """Raises unless blocks of weights, and of activations, divide the inputs of each weight."""
+    size, parts = spec.block_size, spec.activation_blocks
+    numbers, least = inputs.values(), min(inputs.values())
+    wrong = {path: n for path, n in inputs.items() if size is not None and n % size}
+    if wrong:
+        fitting = [n for n in range(32, least + 1, 32) if not any(count % n for count in numbers)]
+        path, count = next(iter(wrong.items()))
+        raise ValueError(
+            f"`block_size` must divide the inputs of each weight. {path} has {count}. Received: "
+            f"block_size={size}. Of the multiples of 32, {fitting or 'none'} divide the inputs of "
+            "all chosen weights. Give such a one, None, or other `targets`."
+        )
+    whole = size or 2 if spec.bits < 8 else 1  # Half a byte begins no row.
+    wrong = {path: n for path, n in inputs.items() if parts > 1 and n % (parts * whole)}
+    if wrong:
+        fitting = [n for n in range(1, min(least, 64) + 1)
+                   if not any(count % (n * whole) for count in numbers)]  # fmt: skip
+        path, count = next(iter(wrong.items()))
+        blocks = f" into whole blocks of {whole}" if whole > 1 else ""
+        raise ValueError(
+            f"`activation_blocks` must divide the inputs of each weight{blocks}. {path} has "
+            f"{count}. Received: activation_blocks={parts}. Up to 64, {fitting or 'none'} do for "
+            "all chosen weights. Give such a one, or other `targets`."
+        )

@@ -14,8 +14,6 @@ import tensorflow as tf
 
 from tfgptopt.file.number_types import NumberType, number_type
 
-# LiteRT keeps activations in signed 8 bit.
-_ACTIVATION_MIN, _ACTIVATION_MAX = -128.0, 127.0
 # Shares of the largest magnitude that the search for the smallest squared error tries.
 _CLIP_RATIOS = tuple(1.0 - 0.05 * i for i in range(13))
 
@@ -357,39 +355,3 @@ def scale_gradient(
     clipped = tf.abs(steps) >= grid.limit
     slope = tf.where(clipped, tf.sign(steps) * grid.limit, tf.round(steps) - steps)
     return tf.reduce_sum(slope * grid.group(upstream), axis=grid.reduced, keepdims=True)
-
-
-def fake_quantize_rows(inputs: tf.Tensor, axes: Sequence[int]) -> tf.Tensor:
-    """Rounds activations as LiteRT's dynamic-range kernels do, gradients straight through.
-
-    Each row (the entries that one product sums over) gets its own asymmetric int8 scale and zero
-    point from its own range, which always holds 0.
-
-    Args:
-        inputs: float tensor.
-        axes: The axes that a row spans: those that the product contracts.
-
-    Returns:
-        Tensor of the shape and dtype of `inputs`.
-
-    Reference: XNNPACK, `xnn_f32_qd8_asymmetric_quantization_params`.
-    """
-
-    @tf.custom_gradient
-    def straight_through(x: tf.Tensor):  # type: ignore[no-untyped-def]
-        values = tf.cast(x, tf.float32)
-        low = tf.minimum(tf.reduce_min(values, axis=list(axes), keepdims=True), 0.0)
-        high = tf.maximum(tf.reduce_max(values, axis=list(axes), keepdims=True), 0.0)
-        span = high - low
-        inverse = tf.where(span == 0.0, tf.ones_like(span), 255.0 / span)
-        from_low, from_high = _ACTIVATION_MIN - low * inverse, _ACTIVATION_MAX - high * inverse
-        low_error = _ACTIVATION_MIN + low * inverse
-        high_error = _ACTIVATION_MAX + high * inverse
-        zero_point = tf.where(low_error + high_error > 0.0, from_low, from_high)
-        zero_point = tf.round(tf.clip_by_value(zero_point, _ACTIVATION_MIN, _ACTIVATION_MAX))
-        integers = tf.clip_by_value(
-            tf.round(values * inverse), _ACTIVATION_MIN - zero_point, _ACTIVATION_MAX - zero_point
-        )
-        return tf.cast(integers * (1.0 / inverse), x.dtype), lambda upstream: upstream
-
-    return straight_through(inputs)

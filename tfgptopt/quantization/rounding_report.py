@@ -17,6 +17,7 @@ from tfgptopt.model.types import Data
 from tfgptopt.quantization import layers, rounding
 from tfgptopt.quantization.outliers import Outliers, Spread, SpreadOfRows
 from tfgptopt.quantization.quantizers import Quantizer, quantizers_of
+from tfgptopt.quantization.row_rounding import fake_quantize_rows
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.tables import across_layers, as_text
 
@@ -184,6 +185,7 @@ class _Noise:
         weights = current(target.layer, quantizer.variable)
         self._exact, self._rounded = weights, quantizer.fake_quantize(weights)
         self._rounds_inputs = target.layer.quantization_spec.activations is not None
+        self._parts = target.layer._row_blocks
         self.signal = self.noise = 0.0
         self.spread = SpreadOfRows()
 
@@ -191,7 +193,9 @@ class _Noise:
         """Adds what the product, or that of one expert, gives for some rows."""
         self.spread.add(rows)
         exact = rows @ part.to_matrix(self._exact)
-        inputs = rounding.fake_quantize_rows(rows, (-1,)) if self._rounds_inputs else rows
+        inputs = rows
+        if self._rounds_inputs:
+            inputs = fake_quantize_rows(rows, (-1,), self._parts)
         self.signal += float(tf.reduce_sum(tf.square(exact)))
         self.noise += float(
             tf.reduce_sum(tf.square(inputs @ part.to_matrix(self._rounded) - exact))

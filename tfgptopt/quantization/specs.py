@@ -13,6 +13,8 @@ Activations = Literal["dynamic"]
 
 _METHODS = ("absmax", "mse", "learned")
 _SETTINGS = ("bits", "embedding_bits", "block_size", "scale", "activations")
+# What a class from outside may leave out.
+_DEFAULTS = {"activation_blocks": 1}
 _by_name: dict[str, type[Spec]] = {}
 
 
@@ -27,6 +29,8 @@ class Spec(Protocol):
         block_size: How many inputs share a scale, or `None` for all.
         scale: How the scales are found.
         activations: `"dynamic"`, or `None` to leave the inputs of products as floats.
+        activation_blocks: Of how many products that are added a product is made, each with its own
+            part of the inputs. A class that is registered may leave it out: it is 1 then.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -41,6 +45,8 @@ class Spec(Protocol):
     def scale(self) -> ScaleMethod: ...
     @property
     def activations(self) -> Activations | None: ...
+    @property
+    def activation_blocks(self) -> int: ...
 
 
 _Class = TypeVar("_Class", bound=type[Spec])
@@ -84,6 +90,9 @@ def register_spec(cls: _Class) -> _Class:
     missing = [name for name in _SETTINGS if name not in known and not hasattr(cls, name)]
     if missing:
         raise ValueError(f"The quantization spec {cls.__name__} lacks {', '.join(missing)}.")
+    for name, value in _DEFAULTS.items():
+        if name not in known and not hasattr(cls, name):
+            setattr(cls, name, value)
     taken = _by_name.setdefault(cls.__name__.lower(), cls)
     if taken is not cls:
         raise ValueError(f"A quantization spec is named {cls.__name__} already: {taken!r}")
@@ -104,9 +113,14 @@ class Int8:
             with a scale of its own, measured on the fly: that is what LiteRT computes, and what
             makes it fast. `None` leaves them as floats: the file is as small, and slower. Defaults
             to `"dynamic"`.
+        activation_blocks: int. Cuts each product along its inputs into as many that are added, so
+            that a row of inputs has as many scales: what a few large features cost stays in their
+            part. Weights keep their scales. Tables and heads are not cut. For weights whose inputs
+            differ much in size, such as those of `down`; see the method `"sorting"` of
+            `tfgptopt.quantize`. Defaults to `1`.
 
     Raises:
-        ValueError: If a setting is unknown.
+        ValueError: If a setting is unknown or out of range.
 
     Example:
 
@@ -120,6 +134,7 @@ class Int8:
 
     scale: ScaleMethod = "absmax"
     activations: Activations | None = "dynamic"
+    activation_blocks: int = 1
 
     bits: ClassVar[int] = 8
     embedding_bits: ClassVar[int] = 8
@@ -146,6 +161,7 @@ class Int4:
             Defaults to `8`.
         scale: As with `Int8`. Defaults to `"absmax"`.
         activations: As with `Int8`. Defaults to `"dynamic"`.
+        activation_blocks: As with `Int8`; each part holds whole blocks of weights. Defaults to `1`.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -155,6 +171,7 @@ class Int4:
     embedding_bits: int = 8
     scale: ScaleMethod = "absmax"
     activations: Activations | None = "dynamic"
+    activation_blocks: int = 1
 
     bits: ClassVar[int] = 4
 
@@ -188,6 +205,16 @@ def _check(spec: Spec) -> None:
     if spec.activations not in ("dynamic", None):
         raise ValueError(
             f'`activations` must be "dynamic" or None. Received: activations={spec.activations!r}'
+        )
+    parts = spec.activation_blocks
+    if not isinstance(parts, int) or isinstance(parts, bool) or parts < 1:
+        raise ValueError(
+            f"`activation_blocks` must be an int >= 1. Received: activation_blocks={parts!r}"
+        )
+    if parts > 1 and spec.activations is None:
+        raise ValueError(
+            "`activation_blocks` gives rounded inputs more scales, and `activations=None` rounds "
+            f"none. Leave one of them out. Received: activation_blocks={parts}"
         )
 
 

@@ -20,7 +20,7 @@ from tfgptopt.quantization.aware import (
     quantize_aware,
 )
 from tfgptopt.quantization.bit_allocation import BitAllocation
-from tfgptopt.quantization.post_training import Method, needs_data, turns
+from tfgptopt.quantization.post_training import Method, needs_data, reorders
 from tfgptopt.quantization.specs import Spec, deserialize_spec, serialize_spec
 
 
@@ -37,7 +37,7 @@ class QuantizeAware:
         freeze_step: int. Value of `optimizer.iterations` from which on scales stay as they are.
             Defaults to `None`: never.
         method: How weights are rounded where rounding begins: a method of `tfgptopt.quantize`, or
-            several, but for rotation. Defaults to `"rtn"`.
+            several, but for rotation and sorting. Defaults to `"rtn"`.
 
     Raises:
         ValueError: If `spec` is no quantization spec, a step is out of range, or there is no such
@@ -64,10 +64,11 @@ class QuantizeAware:
             )
         if not isinstance(self.method, str):
             object.__setattr__(self, "method", tuple(self.method))
-        if turns(self.method):
+        if reorders(self.method):
             raise ValueError(
-                "Rotation changes weights that an optimizer knows already: it comes before `fit`, "
-                f"as `tfgptopt.quantization.rotate` or `Rotate`. Received: method={self.method!r}"
+                "Rotation and sorting change weights that an optimizer knows already: they come "
+                "before `fit`, as `Rotate` or `tfgptopt.quantization.sort_neurons`. Received: "
+                f"method={self.method!r}"
             )
 
     @property

@@ -9,6 +9,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.spec import Matrix
+from tfgptopt.exporting.tflite.cutting import cut_products, operator_code
 from tfgptopt.exporting.tflite.packing import product_version
 from tfgptopt.file.number_types import INT8, number_type
 
@@ -92,27 +93,38 @@ def _replace(
     readers = [x for x in graph.operators if index in list(x.inputs)]
     as_weights = _read_as_weights(model, graph, index, matrix, turned)
     number = INT8 if matrix.bits is None or not as_weights else number_type(matrix.bits)
-    key = (matrix.name, turned, number.bits)
-    if key not in buffers:
-        values = np.ascontiguousarray(matrix.values.T if turned else matrix.values)
-        data = number.pack(values).view(np.uint8).reshape(-1)
-        model.buffers.append(schema.BufferT(data=data))
-        buffers[key] = len(model.buffers) - 1
-    quantization = _quantization(model, graph, matrix, turned)
-    tensor = graph.tensors[index]
     kind = number.as_tensor_type()
+
+    def stored(one: Matrix) -> tuple[int, schema.QuantizationParametersT]:
+        """Returns the buffer of a matrix, and its scales for this graph."""
+        key = (one.name, turned, number.bits)
+        if key not in buffers:
+            values = np.ascontiguousarray(one.values.T if turned else one.values)
+            data = number.pack(values).view(np.uint8).reshape(-1)
+            model.buffers.append(schema.BufferT(data=data))
+            buffers[key] = len(model.buffers) - 1
+        return buffers[key], _quantization(model, graph, one, turned)
+
+    def fill(tensor: schema.TensorT, part: Matrix) -> None:
+        tensor.type, (tensor.buffer, tensor.quantization) = kind, stored(part)
+
+    tensor = graph.tensors[index]
+    if as_weights and matrix.activation_blocks > 1:
+        cut_products(model, graph, index, matrix, fill)
+        return
     if as_weights:
-        tensor.type, tensor.buffer, tensor.quantization = kind, buffers[key], quantization
+        fill(tensor, matrix)
         for reader in readers:
             reader.builtinOptions.asymmetricQuantizeInputs = True
             code = model.operatorCodes[reader.opcodeIndex]
             code.version = max(code.version, product_version(matrix))
         return
+    buffer, quantization = stored(matrix)
     graph.tensors.append(
         schema.TensorT(
             shape=tensor.shape,
             type=kind,
-            buffer=buffers[key],
+            buffer=buffer,
             quantization=quantization,
             name=matrix.name,
             hasRank=True,
@@ -122,7 +134,7 @@ def _replace(
     graph.operators.insert(
         0,
         schema.OperatorT(
-            opcodeIndex=_operator_code(model, schema.BuiltinOperator.DEQUANTIZE, 5),
+            opcodeIndex=operator_code(model, schema.BuiltinOperator.DEQUANTIZE, 5),
             inputs=[len(graph.tensors) - 1],
             outputs=[index],
         ),
@@ -157,20 +169,6 @@ def _quantization(
             scales=len(graph.tensors) - 1, zeroPoints=-1, blockSize=matrix.block_size
         ),
     )
-
-
-def _operator_code(model: schema.ModelT, code: int, version: int) -> int:
-    """Returns the index of an operator in the table of a file, which it is added to."""
-    for index, entry in enumerate(model.operatorCodes):
-        if entry.builtinCode == code:
-            entry.version = max(entry.version, version)
-            return index
-    model.operatorCodes.append(
-        schema.OperatorCodeT(
-            builtinCode=code, deprecatedBuiltinCode=min(code, 127), version=version
-        )
-    )
-    return len(model.operatorCodes) - 1
 
 
 def _drop_unused_buffers(model: schema.ModelT) -> None:

@@ -132,6 +132,9 @@ def _computed_bias(graph: Graph, bias: Tensor | None, size: int) -> Tensor:
 
 def fully_connected(graph: Graph, x: Tensor, matrix: Matrix, relu: bool = False) -> Tensor:
     """Adds a product with a matrix, its bias fused, inputs rounded row by row if it is integer."""
+    if matrix.activation_blocks > 1:
+        total = _sum_of_parts(graph, x, matrix)
+        return unary(graph, "RELU", total) if relu else total
     bias = None if matrix.bias is None else graph.weight(f"{matrix.name}/bias", matrix.bias)
     weights = graph.sparse_weight(matrix.name, matrix.values)
     if weights is None:
@@ -150,6 +153,18 @@ def fully_connected(graph: Graph, x: Tensor, matrix: Matrix, relu: bool = False)
     return graph.add_operator(
         "FULLY_CONNECTED", [x, weights, bias], shape, options=options, version=version
     )
+
+
+def _sum_of_parts(graph: Graph, x: Tensor, matrix: Matrix) -> Tensor:
+    """Adds a product as several that are added, whose inputs are rounded part by part."""
+    total = None
+    for i, part in enumerate(matrix.parts):
+        begin = (0,) * (len(x.shape) - 1) + (i * part.inputs,)
+        inputs = slice_(graph, x, begin, (*x.shape[:-1], part.inputs), free=0)
+        made = fully_connected(graph, inputs, part)
+        total = made if total is None else binary(graph, "ADD", total, made)
+    assert total is not None
+    return total
 
 
 def normalize(graph: Graph, x: Tensor, norm: Norm) -> Tensor:
