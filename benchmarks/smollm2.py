@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,10 @@ def in_parts(bench: Bench) -> dict[str, Callable[[], Any]]:
     }
 
 
-def self_distilled(bench: Bench, spec: Any, steps: int) -> None:
+def self_distilled(bench: Bench, spec: Any, method: Any, steps: int) -> None:
     """Trains the rounded model to give what the float model gives, in steps of 512 tokens."""
     student, teacher = bench.model, make_smollm2()
-    tfgptopt.quantize(student, spec, "gptq", bench.shown)
+    tfgptopt.quantize(student, spec, method, bench.shown)
     halves = bench.rest.reshape(-1, LENGTH // 2)
     order = np.random.default_rng(1).permutation(len(halves))
     data = tf.data.Dataset.from_tensor_slices(halves[order]).repeat().batch(2)
@@ -213,8 +214,14 @@ def main() -> None:
     bench = Bench(windows_of_text(), arguments.windows, arguments.calibration)
     bench.row("float32", lambda: None)
     rows = methods(bench)
-    name = f"int4 per channel, gptq, then qat for {arguments.steps} steps"
-    rows[name] = lambda: self_distilled(bench, Int4(), arguments.steps)
+    for name, spec, method in (
+        ("int4 per channel, gptq", Int4(), "gptq"),
+        ("int4/32, rotation + gptq", Int4(block_size=32), ("rotation", "gptq")),
+        ("int4/32, learned scales", Int4(block_size=32, scale="learned"), ("rotation", "gptq")),
+    ):
+        rows[f"{name}, then qat for {arguments.steps} steps"] = partial(
+            self_distilled, bench, spec, method, arguments.steps
+        )
     for name, change in rows.items():
         given = arguments.only
         # A whole name means that row alone.
