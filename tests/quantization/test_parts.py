@@ -145,6 +145,9 @@ def test_bad_input_changes_nothing():
     ):
         with pytest.raises(ValueError, match=message):
             tfgptopt.quantize(model, spec, "sorting", data)
+    with pytest.raises(ValueError, match="differ only in `activation_blocks`"):
+        choices = (Int4(), Int8(activation_blocks=2), Int8())
+        tfgptopt.quantization.allocate(model, data, 6.0, choices, by="kl")
     with pytest.raises(ValueError, match="needs calibration data"):
         tfgptopt.quantize(model, Int8(), "sorting")
     with pytest.raises(ValueError, match="no layout of Sequential"):

@@ -16,7 +16,7 @@ from tfgptopt.model.current import current
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.model.turning import Turn, factors_of, turns_of
 from tfgptopt.quantization import layers
-from tfgptopt.quantization.integers import read_integers
+from tfgptopt.quantization.integers import Integers, read_integers
 from tfgptopt.quantization.quantizers import row_blocks_of
 
 
@@ -30,6 +30,13 @@ def _as_rows(array: np.ndarray, target: Target) -> np.ndarray:
     order = target.output_axes + target.input_axes
     outputs = int(np.prod([array.shape[axis] for axis in target.output_axes]))
     return np.ascontiguousarray(array.transpose(order).reshape(outputs, -1))
+
+
+def _scales_of_rows(stored: Integers) -> np.ndarray:
+    """Returns scales as `(outputs,)`, or as `(outputs, blocks)`."""
+    if stored.grid.block_size is None:
+        return stored.scale.reshape(-1)
+    return np.ascontiguousarray(stored.scale[:, 0, :].T)
 
 
 def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
@@ -55,15 +62,11 @@ def read_matrix(layer: keras.Layer, activated: bool = False) -> Matrix:
     if layers.spec_of(layer) is None:
         return Matrix(target.path, _as_rows(values, target), bias=bias)
     stored = read_integers(layer)[0]
-    if stored.grid.block_size is None:
-        by_output = _as_rows(stored.scale, target).reshape(-1)
-    else:
-        by_output = np.ascontiguousarray(stored.scale[:, 0, :].T)
     return Matrix(
         name=target.path,
         values=_as_rows(stored.integers, target),
         bits=stored.grid.bits,
-        scale=by_output,
+        scale=_scales_of_rows(stored),
         bias=bias,
         block_size=stored.grid.block_size,
         rounds_inputs=layer.quantization_spec.activations is not None,
@@ -84,7 +87,8 @@ def read_head(embedding: keras.Layer) -> Matrix | None:
         name=variable.path,
         values=np.ascontiguousarray(stored.integers.T),
         bits=stored.grid.bits,
-        scale=stored.scale.reshape(-1),
+        scale=_scales_of_rows(stored),
+        block_size=stored.grid.block_size,
         rounds_inputs=spec.activations is not None,
     )
 

@@ -18,7 +18,7 @@ from tfgptopt.model.targets import Selector, Target, select
 from tfgptopt.model.types import Data
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.quantizers import check_fits, grids_of
-from tfgptopt.quantization.specs import Int4, Int8, Spec, check_spec
+from tfgptopt.quantization.specs import Int4, Int8, Spec, check_spec, serialize_spec
 from tfgptopt.terminal.progress import Verbose, showing
 from tfgptopt.terminal.tables import as_text
 
@@ -179,8 +179,9 @@ def allocate(
         see a table, `plot()` draws it.
 
     Raises:
-        ValueError: If the model has no loss to go by, a choice does not fit, `by` is unknown, or
-            `bits` is below the fewest that the choices allow.
+        ValueError: If the model has no loss to go by, a choice does not fit, two differ only in
+            `activation_blocks`, `by` is unknown, or `bits` is below the fewest that the choices
+            allow.
 
     Example:
 
@@ -201,6 +202,7 @@ def allocate(
         if spec is not None:
             check_spec(spec)
             check_fits(chosen, spec)
+    _check_choices(choices)
     fewest = _mean([min(_bits(t, spec) for spec in choices) for t in chosen], chosen)
     if not isinstance(bits, int | float) or bits < fewest:
         raise ValueError(
@@ -211,6 +213,27 @@ def allocate(
         measured = _measure(model, data, chosen, choices, by)
     specs = _spend(chosen, measured, bits)
     return BitAllocation(specs, {t.path: t.size for t in chosen}, measured)
+
+
+def _check_choices(choices: Sequence[Spec | None]) -> None:
+    """Raises if choices differ only in what is not measured.
+
+    Raises:
+        ValueError: If two do.
+    """
+    seen: dict[object, Spec] = {}
+    for spec in choices:
+        if spec is None:
+            continue
+        config = serialize_spec(spec)
+        parts = config.pop("activation_blocks", 1)
+        other = seen.setdefault(tuple(config.items()), spec)
+        if other.activation_blocks != parts:
+            raise ValueError(
+                "`choices` that differ only in `activation_blocks` cost the same bits, and "
+                f"inputs are not rounded while weights are measured. Received: {other} and {spec}. "
+                "Leave one of them out."
+            )
 
 
 def _mean(values: list[float], chosen: list[Target]) -> float:

@@ -111,11 +111,28 @@ class QuantizeAwareEmbeddingMixin(QuantizeAwareMixin):
 
 def _round_looked_up(quantizer: Quantizer, rows: tf.Tensor, ids: Any) -> tf.Tensor:
     """Rounds rows of a table as the table itself is rounded."""
+    if quantizer.grid.block_size is not None:
+        flat = tf.reshape(rows, (-1, rows.shape[-1]))
+        rounded = _round_blocks_of_rows(quantizer, flat, tf.reshape(ids, (-1,)))
+        return tf.ensure_shape(tf.reshape(rounded, tf.shape(rows)), rows.shape)
     grid = replace(quantizer.grid, axes=(-1,))
     scale_of: Any = None
     if quantizer.kept is not None:
         kept = quantizer.grid.representable(tf.convert_to_tensor(quantizer.kept.value))
         looked_up = tf.gather(kept, tf.cast(ids, tf.int32))
+        scale_of = lambda _: looked_up  # noqa: E731
+    elif quantizer.method != "absmax":
+        scale_of = lambda values: rounding.mse_scale(values, grid)  # noqa: E731
+    return rounding.fake_quantize(rows, grid, scale_of, quantizer.method == "learned")
+
+
+def _round_blocks_of_rows(quantizer: Quantizer, rows: tf.Tensor, ids: Any) -> tf.Tensor:
+    """Rounds rows `(tokens, width)` of a table in blocks."""
+    grid = quantizer.grid
+    scale_of: Any = None
+    if quantizer.kept is not None:
+        kept = grid.representable(tf.convert_to_tensor(quantizer.kept.value))
+        looked_up = tf.gather(kept, tf.cast(ids, tf.int32), axis=2)
         scale_of = lambda _: looked_up  # noqa: E731
     elif quantizer.method != "absmax":
         scale_of = lambda values: rounding.mse_scale(values, grid)  # noqa: E731

@@ -150,10 +150,11 @@ def grids_of(target: Target, spec: Spec) -> list[tuple[Any, Grid]]:
     axes = target.input_axes
     if target.role == "kernel":
         return [(target.variable, Grid(spec.bits, axes, spec.block_size))]
-    found = [(target.variable, Grid(spec.embedding_bits, axes))]
+    bits, size = spec.embedding_bits, spec.embedding_block_size
+    found = [(target.variable, Grid(bits, axes, size))]
     own_head = getattr(target.layer, "reverse_embeddings", None)
     if target.role == "embedding" and own_head is not None:
-        found.append((own_head, Grid(spec.embedding_bits, (0,))))
+        found.append((own_head, Grid(bits, (0,), size)))
     return found
 
 
@@ -194,6 +195,16 @@ def check_fits(chosen: list[Target], spec: Spec) -> None:
     inputs = {t.path: t.matrix_shape[0] for t in chosen if t.role == "kernel"}
     if inputs:
         _check_divides(inputs, spec)
+    size = spec.embedding_block_size
+    for target in chosen:
+        width = target.matrix_shape[0]
+        if target.role != "kernel" and size is not None and width % size:
+            fitting = [n for n in range(32, width + 1, 32) if width % n == 0]
+            raise ValueError(
+                f"`embedding_block_size` must divide the width of {target.path}, which is {width}. "
+                f"Received: embedding_block_size={size}. Of the multiples of 32, "
+                f"{fitting or 'none'} do. Give such a one, or None."
+            )
     for target in chosen:
         if not np.isfinite(keras.ops.convert_to_numpy(target.variable.value)).all():
             raise ValueError(f"{target.path} is NaN or infinite, so it has no scale.")

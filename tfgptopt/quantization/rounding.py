@@ -88,7 +88,8 @@ class PerBlock:
     def ungroup(self, grouped: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
         """Returns what `group` made in its own shape again."""
         order = self._order(len(shape))
-        moved = tf.reshape(grouped, [shape[axis] for axis in order])
+        sizes = [-1 if shape[axis] is None else shape[axis] for axis in order]
+        moved = tf.reshape(grouped, sizes)
         return moved if order == sorted(order) else tf.transpose(moved, np.argsort(order))
 
     def scale_shape(self, shape: Sequence[int]) -> tuple[int, ...]:

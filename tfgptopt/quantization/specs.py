@@ -14,7 +14,7 @@ Activations = Literal["dynamic"]
 _METHODS = ("absmax", "mse", "learned")
 _SETTINGS = ("bits", "embedding_bits", "block_size", "scale", "activations")
 # What a class from outside may leave out.
-_DEFAULTS = {"activation_blocks": 1}
+_DEFAULTS = {"activation_blocks": 1, "embedding_block_size": None}
 _by_name: dict[str, type[Spec]] = {}
 
 
@@ -31,6 +31,8 @@ class Spec(Protocol):
         activations: `"dynamic"`, or `None` to leave the inputs of products as floats.
         activation_blocks: Of how many products that are added a product is made, each with its own
             part of the inputs. A class that is registered may leave it out: it is 1 then.
+        embedding_block_size: How many entries of a row of the token table, or of the head, share a
+            scale, or `None` for all, as for a class that leaves it out.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -47,6 +49,8 @@ class Spec(Protocol):
     def activations(self) -> Activations | None: ...
     @property
     def activation_blocks(self) -> int: ...
+    @property
+    def embedding_block_size(self) -> int | None: ...
 
 
 _Class = TypeVar("_Class", bound=type[Spec])
@@ -139,6 +143,7 @@ class Int8:
     bits: ClassVar[int] = 8
     embedding_bits: ClassVar[int] = 8
     block_size: ClassVar[None] = None
+    embedding_block_size: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -157,11 +162,13 @@ class Int4:
             Smaller blocks keep more quality; a scale takes 16 bits. Defaults to `None`: one scale
             per output channel, the smallest and fastest.
         embedding_bits: int, 4 or 8. Bits of the token table and of the output head, tied or not,
-            which have one scale per token. They are the most sensitive weights of a small GPT.
-            Defaults to `8`.
+            which have one scale per token, or more by `embedding_block_size`. They are the most
+            sensitive weights of a small GPT. Defaults to `8`.
         scale: As with `Int8`. Defaults to `"absmax"`.
         activations: As with `Int8`. Defaults to `"dynamic"`.
         activation_blocks: As with `Int8`; each part holds whole blocks of weights. Defaults to `1`.
+        embedding_block_size: int, a multiple of 32: how many entries of a row of a table or head of
+            4 bits share a scale. It needs dynamic activations. Defaults to `None`: all.
 
     Raises:
         ValueError: If a setting is unknown or out of range.
@@ -172,15 +179,25 @@ class Int4:
     scale: ScaleMethod = "absmax"
     activations: Activations | None = "dynamic"
     activation_blocks: int = 1
+    embedding_block_size: int | None = None
 
     bits: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        size = self.block_size
-        if size is not None and (not isinstance(size, int) or size < 32 or size % 32):
+        for name in ("block_size", "embedding_block_size"):
+            size = getattr(self, name)
+            if size is not None and (not isinstance(size, int) or size < 32 or size % 32):
+                raise ValueError(
+                    f"`{name}` must be None or a multiple of 32, such as 32, 64 or 128, which is "
+                    f"what LiteRT's kernels compute with. Received: {name}={size!r}"
+                )
+        plain = self.embedding_bits != 4 or self.activations is None
+        if self.embedding_block_size is not None and plain:
             raise ValueError(
-                "`block_size` must be None or a multiple of 32, such as 32, 64 or 128, which is "
-                f"what LiteRT's kernels compute with. Received: block_size={size!r}"
+                "`embedding_block_size` is for tables of 4 bits whose inputs are rounded: give "
+                '`embedding_bits=4` and `activations="dynamic"`. Received: embedding_block_size='
+                f"{self.embedding_block_size}, embedding_bits={self.embedding_bits!r}, "
+                f"activations={self.activations!r}"
             )
         if self.embedding_bits not in (4, 8):
             raise ValueError(
