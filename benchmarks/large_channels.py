@@ -17,6 +17,8 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -24,10 +26,11 @@ import keras_hub
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from tfgptopt.callbacks import QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.data import Corpus, load_corpus, tokens_as_input
-from tfgptopt.quantization import Int4, Int8
+from tfgptopt.quantization import Int4, Int8, rotate
 
 FACTOR, IN_STREAM, BEHIND_NORMS = 200.0, [5, 40, 77], [9, 33, 100]
 VALIDATION = 24  # Batches of 16 windows of 128 tokens.
@@ -97,6 +100,16 @@ def train(model: Any, corpus: Corpus, steps: int, rate: float) -> None:
         model.fit(corpus.train.repeat(), steps_per_epoch=steps, verbose=2)
 
 
+def teach(model: Any, teacher: Any, corpus: Corpus, windows: Any, steps: int) -> None:
+    """Does what the recipe `int4` does: rotation, GPTQ, then the float model's predictions."""
+    rotate(model)
+    distiller = tfgptopt.Distiller(model, teacher)
+    schedule = keras.optimizers.schedules.CosineDecay(2e-4, steps)
+    distiller.compile(keras.optimizers.Adam(schedule, global_clipnorm=1.0))
+    rounding = QuantizationAwareTraining(Int4(block_size=32), method="gptq", data=windows)
+    distiller.fit(corpus.train.repeat(), steps_per_epoch=steps, verbose=0, callbacks=[rounding])
+
+
 def loss_of(model: Any, corpus: Corpus) -> float:
     """Returns the loss on held-out text."""
     with tokens_as_input(model):
@@ -108,6 +121,7 @@ def main() -> None:
     """Trains, rounds and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400, help="steps, and half as many behind")
+    parser.add_argument("--taught", type=int, default=200, help="steps with the float model")
     parser.add_argument("--gpt2", action="store_true")
     arguments = parser.parse_args()
     keras.utils.set_random_seed(0)
@@ -124,21 +138,30 @@ def main() -> None:
     table = Table(title=f"{name}, perplexity {np.exp(floats):.2f}")
     table.add_column("how")
     table.add_column("rise", justify="right")
-    windows = corpus.train.take(2)
+    windows = corpus.train.take(8)
+
+    def row(name: str, change: Callable[[Any], None]) -> None:
+        copy = make(vocabulary, arguments.gpt2)
+        copy.set_weights(weights)
+        copy.compile(sampler="greedy")
+        with tokens_as_input(copy):
+            change(copy)
+        rise = np.exp(loss_of(copy, corpus) - floats) - 1
+        print(f"{name}: {rise:+.2%}", flush=True)
+        table.add_row(name, f"{rise:+.2%}")
+
     for spec, method, data in (
         (Int8(), "rtn", None), (Int8(), "smoothquant", windows), (Int8(), "rotation", None),
         (Int8(), "auto", None), (Int8(), "auto", windows), (Int4(block_size=32), "rtn", None),
         (Int4(block_size=32), "gptq", windows), (Int4(block_size=32), "auto", windows),
     ):  # fmt: skip
-        copy = make(vocabulary, arguments.gpt2)
-        copy.set_weights(weights)
-        copy.compile(sampler="greedy")
-        with tokens_as_input(copy):
-            tfgptopt.quantize(copy, spec, method, data)
-        rise = np.exp(loss_of(copy, corpus) - floats) - 1
         name = f"{spec}, {method}{', data' if data is not None else ''}"
-        print(f"{name}: {rise:+.2%}", flush=True)
-        table.add_row(name, f"{rise:+.2%}")
+        row(name, partial(tfgptopt.quantize, spec=spec, method=method, data=data))
+    if arguments.gpt2:
+        row(
+            f"{Int4(block_size=32)}, rotation, gptq, {arguments.taught} steps of distillation",
+            lambda copy: teach(copy, model, corpus, windows, arguments.taught),
+        )
     Console(width=80).print(table)
 
 

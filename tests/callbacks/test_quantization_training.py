@@ -56,17 +56,20 @@ def test_a_learned_scale_takes_the_step_of_plain_gradient_descent():
     assert (found != before).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"jit_compile": True}, {"replicas": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"jit_compile": True}, {"replicas": True}, {"block_size": 32}], ids=str
+)
 def test_learned_scales_move_and_ship(options, tmp_path):
     options = dict(options)
+    spec = Int4(scale="learned", block_size=options.pop("block_size", None))
     if options.pop("replicas", False):
         with two_replicas().scope():
             model = compiled(keras.optimizers.Adam(1e-2))
     else:
         model = compiled(keras.optimizers.Adam(1e-2), **options)
-    fit(model, [QuantizationAwareTraining(LEARNED)], steps=1)
+    fit(model, [QuantizationAwareTraining(spec)], steps=1)
     first = scales(model)
-    fit(model, [QuantizationAwareTraining(LEARNED)])
+    fit(model, [QuantizationAwareTraining(spec)])
     second = scales(model)
     moved = [np.abs(second[path] / first[path] - 1).max() for path in first]
     assert all(0 < share < 0.3 for share in moved)

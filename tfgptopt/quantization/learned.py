@@ -46,7 +46,9 @@ class ScaleUpdates:
                 return
             quantizer, switch = entry
             learning = tf.convert_to_tensor(switch)
-            gradient = tf.cast(tf.convert_to_tensor(gradient), tf.float32)
+            # Behind a product of batches of any size its shape is not known.
+            gradient = tf.ensure_shape(tf.convert_to_tensor(gradient), variable.shape)
+            gradient = tf.cast(gradient, tf.float32)
             weights = tf.identity(tf.cast(tf.convert_to_tensor(variable), tf.float32))
             scale = quantizer.compute_scale(weights)
             clipped = learning & ~inside(weights, scale, quantizer.grid)
