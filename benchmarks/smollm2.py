@@ -140,9 +140,13 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
     }
     rows["int8, rotation"] = quantized(Int8(), "rotation")
     rows["int8, rotation without down"] = quantized(Int8(), Rotate(down=None))
+    rows["int8, learned rotation"] = quantized(Int8(), Rotate(steps=100))
     rows["int8, rotation + gptq"] = quantized(Int8(), ("rotation", "gptq"))
     rows |= in_parts(bench)
     rows["int4/32, rotation + gptq"] = quantized(Int4(block_size=32), ("rotation", "gptq"))
+    learned = Rotate(steps=100), "gptq"
+    rows["int8, learned rotation + gptq"] = quantized(Int8(), learned)
+    rows["int4/32, learned rotation + gptq"] = quantized(Int4(block_size=32), learned)
     rows["int4/64, rotation + gptq"] = quantized(Int4(block_size=64), ("rotation", "gptq"))
     blocks = Int4(block_size=64)
     rows["int4/64, rtn"] = quantized(blocks, "rtn")

@@ -35,7 +35,7 @@ from tfgptopt.model.history import history_of, record
 from tfgptopt.model.targets import Target, candidates
 from tfgptopt.pruning.pruner import zero_share
 from tfgptopt.quantization.rotatable import check_rotatable, rotatable
-from tfgptopt.quantization.rotation import Rotate, rotate
+from tfgptopt.quantization.rotation import Rotate, check_not_learned, rotate
 from tfgptopt.recipe import Recipe
 from tfgptopt.recipe.finalizing import finalize
 from tfgptopt.shrinking.shrinker import fill, prepare, shrink
@@ -148,6 +148,7 @@ def check_recipe(model: keras.Model, corpus: Corpus, recipe: Recipe) -> Any:
             student = student if stage.budget else prepare(student, stage)
             check_fit(student, corpus)
         if isinstance(stage, Rotate):
+            check_not_learned(stage)
             check_rotatable(rotatable(student))
         if isinstance(stage, Distill):
             if stage.steps is None:

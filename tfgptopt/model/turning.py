@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import keras
@@ -29,6 +29,8 @@ _ATTRIBUTE = "_tfgptopt_turns"
 STORED = "tfgptopt_turns"
 # Features that are multiplied, each with the exponent of a power of two.
 Exponents = tuple[tuple[int, int], ...]
+# Behind the words of what a layer turns, which never have it.
+_END = b"\0"
 
 
 def factors_of(exponents: Exponents, size: int) -> np.ndarray:
@@ -48,12 +50,14 @@ class Turn:
         seed: Which matrix: see `orthogonal`.
         keeps_mean: As there.
         back: Whether it is the inverse, which turns back.
+        learned: The matrix itself, float32, where it is none of those. Defaults to `None`.
     """
 
     size: int
     seed: int
     keeps_mean: bool = False
     back: bool = False
+    learned: bytes | None = field(default=None, repr=False)
 
     @property
     def inverse(self) -> Turn:
@@ -63,7 +67,10 @@ class Turn:
     @property
     def matrix(self) -> np.ndarray:
         """float32 array `(size, size)` that rows are multiplied with."""
-        found = orthogonal(self.size, self.seed, self.keeps_mean)
+        if self.learned is None:
+            found = orthogonal(self.size, self.seed, self.keeps_mean)
+        else:
+            found = np.frombuffer(self.learned, "<f4").reshape(self.size, self.size)
         return found.T if self.back else found
 
     def rows(self, features: np.ndarray) -> np.ndarray:
@@ -98,15 +105,33 @@ class Turns:
     exponents: Exponents = ()
 
     def to_array(self) -> np.ndarray:
-        """Returns them as bytes that a checkpoint can hold."""
-        return np.frombuffer(json.dumps(asdict(self)).encode(), np.uint8)
+        """Returns them as bytes that a checkpoint can hold: words, and matrices behind them."""
+        fields, matrices = asdict(self), []
+        for turn in (fields["before"], fields["after"]):
+            learned = turn.pop("learned") if turn else None
+            if learned is not None:
+                matrices += [] if learned in matrices else [learned]
+                turn["learned"] = matrices.index(learned)
+        parts = [json.dumps(fields).encode(), *([_END, *matrices] if matrices else [])]
+        return np.frombuffer(b"".join(parts), np.uint8)
 
     @classmethod
     def from_array(cls, array: Any) -> Turns:
         """Returns what `to_array` wrote."""
-        fields = json.loads(np.asarray(array, np.uint8).tobytes())
-        before, after = (fields[name] and Turn(**fields[name]) for name in ("before", "after"))
-        return cls(before, after, tuple((int(i), int(n)) for i, n in fields["exponents"]))
+        words, _, matrices = np.asarray(array, np.uint8).tobytes().partition(_END)
+        fields = json.loads(words)
+
+        def turn(its: dict[str, Any] | None) -> Turn | None:
+            if its is None:
+                return None
+            if "learned" in its:
+                length = 4 * its["size"] ** 2
+                begin = its["learned"] * length
+                its["learned"] = matrices[begin : begin + length]
+            return Turn(**its)
+
+        exponents = tuple((int(i), int(n)) for i, n in fields["exponents"])
+        return cls(turn(fields["before"]), turn(fields["after"]), exponents)
 
 
 class TurnedMixin:

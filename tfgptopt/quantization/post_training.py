@@ -25,6 +25,7 @@ from tfgptopt.quantization.aware import check_plain, check_setting, chosen_specs
 from tfgptopt.quantization.balancing import Balance, balance
 from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.block_rounding import bytes_of_blocks, round_blocks
+from tfgptopt.quantization.learned_rotation import rotate_learned
 from tfgptopt.quantization.rotatable import rotatable
 from tfgptopt.quantization.rotation import Rotate, rotate, why_not_rotated
 from tfgptopt.quantization.smoothing import find_pairs
@@ -59,7 +60,8 @@ def quantize(
 
     - `"rotation"`, or a `tfgptopt.quantization.Rotate` with settings: first turns the features of a
       decoder, so that none stands out; then rounds to nearest or as another method says. It needs
-      no data, and helps most where activations are rounded.
+      no data, unless it is learned (`Rotate(steps=100)`), and helps most where activations are
+      rounded.
     - `"sorting"`: first sorts the neurons of feed-forward networks by size, for a spec with
       `activation_blocks`; then rounds to nearest or as another method says.
     - `"rtn"`: rounds to nearest, with scales as the spec says.
@@ -78,18 +80,19 @@ def quantize(
         model: A built Keras 3 model.
         spec: `Int8()` or `Int4()`, or what `tfgptopt.quantization.allocate` returned.
         method: One of the names above, or several. Defaults to `"rtn"`.
-        data: Calibration data for `"gptq"`, `"awq"`, `"smoothquant"` and `"sorting"`: a finite
-            `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of text or more. Each
-            gets the start token in front that the model's preprocessor puts there.
+        data: Calibration data for `"gptq"`, `"awq"`, `"smoothquant"`, `"sorting"` and learned
+            rotations: a finite `tf.data.Dataset` or arrays, as `fit` takes them; some 30 windows of
+            text or more. Each gets the start token in front that the model's preprocessor puts
+            there.
         targets: Selector of the weights. Defaults to `None`: kernels of Dense and EinsumDense and
             tables of Embedding and ReversibleEmbedding, wherever they are nested.
         verbose: `"auto"`, 0, 1 or 2. 0 is silent, 1 shows progress bars with the time left, 2
             prints lines. Defaults to `"auto"`: bars in terminals and notebooks.
-        checkpoints: Folder for what `"gptq"`, `"awq"` and `"smoothquant"` find, written behind
-            each block and each place, about a byte for each weight. The same call on the same
-            model and data, in another process too, goes on where one was stopped, however that
-            ended, and comes to the same weights and scales; behind the end it gives them at once.
-            Nobody removes the folder. Defaults to `None`: nothing is written.
+        checkpoints: Folder for what methods with data find, written behind each place, each block
+            and a learned rotation: about a byte for each weight. The same call on the same model
+            and data, in another process too, goes on where one was stopped, however that ended,
+            and comes to the same weights and scales; behind the end it gives them at once. Nobody
+            removes the folder. Defaults to `None`: nothing is written.
 
     Returns:
         The same model.
@@ -119,13 +122,14 @@ def quantize(
     chosen = chosen_specs(model, spec, targets)
     check_finite_weights(model)
     check_plain([target for target, _ in chosen])
-    if data is None and (sorts or balances or final == "gptq"):
+    learns = turning is not None and turning.steps > 0
+    if data is None and (sorts or learns or balances or final == "gptq"):
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     # Read once: a generator serves, too.
     data = None if data is None else with_start(model, batches_of(data))
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     turned, by_data = False, bool(balances) or final == "gptq"
-    folder = checkpoints if by_data else None
+    folder = checkpoints if by_data or learns else None
     found = (*((_SORTING,) if sorts else ()), *balances, final)
     identity = {} if folder is None else _identity(model, chosen, turning, found, data)
     room = bytes_of_blocks(chosen) if final == "gptq" else 0
@@ -134,8 +138,7 @@ def quantize(
             if sorts:
                 sort_neurons(model, data)
             if turning is not None:
-                with stage("Rotating"):
-                    rotate(model, turning)
+                _rotate(model, turning, chosen, data, journal)
                 turned = True
             told = _told_by_data(model, chosen, by_data)
             _check_data(model, told, data)
@@ -277,6 +280,21 @@ def _told_by_data(
             stacklevel=4,
         )
     return told
+
+
+def _rotate(
+    model: keras.Layer,
+    turning: Rotate,
+    chosen: list[tuple[Target, Spec]],
+    data: Any,
+    journal: Journal,
+) -> None:
+    """Turns the features of a model, by a matrix that is learned where that is asked for."""
+    if turning.steps:
+        rotate_learned(model, turning, chosen, data, journal)
+        return
+    with stage("Rotating"):
+        rotate(model, turning)
 
 
 def _balance(

@@ -70,6 +70,10 @@ class Rotate:
         large: Large columns of a table that is turned alone, each with the power of two that is
             taken out of it, such as `((5, 7),)`. Defaults to `None`: they are found, and what is
             recorded of a model has them.
+        steps: int. How many steps to learn the matrix of the stream in, beginning with the random
+            one; 100 or so. It takes the data and the spec of `tfgptopt.quantize`, a causal LM whose
+            stream can be turned, and time for a training step each. The matrix is saved with the
+            weights. Defaults to `0`: it stays random.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -81,6 +85,7 @@ class Rotate:
     seed: int = 0
     down: int | None = 64
     large: Exponents | None = None
+    steps: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or self.seed < 0:
@@ -88,6 +93,8 @@ class Rotate:
         size = self.down
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 2):
             raise ValueError(f"`down` must be None or an int >= 2. Received: {size!r}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 0:
+            raise ValueError(f"`steps` must be an int >= 0. Received: {self.steps!r}")
         if self.large is not None:
             object.__setattr__(self, "large", _checked(self.large))
 
@@ -107,10 +114,25 @@ class Rotate:
         return cls(**config)
 
     def replay(self, model: keras.Layer) -> None:
-        """Lets the layers of a reloaded model, whose weights are turned, turn what they did."""
+        """Lets the layers of a reloaded model, whose weights are turned, turn what they did.
+
+        Raises:
+            ValueError: If the matrix was learned, and did not come with the weights.
+        """
         found = rotatable(model)
+        wanted = _turning_layers(found, self)
+        if self.steps:
+            downs = {id(target.layer) for target in found.downs}
+            lacking = [x for x, _ in wanted if not is_turned(x) and id(x) not in downs]
+            if lacking:
+                raise ValueError(
+                    f"{self!r} was learned, and {lacking[0].path} does not have its matrix, which "
+                    "lies beside the weights. Load them with `tfgptopt.data.load_preset`, or "
+                    "`load_weights`, and replay the recipe then."
+                )
+            wanted = [(layer, turns) for layer, turns in wanted if not is_turned(layer)]
         with changing(model):
-            for layer, turns in _turning_layers(found, self):
+            for layer, turns in wanted:
                 turn(layer, turns)
         record(model, self)
 
@@ -136,20 +158,24 @@ def _checked(large: Any) -> Exponents:
     raise ValueError(f"`large` must be None or pairs of ints, (column, power). Received: {large!r}")
 
 
-def rotate(model: keras.Layer, technique: Rotate | None = None) -> keras.Layer:
+def rotate(
+    model: keras.Layer, technique: Rotate | None = None, learned: np.ndarray | None = None
+) -> keras.Layer:
     """Turns the features of a decoder, in place. In floats it computes what it computed before.
 
     Args:
         model: A causal LM of KerasHub, plain, or its backbone.
         technique: What is turned. Defaults to `None`: `Rotate()`.
+        learned: float array `(width, width)`, the orthogonal matrix of the stream that was learned
+            for `Rotate(steps=...)`. Defaults to `None`: it is a random one.
 
     Returns:
         The same model. What its backbone alone gives is turned too.
 
     Raises:
         ValueError: If the family is not known or a mixture of experts, a layer is rounded, pruned,
-            frozen, shared or has LoRA adapters, or the model would not compute the same. The model
-            is as it was then.
+            frozen, shared or has LoRA adapters, a matrix is to be learned, or the model would not
+            compute the same. The model is as it was then.
 
     Reference: Ashkboos et al., 2024, "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs"
     (https://arxiv.org/abs/2404.00456); Liu et al., 2024, "SpinQuant: LLM quantization with learned
@@ -162,6 +188,8 @@ def rotate(model: keras.Layer, technique: Rotate | None = None) -> keras.Layer:
     ```
     """
     technique = technique or Rotate()
+    if learned is None:
+        check_not_learned(technique)
     found = rotatable(model)
     check_rotatable(found)
     technique = replace(technique, large=_large_columns(found, technique))
@@ -169,8 +197,8 @@ def rotate(model: keras.Layer, technique: Rotate | None = None) -> keras.Layer:
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     with changing(model):
         try:
-            _turn_weights(found, technique)
-            for layer, turns in _turning_layers(found, technique):
+            _turn_weights(found, technique, learned)
+            for layer, turns in _turning_layers(found, technique, learned):
                 turn(layer, turns)
             probe.check()
         except BaseException:
@@ -180,6 +208,19 @@ def rotate(model: keras.Layer, technique: Rotate | None = None) -> keras.Layer:
             raise
     record(model, technique)
     return model
+
+
+def check_not_learned(technique: Rotate) -> None:
+    """Raises if a rotation has to be learned before.
+
+    Raises:
+        ValueError: If it has.
+    """
+    if technique.steps:
+        raise ValueError(
+            f"{technique!r} is learned on text, for a spec: use `tfgptopt.quantize(model, spec, "
+            f"({technique!r}, ...), data)`, or `steps=0` here."
+        )
 
 
 def why_not_rotated(model: keras.Layer) -> str | None:
@@ -236,9 +277,17 @@ class _Probe:
             )
 
 
-def _turns(found: Rotatable, technique: Rotate) -> tuple[Turn, Turn | None]:
+def stream_turn(found: Rotatable, technique: Rotate, learned: np.ndarray | None = None) -> Turn:
+    """Returns how the stream is turned: by a random matrix, or the one that was learned."""
+    matrix = None if learned is None else np.ascontiguousarray(learned, "<f4").tobytes()
+    return Turn(found.width, technique.seed, found.keeps_mean and found.is_free, learned=matrix)
+
+
+def _turns(
+    found: Rotatable, technique: Rotate, learned: np.ndarray | None
+) -> tuple[Turn, Turn | None]:
     """Returns how the stream is turned, and how the inputs of `down`."""
-    stream = Turn(found.width, technique.seed, found.keeps_mean and found.is_free)
+    stream = stream_turn(found, technique, learned)
     size = technique.down or 1
     while any(target.matrix_shape[0] % size for target in found.downs):
         size //= 2
@@ -250,9 +299,11 @@ def _folds_final(found: Rotatable) -> bool:
     return not found.is_tied and getattr(found.final_norm, "beta", None) is None
 
 
-def _turning_layers(found: Rotatable, technique: Rotate) -> list[tuple[keras.Layer, Turns]]:
+def _turning_layers(
+    found: Rotatable, technique: Rotate, learned: np.ndarray | None = None
+) -> list[tuple[keras.Layer, Turns]]:
     """Returns the layers that go on turning, and what."""
-    stream, down = _turns(found, technique)
+    stream, down = _turns(found, technique, learned)
     around = Turns(stream.inverse if found.is_free else None, stream)
     layers: list[tuple[keras.Layer, Turns]] = []
     if not _folds_final(found) or not found.is_free:
@@ -266,8 +317,8 @@ def _turning_layers(found: Rotatable, technique: Rotate) -> list[tuple[keras.Lay
     return layers
 
 
-def _turn_weights(found: Rotatable, technique: Rotate) -> None:
-    stream, down = _turns(found, technique)
+def _turn_weights(found: Rotatable, technique: Rotate, learned: np.ndarray | None) -> None:
+    stream, down = _turns(found, technique, learned)
     if found.is_free:
         for branch in found.branches:
             fold_norm(branch, found.norm_offset)
