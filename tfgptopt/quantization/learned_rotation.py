@@ -22,9 +22,9 @@ from tfgptopt.model.changing import changing
 from tfgptopt.model.overriding import Override, overriding
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.model.turning import turns_of
-from tfgptopt.quantization import rounding
 from tfgptopt.quantization.rotatable import Rotatable, rotatable
 from tfgptopt.quantization.rotation import Rotate, rotate, stream_turn, undo
+from tfgptopt.quantization.row_rounding import fake_quantize_rows
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import stage
 
@@ -256,6 +256,6 @@ def _rounded(rows: tf.Tensor, axes: tuple[int, ...]) -> tf.Tensor:
     high = tf.maximum(tf.reduce_max(rows, axes, keepdims=True), 0.0)
     low = tf.minimum(tf.reduce_min(rows, axes, keepdims=True), 0.0)
     size = (high - low) / _LEVELS
-    error = rounding.fake_quantize_rows(rows, axes) - rows
+    error = fake_quantize_rows(rows, axes) - rows
     share = tf.stop_gradient(tf.math.divide_no_nan(error, size))
     return rows + share * size
