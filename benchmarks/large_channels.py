@@ -106,7 +106,8 @@ def teach(model: Any, teacher: Any, corpus: Corpus, windows: Any, steps: int) ->
     distiller = tfgptopt.Distiller(model, teacher)
     schedule = keras.optimizers.schedules.CosineDecay(2e-4, steps)
     distiller.compile(keras.optimizers.Adam(schedule, global_clipnorm=1.0))
-    rounding = QuantizationAwareTraining(Int4(block_size=32), method="gptq", data=windows)
+    spec = Int4(block_size=32, scale="learned")
+    rounding = QuantizationAwareTraining(spec, method="gptq", data=windows)
     distiller.fit(corpus.train.repeat(), steps_per_epoch=steps, verbose=0, callbacks=[rounding])
 
 

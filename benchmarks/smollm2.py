@@ -221,7 +221,11 @@ def main() -> None:
     for name, spec, method in (
         ("int4 per channel, gptq", Int4(), "gptq"),
         ("int4/32, rotation + gptq", Int4(block_size=32), ("rotation", "gptq")),
-        ("int4/32, learned scales", Int4(block_size=32, scale="learned"), ("rotation", "gptq")),
+        (
+            "int4/32, rotation + gptq, learned scales",
+            Int4(block_size=32, scale="learned"),
+            ("rotation", "gptq"),
+        ),
     ):
         rows[f"{name}, then qat for {arguments.steps} steps"] = partial(
             self_distilled, bench, spec, method, arguments.steps

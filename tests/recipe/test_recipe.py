@@ -172,7 +172,7 @@ def test_named_recipes_come_back_from_yaml(tmp_path):
         assert Recipe.load(tmp_path / "recipe.yaml").to_config() == recipe.to_config()
     assert tfgptopt.recipes.int8().techniques == (Rotate(), QuantizeAware(Int8()))
     assert tfgptopt.recipes.int4(64).techniques[-1] == QuantizeAware(
-        Int4(block_size=64), method="gptq"
+        Int4(block_size=64, scale="learned"), method="gptq"
     )
     schedule = recipes.pruned_int8(0.4, steps=50).techniques[0].schedule
     assert (schedule.final_sparsity, schedule.end_step) == (0.4, 30)

@@ -50,7 +50,8 @@ def int4(block_size: int | None = 32) -> Recipe:
     ```
     """
     taught = Distill(steps=0, losses=(LogitsKL(),))
-    rounded = QuantizeAware(Int4(block_size=block_size), method="gptq")
+    spec = Int4(block_size=block_size, scale="learned")
+    rounded = QuantizeAware(spec, method="gptq")
     return Recipe((Rotate(), taught, rounded))
 
 
