@@ -143,7 +143,8 @@ class Bench:
         value = perplexity(self.model, self._measured)
         predicted = log_probabilities(self.model, self._measured[:COMPARED])
         self.found[name] = {
-            "perplexity": value, "kl": divergence(self._expected, predicted), "megabytes": megabytes(self.model), "seconds": seconds,
+            "perplexity": value, "kl": divergence(self._expected, predicted),
+            "megabytes": megabytes(self.model), "seconds": seconds,
         }  # fmt: skip
         rise = value / self.found["float32"]["perplexity"] - 1
         kl = self.found[name]["kl"]
