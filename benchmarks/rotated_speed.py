@@ -1,6 +1,7 @@
-"""What rotation costs a file: decoding and prefill of SmolLM2-135M in int8, in turns.
+"""What rotation, and `down` in parts, cost a file: decoding and prefill of SmolLM2-135M in int8.
 
-    python benchmarks/rotated_speed.py
+    python benchmarks/rotated_speed.py                      # rotation, in turns with a plain file
+    python benchmarks/rotated_speed.py --only "down in 4"   # other ways
 
 One thread, and the time of the process, since other work may share the machine; the median over
 rounds, in which files take turns in one process.
@@ -24,7 +25,15 @@ import tfgptopt
 from tfgptopt.exporting import TFLite
 from tfgptopt.quantization import Int8, Rotate, rotate
 
-SETTINGS = {"plain": None, "without down": Rotate(down=None), "rotation": Rotate()}
+# How features are turned, and in how many parts `down` is.
+SETTINGS: dict[str, tuple[Rotate | None, int]] = {
+    "plain": (None, 1),
+    "without down": (Rotate(down=None), 1),
+    "rotation": (Rotate(), 1),
+    "down in 2": (None, 2),
+    "down in 4": (None, 4),
+}
+DOWN = "feedforward_output"
 DEPTH, TOKENS, PROMPT = 64, 48, 256
 
 
@@ -59,20 +68,23 @@ def main() -> None:
     """Writes the files, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="*", default=["without down", "rotation"])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         paths = {}
-        for name, technique in SETTINGS.items():
+        for name in ["plain", *arguments.only]:
+            technique, parts = SETTINGS[name]
             model = make_smollm2()
             begin = time.process_time()
             if technique is not None:
                 rotate(model, technique)
             seconds = time.process_time() - begin
-            tfgptopt.quantize_aware(model, Int8())
+            tfgptopt.quantize_aware(model, Int8(activation_blocks=parts), DOWN)
+            tfgptopt.quantize_aware(model, Int8(), f"^(?!.*{DOWN})")
             paths[name] = tfgptopt.export(model, Path(folder) / f"{name}.tflite", TFLite(512))
             size = paths[name].stat().st_size / 1e6
             print(f"{name}: rotated in {seconds:.0f} s of CPU, {size:.1f} MB", flush=True)
-        for name in list(SETTINGS)[1:]:
+        for name in arguments.only:
             # Which file is loaded first matters more than what is in it: both ways.
             for order in (["plain", name], [name, "plain"]):
                 found = measure(paths, order, arguments.rounds)

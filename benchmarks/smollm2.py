@@ -41,9 +41,11 @@ from tfgptopt.callbacks import QuantizationAwareTraining
 import tfgptopt
 from tfgptopt.decoder import read_decoder
 from tfgptopt.model.targets import select
-from tfgptopt.quantization import BitAllocation, Int4, Int8, Rotate, layers, rotation
+from tfgptopt.quantization import BitAllocation, Int4, Int8, Rotate, layers, rotate, rotation
 
 LENGTH = 512
+# Windows on which predictions are compared: less noise than a loss, more memory.
+COMPARED = 4
 
 
 def windows_of_text() -> np.ndarray:
@@ -74,6 +76,27 @@ def perplexity(model: Any, windows: np.ndarray) -> float:
     return float(np.exp(total / (len(windows) * (LENGTH - 1))))
 
 
+def log_probabilities(model: Any, windows: np.ndarray) -> list[np.ndarray]:
+    """Returns what is predicted behind each token of windows, in half precision."""
+
+    @tf.function
+    def predicted(tokens: tf.Tensor) -> tf.Tensor:
+        logits = model(as_inputs(tokens), training=False)[0, :-1]
+        return tf.cast(tf.nn.log_softmax(logits), tf.float16)
+
+    return [predicted(tf.constant(window[np.newaxis])).numpy() for window in windows]
+
+
+def divergence(expected: list[np.ndarray], found: list[np.ndarray]) -> float:
+    """Returns the mean divergence (KL) of predictions from expected ones, in nats."""
+    total = count = 0.0
+    for ours, theirs in zip(expected, found, strict=True):
+        p, q = ours.astype(np.float32), theirs.astype(np.float32)
+        total += float(np.sum(np.exp(p) * (p - q)))
+        count += len(p)
+    return total / count
+
+
 def megabytes(model: Any) -> float:
     """Returns the size of all weights and scales as they are stored."""
     size = 0.0
@@ -100,6 +123,7 @@ class Bench:
         self.rest = windows[measured:]
         self.shown = [as_inputs(self.rest[i : i + 2]) for i in range(0, calibration, 2)]
         self.found: dict[str, dict[str, float]] = {}
+        self._expected = log_probabilities(self.model, self._measured[:COMPARED])
 
     def reset(self) -> None:
         """Brings back the float model."""
@@ -118,11 +142,15 @@ class Bench:
         change()
         seconds = time.monotonic() - begin
         value = perplexity(self.model, self._measured)
+        predicted = log_probabilities(self.model, self._measured[:COMPARED])
         self.found[name] = {
-            "perplexity": value, "megabytes": megabytes(self.model), "seconds": seconds,
+            "perplexity": value, "kl": divergence(self._expected, predicted),
+            "megabytes": megabytes(self.model), "seconds": seconds,
         }  # fmt: skip
         rise = value / self.found["float32"]["perplexity"] - 1
-        print(f"{name}: {value:.3f} ({rise:+.2%}), {seconds:.0f} s", file=sys.stderr, flush=True)
+        kl = self.found[name]["kl"]
+        print(f"{name}: {value:.3f} ({rise:+.2%}), KL {kl:.5f}, {seconds:.0f} s", file=sys.stderr,
+              flush=True)  # fmt: skip
 
 
 def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
@@ -142,7 +170,7 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
     rows["int8, rotation without down"] = quantized(Int8(), Rotate(down=None))
     rows["int8, learned rotation"] = quantized(Int8(), Rotate(steps=100))
     rows["int8, rotation + gptq"] = quantized(Int8(), ("rotation", "gptq"))
-    rows |= in_parts(bench)
+    rows |= in_parts(bench) | tables_alone(bench)
     rows["int4/32, rotation + gptq"] = quantized(Int4(block_size=32), ("rotation", "gptq"))
     learned = Rotate(steps=100), "gptq"
     rows["int8, learned rotation + gptq"] = quantized(Int8(), learned)
@@ -174,15 +202,34 @@ def in_parts(bench: Bench) -> dict[str, Callable[[], Any]]:
     without = Rotate(down=None)
     return {
         "int8, down in 4": cut(4, "rtn"),
+        "int8, rotation without down, down in 8": cut(8, without),
+        "int8, sorted, rotation without down, down in 8": cut(8, "sorting", without),
         "int8, sorted, down in 4": cut(4, "sorting"),
         "int8, rotation, down in 4": cut(4, "rotation"),
         "int8, sorted, rotation, down in 4": cut(4, "sorting", "rotation"),
         "int8, sorted, rotation": cut(1, "sorting", "rotation"),
         "int8, rotation without down, down in 4": cut(4, without),
-        "int8, sorted, rotation without down, down in 2": cut(2, "sorting", without),
         "int8, sorted, rotation without down, down in 4": cut(4, "sorting", without),
         "int8, sorted, rotation without down, down in 4, gptq": cut(4, "sorting", without, "gptq"),
         "int8, sorted, rotation, down in 4, gptq": cut(4, "sorting", "rotation", "gptq"),
+    }
+
+
+def tables_alone(bench: Bench) -> dict[str, Callable[[], Any]]:
+    """Returns rows in which the token table alone is rounded, behind rotation."""
+
+    def rounded(spec: Any, method: str) -> Callable[[], Any]:
+        def change() -> None:
+            rotate(bench.model)
+            tfgptopt.quantize(bench.model, spec, method, targets="token_embedding")
+
+        return change
+
+    return {
+        "table alone, int8": rounded(Int8(), "rtn"),
+        "table alone, int4": rounded(Int4(embedding_bits=4), "mse"),
+        "table alone, int4/64": rounded(Int4(embedding_bits=4, embedding_block_size=64), "mse"),
+        "table alone, int4/32": rounded(Int4(embedding_bits=4, embedding_block_size=32), "mse"),
     }
 
 
@@ -279,13 +326,13 @@ def print_table(found: dict[str, dict[str, float]], windows: int) -> None:
     """Prints rows with their distance from the float model."""
     table = Table(title=f"SmolLM2-135M-Instruct, {windows * LENGTH:,} tokens, context {LENGTH}")
     table.add_column("weights")
-    for name in ("perplexity", "rise", "MB", "seconds"):
+    for name in ("perplexity", "rise", "KL", "MB", "seconds"):
         table.add_column(name, justify="right")
     for name, row in found.items():
         rise = row["perplexity"] / found["float32"]["perplexity"] - 1
         table.add_row(
-            name, f"{row['perplexity']:.3f}", f"{rise:+.2%}", f"{row['megabytes']:.1f}",
-            f"{row['seconds']:.0f}",
+            name, f"{row['perplexity']:.3f}", f"{rise:+.2%}", f"{row.get('kl', np.nan):.4f}",
+            f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}",
         )  # fmt: skip
     Console(width=80).print(table)
 
