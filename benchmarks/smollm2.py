@@ -44,6 +44,7 @@ from tfgptopt.model.targets import select
 from tfgptopt.quantization import BitAllocation, Int4, Int8, Rotate, layers, rotate, rotation
 
 LENGTH = 512
+KERNELS = "transformer_layer"
 # Windows on which predictions are compared: less noise than a loss, more memory.
 COMPARED = 4
 
@@ -233,6 +234,27 @@ def tables_alone(bench: Bench) -> dict[str, Callable[[], Any]]:
     }
 
 
+def by_budget(bench: Bench, size: float) -> None:
+    """Chooses blocks of 32, of 128 or int8 for each kernel by what it costs, and rounds by GPTQ.
+
+    Args:
+        bench: The bench.
+        size: Megabytes of all weights.
+    """
+    rotate(bench.model)
+    kernels = select(bench.model, None, ("kernel",))
+    table = sum(v.shape[0] * (v.shape[1] + 4) for v in bench.model.backbone.token_embedding.weights)
+    bits = (size * 1e6 - table) * 8 / sum(target.size for target in kernels)
+    choices = Int4(block_size=128), Int4(block_size=32), Int8()
+    allocation = tfgptopt.quantization.allocate(
+        bench.model, [as_inputs(bench.rest[:1])], bits, choices, KERNELS, by="kl"
+    )
+    print(allocation, file=sys.stderr)
+    tables = {"token_embedding/embeddings": Int8()}
+    specs = BitAllocation({**allocation.specs, **tables})
+    tfgptopt.quantize(bench.model, specs, "gptq", bench.shown)
+
+
 def self_distilled(bench: Bench, spec: Any, method: Any, steps: int) -> None:
     """Trains the rounded model to give what the float model gives, in steps of 512 tokens."""
     student, teacher = bench.model, make_smollm2()
@@ -265,6 +287,7 @@ def main() -> None:
     bench = Bench(windows_of_text(), arguments.windows, arguments.calibration)
     bench.row("float32", lambda: None)
     rows = methods(bench)
+    rows["int4/128, int4/32 or int8 by budget, rotation + gptq"] = partial(by_budget, bench, 89.0)
     for name, spec, method in (
         ("int4 per channel, gptq", Int4(), "gptq"),
         ("int4/32, rotation + gptq", Int4(block_size=32), ("rotation", "gptq")),

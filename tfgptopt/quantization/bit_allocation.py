@@ -18,7 +18,7 @@ from tfgptopt.model.targets import Selector, Target, select
 from tfgptopt.model.types import Data
 from tfgptopt.quantization import rounding
 from tfgptopt.quantization.quantizers import check_fits, grids_of
-from tfgptopt.quantization.specs import Int4, Int8, Spec, check_spec, serialize_spec
+from tfgptopt.quantization.specs import Int4, Int8, Spec, check_spec, serialize_spec, short_name
 from tfgptopt.terminal.progress import Verbose, showing
 from tfgptopt.terminal.tables import as_text
 
@@ -98,14 +98,14 @@ class BitAllocation:
         title = f"{self.mean_bits:.2f} bits per weight" if self.measured else None
         table = Table(padding=(0, 1), title=title)
         table.add_column("weight", overflow="fold")
-        table.add_column("spec", overflow="fold")
+        table.add_column("spec", min_width=8, overflow="fold")
         tried = [one.spec for one in next(iter(self.measured.values()), ()) if one.spec]
         for choice in tried:
-            table.add_column(f"rise with {choice}", justify="right")
+            table.add_column(f"rise with\n{short_name(choice)}", justify="right")
         for path, spec in self.specs.items():
             costs = self.measured.get(path, ())
-            rises = [f"{one.rise:+.4f}" for one in costs if one.spec is not None]
-            table.add_row(path, "float" if spec is None else str(spec), *rises)
+            rises = [f"{one.rise:+.5f}" for one in costs if one.spec is not None]
+            table.add_row(path, "float" if spec is None else short_name(spec), *rises)
         return table
 
     def __str__(self) -> str:

@@ -272,6 +272,16 @@ def deserialize_spec(config: Config) -> Spec:
         raise ValueError(f"Unknown setting for {name}: {sorted(config)} ({error})") from None
 
 
+def short_name(spec: Spec) -> str:
+    """Returns what `parse_spec` reads where that tells all of a spec, else the spec as code."""
+    name = type(spec).__name__.lower()
+    text = name if spec.block_size is None else f"{name}:{spec.block_size}"
+    try:
+        return text if parse_spec(text) == spec else str(spec)
+    except ValueError:
+        return str(spec)
+
+
 def parse_spec(text: str) -> Spec:
     """Returns the spec that a command line names: `int8`, `int4`, or `int4:32` with a block size.
 
