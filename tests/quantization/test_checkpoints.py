@@ -13,6 +13,7 @@ from conftest import make_gpt, random_batch
 
 import tfgptopt
 from tfgptopt.calibration import journal
+from tfgptopt.calibration.identity import checksum_of
 from tfgptopt.file.locking import try_lock
 from tfgptopt.quantization import BitAllocation, Int4, Int8, block_rounding, quantizers
 
@@ -138,8 +139,18 @@ def test_masks_half_precision_and_experts_come_back(monkeypatch, tmp_path, make,
     # Nothing is computed again.
     monkeypatch.setattr("tfgptopt.quantization.block_rounding.gptq", None)
     monkeypatch.setattr("tfgptopt.quantization.balancing._best_factors", None)
+    monkeypatch.setattr("tfgptopt.quantization.smoothing._Probe._results", None)
     assert quantized() == (bits, said)
     assert data is VECTORS or any("expert 2 of" in one for one in said)
+
+
+def test_checksums_tell_values_shapes_and_types_apart():
+    ones = np.ones(4, np.float32)
+    different = [ones, ones.reshape(2, 2), ones.view(np.int32), -ones, 0 * ones, -0.0 * ones, "a"]
+    different += [np.array([word], object) for word in "ab"]
+    found = [checksum_of([one]) for one in different]
+    assert len(set(found)) == len(different)
+    assert found[0] == checksum_of([ones.copy()]) != checksum_of([ones[:2], ones[2:]])
 
 
 def test_of_something_else_is_refused_before_anything_changes(finished, tmp_path):

@@ -23,12 +23,11 @@ def checksum_of(parts: Iterable[Any]) -> str:
     for part in parts:
         if isinstance(part, str):
             found.update(f"{part}\n".encode())
-        else:
-            array = np.ascontiguousarray(part)
-            found.update(f"{array.dtype} {array.shape}\n".encode())
-            found.update(
-                array.view(np.uint8).data if array.size and array.ndim else array.tobytes()
-            )
+            continue
+        array = np.ascontiguousarray(part)
+        found.update(f"{array.dtype} {array.shape}\n".encode())
+        words = array.dtype == object  # Such as strings.
+        found.update(repr(array.tolist()).encode() if words else array.tobytes())
     return found.hexdigest()[:_DIGITS]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfgptopt.calibration.batches import Batches, batches_of, with_start
@@ -309,7 +310,11 @@ def _balance(
         return
     kernels = [target for target, _ in chosen if target.role != "embedding"]
     with stage("Looking where scales can be moved"):
-        pairs = find_pairs(model, kernels, batches_of(data)[0])
+        known = journal.known("pairs")
+        tried = journal.read("pairs", 1)["tried"].tolist() if known else []
+        pairs = find_pairs(model, kernels, batches_of(data)[0], tried)
+        if not known:
+            journal.write("pairs", 1, {"tried": np.asarray(tried, bool)})
     scaled = {id(target.variable) for pair in pairs for target in pair.consumers}
     fixed = [t for t in kernels if t.expert_axis is not None and id(t.variable) not in scaled]
     if fixed:

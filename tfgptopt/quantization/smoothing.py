@@ -106,13 +106,20 @@ def _offset(norm: keras.Layer) -> float:
 
 
 class _Probe:
-    """Tells whether folding pairs leaves what a model computes as it is."""
+    """Tells whether folding pairs leaves what a model computes as it is.
 
-    def __init__(self, model: keras.Layer, batch: Data) -> None:
+    Args:
+        model: A built Keras 3 model.
+        batch: Inputs of it.
+        tried: What came out of the first trials, which are not made again. Others are added.
+    """
+
+    def __init__(self, model: keras.Layer, batch: Data, tried: list[bool]) -> None:
         self._model, self._batch = model, batch
+        self._known, self._tried = list(reversed(tried)), tried
         kernels = [t for t in candidates(model) if isinstance(t, Target) and t.role != "embedding"]
         self._layers = [model, *(target.layer for target in kernels)]
-        self._expected = self._results()
+        self._expected: list[tuple[keras.Layer, np.ndarray]] = []
         self._random = np.random.default_rng(0)
 
     def _results(self) -> list[tuple[keras.Layer, np.ndarray]]:
@@ -126,6 +133,13 @@ class _Probe:
 
     def holds(self, pairs: list[Pair]) -> bool:
         """Tries pairs with random factors. The weights are as they were afterwards."""
+        if self._known:
+            return self._known.pop()
+        self._tried.append(self._try(pairs))
+        return self._tried[-1]
+
+    def _try(self, pairs: list[Pair]) -> bool:
+        self._expected = self._expected or self._results()
         variables = {id(v): v for pair in pairs for v in _touched(pair)}
         before = {key: keras.ops.convert_to_numpy(v) for key, v in variables.items()}
         # A product whose features are divided gives other ones, as it should.
@@ -138,7 +152,7 @@ class _Probe:
             for key, variable in variables.items():
                 variable.assign(before[key])
         return all(
-            np.abs(now - expected).max() <= _TOLERANCE * expected.std()
+            bool(np.abs(now - expected).max() <= _TOLERANCE * expected.std())
             for (layer, expected), (_, now) in zip(self._expected, found, strict=True)
             if id(layer) not in divided
         )
@@ -157,20 +171,24 @@ def _touched(pair: Pair) -> Iterator[Any]:
         yield pair.producer.beta
 
 
-def find_pairs(model: keras.Layer, chosen: list[Target], batch: Data) -> list[Pair]:
+def find_pairs(
+    model: keras.Layer, chosen: list[Target], batch: Data, tried: list[bool] | None = None
+) -> list[Pair]:
     """Returns where the scale of features can be moved in a model.
 
     Args:
         model: A built Keras 3 model.
         chosen: Kernels whose inputs may be scaled.
         batch: Inputs of the model.
+        tried: What came out of each trial, if that is known; else it is added. Defaults to `None`:
+            it is not known.
 
     Returns:
         Pairs that leave what the model computes as it is, each of which was tried.
     """
     chosen = [t for t in chosen if not has_adapters(t.layer)]
     batch = short(model, batch)
-    probe = _Probe(model, batch)
+    probe = _Probe(model, batch, [] if tried is None else tried)
     norms = _norm_pairs(model, chosen, batch)
     kept = norms if probe.holds(norms) else [pair for pair in norms if probe.holds([pair])]
     return kept + _product_pairs(model, chosen, probe)
