@@ -60,7 +60,14 @@ def test_greedy_text_is_ours(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["GPT2", "Llama3"])
 @pytest.mark.parametrize(
-    "spec", [Int8(), Int4(), Int4(block_size=32), Int4(embedding_bits=4)], ids=str
+    "spec",
+    [
+        Int8(activation_blocks=4),
+        Int4(),
+        Int4(block_size=32, embedding_bits=4, embedding_block_size=32),
+        Int4(embedding_bits=4),
+    ],
+    ids=str,
 )
 def test_greedy_text_of_integers_is_ours(name, spec, tmp_path):
     check_the_same(exported(tmp_path, name, spec, intermediate_dim=64))
