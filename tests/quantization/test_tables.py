@@ -3,12 +3,14 @@
 import keras
 import numpy as np
 import pytest
-from decoder.families import CONTEXT, logits, make, prompt
+from decoder.families import CONTEXT, VOCABULARY, logits, make, prompt
+from tfgptopt.callbacks import QuantizationAwareTraining
 
 import tfgptopt
 from tfgptopt.decoder import read_decoder
 from tfgptopt.exporting import TFLite
 from tfgptopt.quantization import Int4
+from tfgptopt.quantization.quantizers import quantizers_of
 
 TEXT = prompt(40)
 BLOCKS = Int4(embedding_bits=4, embedding_block_size=32)
@@ -71,3 +73,19 @@ def test_bad_input_is_refused():
     layer.build()
     with pytest.raises(ValueError, match=r"which is 48. Received.*none do"):
         tfgptopt.quantize_aware(layer, BLOCKS)
+
+
+def test_training_moves_scales_of_blocks():
+    model = make("Llama3", hidden_dim=64, num_layers=1)
+    spec = Int4(None, 4, "learned", activation_blocks=4, embedding_block_size=32)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (8, 13), np.int32)
+    inputs = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((8, 12), np.int32)}
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    callback = QuantizationAwareTraining(spec)
+    before = model.fit(inputs, tokens[:, 1:], verbose=0, callbacks=[callback]).history["loss"][0]
+    (scale,) = quantizers_of(model.backbone.token_embedding)[0].snapshot()
+    history = model.fit(inputs, tokens[:, 1:], epochs=8, verbose=0, callbacks=[callback]).history
+    (moved,) = quantizers_of(model.backbone.token_embedding)[0].snapshot()
+    assert scale.shape == (2, 1, VOCABULARY)
+    assert (moved != scale).mean() > 0.9
+    assert history["loss"][-1] < 0.99 * before
