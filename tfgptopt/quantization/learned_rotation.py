@@ -29,7 +29,7 @@ from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import stage
 
 # How far a step moves, as a share of what the matrix has; how much of it steps before decide.
-_RATE, _MOMENTUM = 0.05, 0.9
+_RATE, _MOMENTUM = 0.01, 0.9
 _LEVELS = 255.0
 _STAGE = "rotation"
 
