@@ -37,7 +37,8 @@ def int4(block_size: int | None = 32) -> Recipe:
     """Returns a recipe for an eighth of the size.
 
     Features are turned, weights are rounded by GPTQ, and the rounded model learns to predict what
-    the float model predicts.
+    the float model predicts, its scales along with it. A peak of the learning rate of 5e-5 was good
+    for SmolLM2 (`docs/quantization.md`).
 
     Args:
         block_size: int. As of `Int4`. Defaults to `32`. `None` is smaller and decodes faster, and
