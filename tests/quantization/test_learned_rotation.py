@@ -55,7 +55,7 @@ def test_what_is_learned_spreads_large_features(name, monkeypatch):
         model.set_weights(weights)
         tfgptopt.quantize(model, Int8(), method, DATA)
         errors[method.steps] = np.abs(logits(model, TEXT) - exact).mean()
-    assert errors[25] < 0.85 * errors[0], errors
+    assert errors[25] < 0.93 * errors[0], errors
 
 
 @pytest.fixture(scope="module")

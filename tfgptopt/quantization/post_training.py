@@ -28,7 +28,7 @@ from tfgptopt.quantization.bit_allocation import BitAllocation
 from tfgptopt.quantization.block_rounding import bytes_of_blocks, round_blocks
 from tfgptopt.quantization.learned_rotation import rotate_learned
 from tfgptopt.quantization.rotatable import rotatable
-from tfgptopt.quantization.rotation import Rotate, rotate, why_not_rotated
+from tfgptopt.quantization.rotation import Rotate, turn_features, why_not_rotated
 from tfgptopt.quantization.smoothing import find_pairs
 from tfgptopt.quantization.sorting import sort_neurons
 from tfgptopt.quantization.specs import Spec
@@ -129,7 +129,7 @@ def quantize(
     # Read once: a generator serves, too.
     data = None if data is None else with_start(model, batches_of(data))
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
-    turned, by_data = False, bool(balances) or final == "gptq"
+    was_turned, by_data = rotation.is_rotated(model), bool(balances) or final == "gptq"
     folder = checkpoints if by_data or learns else None
     found = (*((_SORTING,) if sorts else ()), *balances, final)
     identity = {} if folder is None else _identity(model, chosen, turning, found, data)
@@ -140,7 +140,6 @@ def quantize(
                 sort_neurons(model, data)
             if turning is not None:
                 _rotate(model, turning, chosen, data, journal)
-                turned = True
             told = _told_by_data(model, chosen, by_data)
             _check_data(model, told, data)
             _balance(model, told, balances, data, journal)
@@ -153,7 +152,7 @@ def quantize(
                 if layers.is_dressed(target.layer):
                     layers.undress(target.layer)
                 layers.forget(target.layer)
-            if turned:
+            if not was_turned:
                 rotation.undo(model)
             for variable, value in before:
                 variable.assign(value)
@@ -295,7 +294,7 @@ def _rotate(
         rotate_learned(model, turning, chosen, data, journal)
         return
     with stage("Rotating"):
-        rotate(model, turning)
+        turn_features(model, turning)
 
 
 def _balance(

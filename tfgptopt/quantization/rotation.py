@@ -192,22 +192,34 @@ def rotate(
         check_not_learned(technique)
     found = rotatable(model)
     check_rotatable(found)
-    technique = replace(technique, large=_large_columns(found, technique))
-    probe = _Probe(model, found)
     before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
     with changing(model):
         try:
-            _turn_weights(found, technique, learned)
-            for layer, turns in _turning_layers(found, technique, learned):
-                turn(layer, turns)
-            probe.check()
+            turn_features(model, technique, learned)
         except BaseException:
             undo(model)
             for variable, value in before:
                 variable.assign(value)
             raise
-    record(model, technique)
     return model
+
+
+def turn_features(model: keras.Layer, technique: Rotate, learned: np.ndarray | None = None) -> None:
+    """Rotates as `rotate` does, for those who hold the weights themselves and put them back.
+
+    Raises:
+        ValueError: As `rotate`. The model may be turned half-way then.
+    """
+    found = rotatable(model)
+    check_rotatable(found)
+    technique = replace(technique, large=_large_columns(found, technique))
+    probe = _Probe(model, found)
+    with changing(model):
+        _turn_weights(found, technique, learned)
+        for layer, turns in _turning_layers(found, technique, learned):
+            turn(layer, turns)
+        probe.check()
+    record(model, technique)
 
 
 def check_not_learned(technique: Rotate) -> None:
@@ -230,6 +242,11 @@ def why_not_rotated(model: keras.Layer) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def is_rotated(model: keras.Layer) -> bool:
+    """Returns whether a layer of a model goes on turning features."""
+    return any(is_turned(layer) for layer in model._flatten_layers())
 
 
 def undo(model: keras.Layer) -> None:
