@@ -53,11 +53,16 @@ VOCABULARY = 300
 CONTEXT = 32
 
 
-def make_gpt(vocabulary_size: int = VOCABULARY, preprocessor=None, context: int = CONTEXT):
-    """Returns a GPT-2 of two layers with random weights, biases included."""
+def make_gpt(
+    vocabulary_size: int = VOCABULARY, preprocessor=None, context: int = CONTEXT, layers: int = 2
+):
+    """Returns a small GPT-2 with random weights, biases included.
+
+    A test with a `fit` takes as long as TensorFlow traces its layers: one of them often does.
+    """
     backbone = keras_hub.models.GPT2Backbone(
         vocabulary_size=vocabulary_size,
-        num_layers=2,
+        num_layers=layers,
         num_heads=2,
         hidden_dim=32,
         intermediate_dim=64,

@@ -42,9 +42,9 @@ def batches():
 
 
 def make():
-    """Returns a GPT-2 of two layers."""
+    """Returns a GPT-2 of one layer."""
     backbone = keras_hub.models.GPT2Backbone(
-        VOCABULARY, 2, 2, 32, 64, dropout=0.0, max_sequence_length=LENGTH
+        VOCABULARY, 1, 2, 32, 64, dropout=0.0, max_sequence_length=LENGTH
     )
     return keras_hub.models.GPT2CausalLM(backbone)
 

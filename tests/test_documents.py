@@ -45,6 +45,7 @@ SMALLER = [
     ("max_length=64", "max_length=48"),
     ("4, 4, 256, 1024, max_sequence", "2, 2, 32, 64, max_sequence"),
     ("bits=5.0", "bits=6.0"),
+    ("Rotate(steps=100)", "Rotate(steps=2)"),
     ("max_new_tokens=40", "max_new_tokens=4"),
 ]  # fmt: skip
 # What must have come of a page, printed or written.

@@ -58,7 +58,7 @@ def test_a_technique_from_outside_is_carried_out_from_yaml(tmp_path):
     Recipe((Clip(0.01),)).save(tmp_path / "recipe.yaml")
     recipe = Recipe.load(tmp_path / "recipe.yaml")
     assert recipe == Recipe((Clip(0.01),))
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     model.fit(*random_batch(), verbose=0, callbacks=from_recipe(recipe))
     for target in select(model):

@@ -30,7 +30,7 @@ def fit(model, callbacks, **kwargs):
 
 
 def test_zeros_hold_after_every_batch():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer=keras.optimizers.Adam(1e-2, use_ema=True, ema_overwrite_frequency=2))
     zeros = ZerosAfterEveryBatch()
     fit(model, [Pruning(ConstantSparsity(0.5, 0, frequency=1000)), zeros])
@@ -40,7 +40,7 @@ def test_zeros_hold_after_every_batch():
 
 
 def test_follows_the_schedule_and_traces_the_step_once():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     traces = []
     step = model.train_step
@@ -61,7 +61,7 @@ def test_follows_the_schedule_and_traces_the_step_once():
 
 @pytest.mark.parametrize("options", [{"steps_per_execution": 4}, {"jit_compile": True}])
 def test_holds_in_compiled_multi_steps(options):
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam", **options)
     fit(model, [Pruning(PolynomialDecay(0.0, 0.5, 0, 8, frequency=4))])
     for target in select(model):
@@ -83,7 +83,7 @@ def test_a_constraint_of_the_user_still_holds_and_comes_back():
 
 
 def test_second_fit_without_the_callback_holds_the_zeros_until_finalize():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     fit(model, [Pruning(ConstantSparsity(0.5, 0))])
     zeros = [t.variable.numpy() == 0 for t in select(model)]
@@ -114,7 +114,7 @@ def test_a_resumed_model_keeps_its_zeros(tmp_path):
 
 
 def test_the_same_callback_object_works_after_finalize_and_after_compile():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     callback = Pruning(ConstantSparsity(0.5, 0, frequency=1))
     fit(model, [callback])
@@ -142,7 +142,7 @@ def test_one_shot_prune_then_train(gpt):
 
 
 def test_warns_with_the_numbers_when_training_is_too_short_or_too_late():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     with pytest.warns(UserWarning, match=r"ends at step 100, .* is 11 \(it runs from step 0\)"):
         fit(model, [Pruning(PolynomialDecay(0.0, 0.5, 0, 100, frequency=10))])
@@ -157,8 +157,8 @@ def test_bad_input_changes_nothing():
     with pytest.raises(ValueError, match="must be a tfmot PruningSchedule"):
         Pruning(0.5)
     with pytest.raises(ValueError, match=r"in \[0, 1\)"):
-        tfgptopt.prune(make_gpt(), 1.0)
-    model = make_gpt()
+        tfgptopt.prune(make_gpt(layers=1), 1.0)
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     before = model.get_weights()
     with pytest.raises(ValueError, match="matches none"):

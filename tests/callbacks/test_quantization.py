@@ -23,7 +23,7 @@ def dressed(model):
 
 @pytest.mark.parametrize("options", [{}, {"jit_compile": True}])
 def test_evaluate_after_fit_uses_the_rounded_arithmetic(options):
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer=keras.optimizers.Adam(1e-3), **options)
     fit(model, [])  # Functions exist and must be traced anew.
     plain = model.evaluate(*random_batch(seed=5), verbose=0)[0]
@@ -38,7 +38,7 @@ def test_evaluate_after_fit_uses_the_rounded_arithmetic(options):
 
 
 def test_start_step():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     callback = QuantizationAwareTraining(Int8(), start_step=5)
     seen = []
@@ -50,7 +50,7 @@ def test_start_step():
 
 
 def test_pruning_and_quantization_together_ship_zeros_on_the_grid():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer=keras.optimizers.AdamW(1e-2))
     fit(model, [Pruning(ConstantSparsity(0.5, 0)), QuantizationAwareTraining(Int4())])
     zeros = [t.variable.constraint.mask.numpy() == 0 for t in select(model)]
@@ -64,7 +64,7 @@ def test_pruning_and_quantization_together_ship_zeros_on_the_grid():
 
 
 def test_the_same_cell_run_again_continues_and_another_spec_is_refused():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     fit(model, [QuantizationAwareTraining(Int8())])
     fit(model, [QuantizationAwareTraining(Int8())])
@@ -78,7 +78,7 @@ def test_bad_input():
         QuantizationAwareTraining("int4")
     with pytest.raises(ValueError, match="int >= 0"):
         QuantizationAwareTraining(Int8(), start_step=-1)
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     with pytest.raises(ValueError, match="matches none"):
         fit(model, [QuantizationAwareTraining(Int8(), targets="nothing")])
@@ -129,7 +129,7 @@ def state(model):
 
 
 def test_rounding_may_begin_with_gptq():
-    model, expected = make_gpt(), make_gpt()
+    model, expected = make_gpt(layers=1), make_gpt(layers=1)
     expected.set_weights(model.get_weights())
     tfgptopt.quantize(expected, Int4(), "gptq", random_batch(rows=16, seed=9))
     model.compile(optimizer=keras.optimizers.SGD(0.0))
@@ -142,7 +142,7 @@ def test_rounding_may_begin_with_gptq():
 
 
 def test_a_student_may_begin_with_gptq():
-    model = make_gpt()
+    model = make_gpt(layers=1)
     distiller = tfgptopt.Distiller(model, "self")
     distiller.compile(optimizer=keras.optimizers.Adam(1e-4))
     distiller.fit(
@@ -150,7 +150,7 @@ def test_a_student_may_begin_with_gptq():
         callbacks=[gptq_training(Int4(scale="learned"))],
     )  # fmt: skip
     scales = state(model)[len(model.get_weights()) :]
-    nearest = make_gpt()
+    nearest = make_gpt(layers=1)
     tfgptopt.quantize(nearest, Int4(scale="learned"), "rtn")
     others = state(nearest)[len(nearest.get_weights()) :]
     assert any((found != other).any() for found, other in zip(scales, others, strict=True))
@@ -161,7 +161,7 @@ def test_how_rounding_may_not_begin():
         QuantizationAwareTraining(Int4(), method=("rotation", "gptq"))
     with pytest.raises(ValueError, match="`method` must be"):
         QuantizationAwareTraining(Int4(), method="best")
-    model = make_gpt()
+    model = make_gpt(layers=1)
     model.compile(optimizer="adam")
     with pytest.raises(ValueError, match="give `data`"):
         fit(model, [QuantizationAwareTraining(Int4(), method="gptq")])

@@ -123,7 +123,7 @@ def test_in_a_distiller_and_on_two_replicas():
     for strategy in (tf.distribute.get_strategy(), two_replicas()):
         with strategy.scope():
             keras.utils.set_random_seed(1)
-            student, teacher = make_gpt(), make_gpt()
+            student, teacher = make_gpt(layers=1), make_gpt(layers=1)
             distiller = tfgptopt.Distiller(student, teacher)
             distiller.compile(optimizer=keras.optimizers.SGD(0.1))
         callback = Regularization(GroupLasso(1e-2, NM(2, 4)), targets="feedforward")

@@ -32,7 +32,7 @@ def data(rows=8, repeats=1):
 
 
 def test_training_brings_the_student_to_the_teacher():
-    student, teacher = make_gpt(), make_gpt()
+    student, teacher = make_gpt(layers=1), make_gpt(layers=1)
     student.set_weights([w + 0.05 * np.random.normal(size=w.shape) for w in student.get_weights()])
     distiller = Distiller(student, teacher)
     distiller.compile(optimizer=keras.optimizers.Adam(3e-3))
@@ -41,7 +41,7 @@ def test_training_brings_the_student_to_the_teacher():
 
 
 def test_pruning_and_rounding_dress_the_student_alone():
-    student, teacher = make_gpt(), make_gpt()
+    student, teacher = make_gpt(layers=1), make_gpt(layers=1)
     before = teacher.get_weights()
     distiller = compiled(student, teacher, [LogitsKL(), HiddenStates({0: 0})])
     callbacks = [
@@ -60,8 +60,8 @@ def test_pruning_and_rounding_dress_the_student_alone():
 
 
 def test_undressing_the_student_is_noticed():
-    student = make_gpt()
-    distiller = compiled(student, make_gpt())
+    student = make_gpt(layers=1)
+    distiller = compiled(student, make_gpt(layers=1))
     tfgptopt.quantize_aware(student, Int8())
     distiller.evaluate(data(), verbose=0)
     tfgptopt.finalize(student)
@@ -72,7 +72,7 @@ def test_undressing_the_student_is_noticed():
 
 
 def test_self_is_the_dense_model_before_compression():
-    student = make_gpt()
+    student = make_gpt(layers=1)
     inputs, _ = random_batch()
     before = np.asarray(student(inputs))
     distiller = compiled(student, "self")
@@ -113,7 +113,7 @@ def test_teachers_of_any_kind(kind):
 def test_weights_of_losses_follow_the_steps():
     ramp = keras.optimizers.schedules.PolynomialDecay(0.0, 4, end_learning_rate=1.0)
     losses = [LogitsKL(weight=ramp), HardLabels(weight=lambda step: 1.0 - step / 4)]
-    student, teacher = make_gpt(), make_gpt()
+    student, teacher = make_gpt(layers=1), make_gpt(layers=1)
     student.set_weights([w + 0.05 for w in student.get_weights()])
     distiller = compiled(student, teacher, losses, rate=0.0)
     inputs, labels = random_batch()
@@ -196,7 +196,7 @@ def test_ways_to_run_give_the_same_step(how):
 def test_mixed_precision():
     keras.config.set_dtype_policy("mixed_float16")
     try:
-        student, teacher = make_gpt(), make_gpt()
+        student, teacher = make_gpt(layers=1), make_gpt(layers=1)
     finally:
         keras.config.set_dtype_policy("float32")
     distiller = Distiller(student, teacher, [LogitsKL(), HiddenStates(), AttentionMaps()])
@@ -223,7 +223,10 @@ def test_text_is_read_as_a_causal_lm_reads_it(corpus):
         corpus.tokenizer, sequence_length=CONTEXT
     )
     size = corpus.tokenizer.vocabulary_size()
-    student, teacher = make_gpt(size, preprocessor), make_gpt(size, preprocessor)
+    student, teacher = (
+        make_gpt(size, preprocessor, layers=1),
+        make_gpt(size, preprocessor, layers=1),
+    )
     distiller = compiled(student, teacher, [HardLabels()])
     texts = ["def main(argv):\n", "import os\n", "return self.scan_once(s, idx)\n"]
     batches = tf.data.Dataset.from_tensor_slices(texts).batch(3)
@@ -238,7 +241,7 @@ def test_text_is_read_as_a_causal_lm_reads_it(corpus):
     np.testing.assert_allclose(logits, student(preprocessor(texts)[0]), atol=1e-5)
     distiller.fit(texts, batch_size=2, verbose=0, validation_data=texts)
     with pytest.raises(ValueError, match="no preprocessor"):
-        compiled(make_gpt(), make_gpt()).fit(texts, verbose=0)
+        compiled(make_gpt(layers=1), make_gpt(layers=1)).fit(texts, verbose=0)
 
 
 BAD = {
@@ -295,9 +298,9 @@ def test_labels_of_padding_may_be_anything(jit_compile):
     found = []
     for given in (labels, ignored):
         keras.utils.set_random_seed(1)
-        student = make_gpt()
+        student = make_gpt(layers=1)
         losses = [LogitsKL(), HardLabels()]
-        distiller = compiled(student, make_gpt(), losses, jit_compile=jit_compile)
+        distiller = compiled(student, make_gpt(layers=1), losses, jit_compile=jit_compile)
         distiller.fit(inputs, given, epochs=2, verbose=0)
         found.append(student.get_weights())
     for clean, other in zip(*found, strict=True):
@@ -305,8 +308,8 @@ def test_labels_of_padding_may_be_anything(jit_compile):
 
 
 def test_a_file_is_not_touched_by_saving_as_a_whole(tmp_path):
-    student = make_gpt()
-    distiller = compiled(student, make_gpt())
+    student = make_gpt(layers=1)
+    distiller = compiled(student, make_gpt(layers=1))
     path = tmp_path / "good.keras"
     student.save(path)
     before = path.read_bytes()
@@ -321,8 +324,8 @@ def test_a_file_is_not_touched_by_saving_as_a_whole(tmp_path):
 
 
 def test_the_student_remembers_what_it_was_taught():
-    student = make_gpt()
-    distiller = compiled(student, make_gpt(), [LogitsKL(2.0), HardLabels(lambda step: 1.0)])
+    student = make_gpt(layers=1)
+    distiller = compiled(student, make_gpt(layers=1), [LogitsKL(2.0), HardLabels(lambda step: 1.0)])
     assert Distill.found_on(student) == []
     for _ in range(2):
         distiller.fit(data(), epochs=1, verbose=0)

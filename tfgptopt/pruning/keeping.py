@@ -56,6 +56,8 @@ def _threshold_of_each_row(patterns: list[tf.Tensor], count: tf.Tensor) -> tf.Te
     return tf.cast(found, tf.int32)
 
 
+# Traced once for each shape, not for each weight that has it.
+@tf.function(autograph=False)
 def keep_largest(scores: list[tf.Tensor], count: tf.Tensor) -> list[tf.Tensor]:
     """Marks the `count` largest scores of each row, ties broken by position.
 

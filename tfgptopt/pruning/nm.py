@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -82,24 +83,8 @@ class NM:
     def outranked(self, scores: tf.Tensor) -> tf.Tensor:
         """Marks the weights that at least `n` of their group surpass."""
         if self.axis == "output":
-            return tf.transpose(self._outranked_inputs(tf.transpose(scores)))
-        return self._outranked_inputs(scores)
-
-    def _outranked_inputs(self, scores: tf.Tensor) -> tf.Tensor:
-        length, others = scores.shape
-        groups = -(-length // self.m)
-        # Padding ranks below everything and takes no place.
-        padded = tf.pad(
-            scores, [[0, groups * self.m - length], [0, 0]], constant_values=-float("inf")
-        )
-        padded = tf.reshape(padded, (groups, self.m, others))
-        index = tf.reshape(tf.range(self.m), (1, self.m, 1))
-        rank = tf.zeros_like(padded, tf.int32)
-        for i in range(self.m):
-            other = padded[:, i : i + 1]
-            earlier = tf.equal(other, padded) & (index > i)
-            rank += tf.cast((other > padded) | earlier, tf.int32)
-        return tf.reshape(rank >= self.n, (-1, others))[:length]
+            return tf.transpose(_outranked(tf.transpose(scores), self.n, self.m))
+        return _outranked(scores, self.n, self.m)
 
     def check(self, shape: tuple[int, int], path: str) -> None:
         """Raises if a weight has fewer inputs (or outputs) than a group."""
@@ -130,3 +115,25 @@ class NM:
             order = np.argsort(np.argsort(-group, axis=0, kind="stable"), axis=0)
             chosen[:] = order < self.n
         return kept
+
+
+def _mark_outranked(scores: tf.Tensor, n: int, m: int) -> tf.Tensor:
+    """Marks the weights that at least `n` of their group, `m` inputs, surpass."""
+    length, others = scores.shape
+    groups = -(-length // m)
+    # Padding ranks below everything and takes no place.
+    padded = tf.pad(scores, [[0, groups * m - length], [0, 0]], constant_values=-float("inf"))
+    padded = tf.reshape(padded, (groups, m, others))
+    index = tf.reshape(tf.range(m), (1, m, 1))
+    rank = tf.zeros_like(padded, tf.int32)
+    for i in range(m):
+        other = padded[:, i : i + 1]
+        earlier = tf.equal(other, padded) & (index > i)
+        rank += tf.cast((other > padded) | earlier, tf.int32)
+    return tf.reshape(rank >= n, (-1, others))[:length]
+
+
+# Traced once for each shape, not for each weight that has it.
+_outranked: Callable[[tf.Tensor, int, int], tf.Tensor] = tf.function(
+    _mark_outranked, autograph=False
+)
