@@ -22,7 +22,8 @@ import tensorflow as tf
 
 from tfgptopt.model.changing import build_optimizer
 
-gc.set_threshold(20_000, 10, 10)  # Traced graphs are many objects, and most of them stay.
+# Traced graphs are many objects, and most of them stay: `forget_what_stays` does the rest.
+gc.set_threshold(20_000, 10, 10)
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
@@ -47,6 +48,14 @@ _LONGEST = ("test_documents", "test_notebooks", "training/test_workers", "test_e
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files that take longest first."""
     items.sort(key=lambda item: not any(name in item.path.as_posix() for name in _LONGEST))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_what_stays():
+    """Traced graphs of former files are looked at no more: a full collection takes seconds."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 VOCABULARY = 300
