@@ -21,7 +21,7 @@ def test_two_replicas_train_as_one(tmp_path):
     for first, second in found:
         np.testing.assert_array_equal(first, second)
     shares = [(first == 0).mean() for first, _ in found if first.dtype == bool]
-    assert shares == pytest.approx([0.5] * 12, abs=2e-3)
+    assert shares == pytest.approx([0.5] * 6, abs=2e-3)
 
 
 def test_choice(monkeypatch):
