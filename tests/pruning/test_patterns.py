@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tfgptopt.pruning import NM, Block, Columns, ConstantSparsity, Rows, Unstructured
-from tfgptopt.pruning.keeping import keep_largest
+from tfgptopt.pruning.keeping import keep_largest, traced_once
 from tfgptopt.pruning.patterns import deserialize_pattern, serialize_pattern
 
 floats = st.floats(-100, 100, width=32, allow_subnormal=False)
@@ -212,3 +212,18 @@ def test_settings_out_of_range_and_back_from_plain_data():
         assert deserialize_pattern(serialize_pattern(pattern)) == pattern
     with pytest.raises(ValueError, match="one of unstructured, nm"):
         deserialize_pattern({"name": "random"})
+
+
+def test_graphs_trace_once_a_shape_and_eager_calls_trace_nothing():
+    eager = []
+
+    @traced_once
+    def double(x):
+        eager.append(tf.executing_eagerly())
+        return 2 * x
+
+    four = tf.function(lambda x: double(x) + double(2 * x) - double(x[:1]))(tf.ones(3))
+    np.testing.assert_array_equal(four, [4, 4, 4])
+    assert eager == [False, False]  # For two shapes, of three calls.
+    double(tf.ones(5))
+    assert eager == [False, False, True]

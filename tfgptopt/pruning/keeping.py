@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
 _SMALLEST, _LARGEST = -(2**31), 2**31 - 1
@@ -56,8 +60,21 @@ def _threshold_of_each_row(patterns: list[tf.Tensor], count: tf.Tensor) -> tf.Te
     return tf.cast(found, tf.int32)
 
 
-# Traced once for each shape, not for each weight that has it.
-@tf.function(autograph=False)
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that graphs trace once for each shape, not for each weight that has it.
+
+    Eagerly it is called as it is: TensorFlow would warn of shapes that are traced one by one.
+    """
+    traced = tf.function(function, autograph=False)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return traced(*args) if tf.inside_function() else function(*args)
+
+    return call
+
+
+@traced_once
 def keep_largest(scores: list[tf.Tensor], count: tf.Tensor) -> list[tf.Tensor]:
     """Marks the `count` largest scores of each row, ties broken by position.
 

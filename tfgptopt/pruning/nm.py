@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import tensorflow as tf
 
-from tfgptopt.pruning.keeping import count_kept, keep_largest
+from tfgptopt.pruning.keeping import count_kept, keep_largest, traced_once
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,7 +116,8 @@ class NM:
         return kept
 
 
-def _mark_outranked(scores: tf.Tensor, n: int, m: int) -> tf.Tensor:
+@traced_once
+def _outranked(scores: tf.Tensor, n: int, m: int) -> tf.Tensor:
     """Marks the weights that at least `n` of their group, `m` inputs, surpass."""
     length, others = scores.shape
     groups = -(-length // m)
@@ -131,9 +131,3 @@ def _mark_outranked(scores: tf.Tensor, n: int, m: int) -> tf.Tensor:
         earlier = tf.equal(other, padded) & (index > i)
         rank += tf.cast((other > padded) | earlier, tf.int32)
     return tf.reshape(rank >= n, (-1, others))[:length]
-
-
-# Traced once for each shape, not for each weight that has it.
-_outranked: Callable[[tf.Tensor, int, int], tf.Tensor] = tf.function(
-    _mark_outranked, autograph=False
-)
