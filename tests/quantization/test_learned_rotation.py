@@ -50,12 +50,12 @@ def test_what_is_learned_spreads_large_features(name, monkeypatch):
     table = model.backbone.token_embedding.embeddings
     table.assign(table.numpy() * np.where(np.arange(table.shape[1]) % 16 == 3, 30.0, 1.0))
     weights, exact, errors = model.get_weights(), logits(model, TEXT), {}
-    for method in (Rotate(), Rotate(steps=25)):
+    for method in (Rotate(), Rotate(steps=40)):
         model = make(name)
         model.set_weights(weights)
         tfgptopt.quantize(model, Int8(), method, DATA)
         errors[method.steps] = np.abs(logits(model, TEXT) - exact).mean()
-    assert errors[25] < 0.93 * errors[0], errors
+    assert errors[40] < 0.85 * errors[0], errors
 
 
 @pytest.fixture(scope="module")
