@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any, Literal, Protocol
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from tfgptopt.model.types import Config
@@ -216,24 +217,25 @@ class Timeline:
             )
         self.schedule = schedule
         self._windows: dict[int, tuple[list[bool], list[float]]] = {}
-        step = tf.TensorSpec((), tf.int64)
-        self._evaluate = tf.function(self._evaluate_window).get_concrete_function(step)
+        # These compute step by step whatever the shape: a call for all steps traces nothing.
+        known = type(schedule) in _CLASSES.values()
+        self._evaluate = schedule if known else tf.function(self._evaluate_each)
         self.at(0)
 
-    def _evaluate_window(self, start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def _evaluate_each(self, steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         def one(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             fires, sparsity = self.schedule(step)
             return tf.cast(fires, tf.bool), tf.cast(sparsity, tf.float32)
 
-        steps = start + tf.range(_WINDOW, dtype=tf.int64)
         return tf.map_fn(one, steps, fn_output_signature=(tf.bool, tf.float32))
 
     def at(self, step: int) -> tuple[bool, float]:
         """Returns `(fires, sparsity)` of one step."""
         start = step - step % _WINDOW
         if start not in self._windows:
-            window = self._evaluate(tf.constant(start, tf.int64))
-            self._windows[start] = (window[0].numpy().tolist(), window[1].numpy().tolist())
+            window = self._evaluate(tf.range(start, start + _WINDOW, dtype=tf.int64))
+            fires, sparsities = (np.broadcast_to(found, (_WINDOW,)).tolist() for found in window)
+            self._windows[start] = fires, sparsities
         fires, sparsities = self._windows[start]
         fires_at, sparsity_at = fires[step - start], sparsities[step - start]
         if isinstance(self.schedule, PolynomialDecay) and step == self.schedule.end_step:
