@@ -182,8 +182,6 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
     rows["int4/64, awq"] = quantized(blocks, "awq")
     rows["int4/64, gptq"] = quantized(blocks, "gptq")
     rows["int4/64, smoothquant + awq + gptq"] = quantized(blocks, everything)
-    rows["int4/128, rtn"] = quantized(Int4(block_size=128), "rtn")
-    rows["int4/128, gptq"] = quantized(Int4(block_size=128), "gptq")
     rows["int4 per channel, rtn"] = quantized(Int4(), "rtn")
     rows["int4 per channel, gptq"] = quantized(Int4(), "gptq")
     return rows
@@ -235,7 +233,7 @@ def tables_alone(bench: Bench) -> dict[str, Callable[[], Any]]:
 
 
 def by_budget(bench: Bench, size: float) -> None:
-    """Chooses blocks of 32, of 128 or int8 for each kernel by what it costs, and rounds by GPTQ.
+    """Chooses blocks of 32, of 64 or int8 for each kernel by what it costs, and rounds by GPTQ.
 
     Args:
         bench: The bench.
@@ -245,7 +243,7 @@ def by_budget(bench: Bench, size: float) -> None:
     kernels = select(bench.model, None, ("kernel",))
     table = sum(v.shape[0] * (v.shape[1] + 4) for v in bench.model.backbone.token_embedding.weights)
     bits = (size * 1e6 - table) * 8 / sum(target.size for target in kernels)
-    choices = Int4(block_size=128), Int4(block_size=32), Int8()
+    choices = Int4(block_size=64), Int4(block_size=32), Int8()
     allocation = tfgptopt.quantization.allocate(
         bench.model, [as_inputs(bench.rest[:1])], bits, choices, KERNELS, by="kl"
     )
@@ -287,7 +285,7 @@ def main() -> None:
     bench = Bench(windows_of_text(), arguments.windows, arguments.calibration)
     bench.row("float32", lambda: None)
     rows = methods(bench)
-    rows["int4/128, int4/32 or int8 by budget, rotation + gptq"] = partial(by_budget, bench, 89.0)
+    rows["int4/64, int4/32 or int8 by budget, rotation + gptq"] = partial(by_budget, bench, 89.0)
     for name, spec, method in (
         ("int4 per channel, gptq", Int4(), "gptq"),
         ("int4/32, rotation + gptq", Int4(block_size=32), ("rotation", "gptq")),

@@ -36,10 +36,16 @@ def keras_generate(model, tokens):
 
 def slow_generate(model, tokens):
     """Greedy generation by definition: the whole text again for each token."""
+
+    @tf.function
+    def following(ids, at):
+        inputs = {"token_ids": ids[tf.newaxis], "padding_mask": tf.ones_like(ids[tf.newaxis])}
+        return tf.argmax(model(inputs)[0, at])
+
     tokens = list(tokens)
     while len(tokens) < CONTEXT:
-        padded = tokens + [0] * (CONTEXT - len(tokens))
-        tokens.append(int(logits(model, padded)[len(tokens) - 1].argmax()))
+        padded = tf.constant(tokens + [0] * (CONTEXT - len(tokens)))
+        tokens.append(int(following(padded, tf.constant(len(tokens) - 1))))
     return tokens
 
 

@@ -54,7 +54,7 @@ def test_plain_tensorflow_loads_and_calls_it(gpt, tmp_path):
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """A model of few tokens in int8, and its folder loaded by TensorFlow."""
-    model = make_gpt(context=24)
+    model = make_gpt(context=24, layers=1)
     tfgptopt.quantize(model, Int8())
     folder = tfgptopt.export(model, tmp_path_factory.mktemp("saved") / "gpt")
     return model, tf.saved_model.load(str(folder))
@@ -155,14 +155,23 @@ def test_any_keras_model(tmp_path):
     np.testing.assert_allclose(loaded.serve(x), model(x), atol=1e-6)
 
 
+def bytes_of_weights(saved):
+    return sum(path.stat().st_size for path in (saved / "variables").glob("*.data*"))
+
+
+@pytest.fixture(scope="module")
+def float_bytes(tmp_path_factory):
+    floats = make_gpt(context=16, layers=1)
+    return bytes_of_weights(tfgptopt.export(floats, tmp_path_factory.mktemp("saved") / "floats"))
+
+
 @pytest.mark.parametrize(
     ("spec", "final"),
     [(Int8(activation_blocks=2), False), (Int4(block_size=32, embedding_bits=4), True)],
     ids=str,
 )
-def test_weights_are_stored_as_integers(spec, final, tmp_path):
-    gpt = make_gpt(context=16)
-    floats = tfgptopt.export(gpt, tmp_path / "floats")
+def test_weights_are_stored_as_integers(spec, final, float_bytes, tmp_path):
+    gpt = make_gpt(context=16, layers=1)
     tfgptopt.quantize_aware(gpt, spec)
     if final:
         tfgptopt.finalize(gpt)
@@ -171,11 +180,7 @@ def test_weights_are_stored_as_integers(spec, final, tmp_path):
     inputs = {"token_ids": x, "padding_mask": np.ones_like(x)}
     loaded = tf.saved_model.load(str(folder))
     np.testing.assert_allclose(loaded.serve(inputs), gpt(inputs), atol=1e-5)
-
-    def bytes_of_weights(saved):
-        return sum(path.stat().st_size for path in (saved / "variables").glob("*.data*"))
-
     rounded = sum(t.size for t in select(gpt, roles=("kernel", "head", "embedding")))
     scales = 4 * 2000  # And what describes the variables.
-    saved = bytes_of_weights(floats) - bytes_of_weights(folder)
+    saved = float_bytes - bytes_of_weights(folder)
     assert saved > rounded * (4 - spec.bits / 8) - scales

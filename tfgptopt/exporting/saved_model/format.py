@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ import tensorflow as tf
 from tfgptopt.decoder import is_decoder_only
 from tfgptopt.exporting.saved_model.generating import generating_endpoints
 from tfgptopt.exporting.saved_model.text import text_tokenizer
-from tfgptopt.exporting.signatures import input_signature
+from tfgptopt.exporting.signatures import Endpoint, input_signature, save_endpoints
 from tfgptopt.model.retracing import retrace
 from tfgptopt.quantization import layers
 from tfgptopt.quantization.integers import Integers, read_integers
@@ -46,18 +46,16 @@ class _StoredWeight(tf.Module):
         return self._grid.decode(values, tf.convert_to_tensor(self.scale))
 
 
-class _Weights(tf.Module):
+class _Weights:
     """What a SavedModel holds: rounded weights as integers, all other variables as they are."""
 
     def __init__(self, model: keras.Layer) -> None:
-        super().__init__()
         self._layers = [x for x in model._flatten_layers() if layers.spec_of(x) is not None]
         read = [read_integers(layer) for layer in self._layers]
         self.stored = [[_StoredWeight(one) for one in found] for found in read]
         self._variables_of = [[one.variable for one in found] for found in read]
         replaced = {id(variable) for found in self._variables_of for variable in found}
         self.others = [v.value for v in model.variables if id(v) not in replaced]
-        self.tokenizer: tf.Module | None = None  # Tracked here, where texts are read.
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -133,8 +131,7 @@ class SavedModel:
             ValueError: If the model has no declared inputs and was never called.
         """
         weights = _Weights(model)
-        archive = keras.export.ExportArchive()
-        archive.track(weights)
+        tracked: dict[str, Any] = {"stored": weights.stored, "others": weights.others}
 
         def serve(*inputs: _Tensors) -> _Tensors:
             return model(*inputs, training=False)
@@ -142,12 +139,10 @@ class SavedModel:
         if is_decoder_only(model):
             names = ("token_ids", "padding_mask")
             spec = {name: tf.TensorSpec((None, None), tf.int32, name=name) for name in names}
-            archive.add_endpoint("serve", weights.using(serve), [spec])
-            weights.tokenizer = text_tokenizer(model)
-            for endpoint in generating_endpoints(model, weights.tokenizer):
-                function = weights.using(endpoint.function)
-                archive.add_endpoint(endpoint.name, function, endpoint.signature)
+            tracked["tokenizer"] = tokenizer = text_tokenizer(model)
+            endpoints = [Endpoint("serve", serve, [spec]), *generating_endpoints(model, tokenizer)]
         else:
-            archive.add_endpoint("serve", weights.using(serve), input_signature(model))
-        archive.write_out(str(target), verbose=False)
+            endpoints = [Endpoint("serve", serve, input_signature(model))]
+        stored = [replace(one, function=weights.using(one.function)) for one in endpoints]
+        save_endpoints(stored, target, **tracked)
         retrace(model)

@@ -2,34 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras_hub
 import tensorflow as tf
 
 from tfgptopt.exporting.saved_model.text import TextTokenizer
+from tfgptopt.exporting.signatures import Endpoint
 from tfgptopt.exporting.tokenizers import end_token_ids
 
 _Tensors = dict[str, tf.Tensor]
 # Texts, layers, keys and values, positions, heads, head_dim.
 _CACHE_RANK = 6
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A signature.
-
-    Attributes:
-        name: Its name.
-        function: What it computes.
-        signature: The inputs, by position.
-    """
-
-    name: str
-    function: Callable[..., _Tensors]
-    signature: Sequence[tf.TensorSpec]
 
 
 class _Drawing(keras_hub.samplers.Sampler):  # type: ignore[misc]

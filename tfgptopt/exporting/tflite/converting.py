@@ -19,7 +19,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from tfgptopt.decoder.reading import read_head, read_matrix
 from tfgptopt.decoder.spec import Matrix
-from tfgptopt.exporting.signatures import input_signature
+from tfgptopt.exporting.signatures import Endpoint, input_signature, save_endpoints
 from tfgptopt.exporting.tflite.decoder_graph import Step
 from tfgptopt.file import names
 from tfgptopt.model.current import full_precision
@@ -130,9 +130,7 @@ def convert_causal_lm(
     """
     kinds = (names.KEYS, names.VALUES)
     caches = [names.in_layer(kind, i) for i in range(count) for kind in kinds]
-    archive = keras.export.ExportArchive()
-    archive.track(model)
-    keys = []
+    endpoints = []
     for step in steps:
         spec = {
             **{
@@ -141,10 +139,10 @@ def convert_causal_lm(
             },
             **{name: tf.TensorSpec(shape, tf.float32, name=name) for name in caches},
         }
-        archive.add_endpoint(step.name, _step_function(model, step, caches), [spec])
-        keys.append(step.name)
+        endpoints.append(Endpoint(step.name, _step_function(model, step, caches), [spec]))
     with tempfile.TemporaryDirectory() as folder:
-        archive.write_out(folder, verbose=False)
+        save_endpoints(endpoints, folder, weights=[v.value for v in model.variables])
+        keys = [endpoint.name for endpoint in endpoints]
         converter = tf.lite.TFLiteConverter.from_saved_model(folder, signature_keys=keys)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
         try:
