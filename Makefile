@@ -33,13 +33,16 @@ notebooks: $(TEST_STAMP)
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Most modules of TensorFlow are never imported: those that are get compiled then.
+INSTALL := $(VENV)/bin/python -m pip install -q --no-compile -c constraints.txt
+
 $(STAMP): $(VENV)/bin/python pyproject.toml constraints.txt
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e .
+	$(INSTALL) -e .
 	touch $@
 
-$(TEST_STAMP): $(STAMP)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e ".[test]"
-	touch $@
+$(TEST_STAMP): $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e ".[test]"
+	touch $(STAMP) $@
 
 clean:
 	rm -rf $(VENV) tfgptopt-demo build dist *.egg-info

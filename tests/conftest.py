@@ -19,6 +19,7 @@ import keras_hub
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.python.util import tf_stack
 
 from tfgptopt.model.changing import build_optimizer
 
@@ -27,6 +28,10 @@ gc.set_threshold(20_000, 10, 10)
 tf.config.set_logical_device_configuration(
     tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
 )
+
+# TensorFlow writes down for each operation of a graph where it was made. Below pytest that is far.
+_here = tf_stack.extract_stack()
+tf_stack.extract_stack = lambda stacklevel=1: _here
 
 _fit = keras.Model.fit
 
