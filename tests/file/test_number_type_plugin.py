@@ -65,7 +65,7 @@ def read(path):
 
 @pytest.mark.parametrize("spec", [Int6(), Int2(), Int6(activations=None)], ids=repr)
 def test_from_training_to_files(spec, tmp_path):
-    model = make_gpt()
+    model = make_gpt(layers=1)
     tfgptopt.quantize_aware(model, spec)
     tokens = np.random.default_rng(0).integers(0, 300, 24).tolist()
     expected = logits(model, tokens)
@@ -107,7 +107,7 @@ def test_a_model_of_another_kind_through_the_converter(tmp_path):
 def test_a_type_that_tflite_has_not_is_refused_there(tmp_path):
     del number_types._by_bits[6]
     register_number_type(NumberType("int6", 6))
-    model = make_gpt()
+    model = make_gpt(layers=1)
     tfgptopt.quantize_aware(model, Int6())
     with pytest.raises(ValueError, match="A TFLite file cannot hold integers of type int6"):
         tfgptopt.export(model, tmp_path / "gpt.tflite")
@@ -141,7 +141,7 @@ def test_int2_in_blocks_needs_inputs_that_are_floats(tmp_path):
     register_spec(Blocks)
     try:
         for activations in ("dynamic", None):
-            model = make_gpt()
+            model = make_gpt(layers=1)
             tfgptopt.quantize_aware(model, Blocks(activations=activations))
             if activations:
                 with pytest.raises(ValueError, match="LiteRT has no product of int2 in blocks"):
