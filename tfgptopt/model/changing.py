@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import keras
@@ -52,3 +52,14 @@ def changing(model: keras.Layer) -> Iterator[None]:
     finally:
         carry(model)
         retrace(model)
+
+
+def snapshot(model: keras.Layer) -> Callable[[], None]:
+    """Copies what the variables of a model hold, and returns what puts it back."""
+    before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
+
+    def restore() -> None:
+        for variable, value in before:
+            variable.assign(value)
+
+    return restore

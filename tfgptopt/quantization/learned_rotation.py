@@ -18,12 +18,12 @@ import tensorflow as tf
 
 from tfgptopt.calibration.batches import Batches
 from tfgptopt.calibration.journal import Journal
-from tfgptopt.model.changing import changing
+from tfgptopt.model.changing import changing, snapshot
 from tfgptopt.model.overriding import Override, overriding
 from tfgptopt.model.targets import Target, target_of
 from tfgptopt.model.turning import turns_of
-from tfgptopt.quantization.rotatable import Rotatable, rotatable
-from tfgptopt.quantization.rotation import Rotate, rotate, stream_turn, undo
+from tfgptopt.quantization.rotatable import Rotatable, check_rotatable, rotatable
+from tfgptopt.quantization.rotation import Rotate, stream_turn, turn_features, undo
 from tfgptopt.quantization.row_rounding import fake_quantize_rows
 from tfgptopt.quantization.specs import Spec
 from tfgptopt.terminal.progress import stage
@@ -43,6 +43,8 @@ def rotate_learned(
 ) -> None:
     """Turns the features of a decoder by a matrix that is learned, or was in a journal.
 
+    It is for those who hold the weights themselves and put them back, as `turn_features` is.
+
     Args:
         model: A causal LM, which is changed.
         technique: What is turned, with `steps`.
@@ -51,26 +53,26 @@ def rotate_learned(
         journal: Has the matrix, or is given it.
 
     Raises:
-        ValueError: As `check_learnable` and `rotate`. The model is as it was then.
+        ValueError: As `check_learnable` and `rotate`. The model may be turned half-way then.
     """
     if journal.known(_STAGE):
-        rotate(model, technique, journal.read(_STAGE, 1)["matrix"])
+        turn_features(model, technique, journal.read(_STAGE, 1)["matrix"])
         return
     found = rotatable(model)
+    check_rotatable(found)
     check_learnable(model, found, chosen)
-    before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
-    rotate(model, replace(technique, steps=0))
+    restore = snapshot(model)
     try:
+        turn_features(model, replace(technique, steps=0))
         more = learn_turn(model, found, chosen, data, technique.steps)
     finally:
         with changing(model):
             undo(model)
-            for variable, value in before:
-                variable.assign(value)
+            restore()
     first = stream_turn(found, technique).matrix.astype(np.float64)
     matrix = (first @ more).astype(np.float32)
     journal.write(_STAGE, 1, {"matrix": matrix})
-    rotate(model, technique, matrix)
+    turn_features(model, technique, matrix)
 
 
 def check_learnable(

@@ -16,7 +16,7 @@ from tfgptopt.calibration.identity import checksum_of, words_of_data, words_of_m
 from tfgptopt.calibration.journal import Journal, journal_in
 from tfgptopt.calibration.routing import has_router
 from tfgptopt.calibration.watching import observe_all
-from tfgptopt.model.changing import changing
+from tfgptopt.model.changing import changing, snapshot
 from tfgptopt.model.current import current
 from tfgptopt.model.finite import check_finite_weights
 from tfgptopt.model.targets import Selector, Target
@@ -128,7 +128,7 @@ def quantize(
         raise ValueError(f"`method={method!r}` needs calibration data. Received: data=None")
     # Read once: a generator serves, too.
     data = None if data is None else with_start(model, batches_of(data))
-    before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
+    restore = snapshot(model)
     was_turned, by_data = rotation.is_rotated(model), bool(balances) or final == "gptq"
     folder = checkpoints if by_data or learns else None
     found = (*((_SORTING,) if sorts else ()), *balances, final)
@@ -154,8 +154,7 @@ def quantize(
                 layers.forget(target.layer)
             if not was_turned:
                 rotation.undo(model)
-            for variable, value in before:
-                variable.assign(value)
+            restore()
             raise
     return model
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import keras
 import numpy as np
 
-from tfgptopt.model.changing import changing
+from tfgptopt.model.changing import changing, snapshot
 from tfgptopt.model.current import full_precision
 from tfgptopt.model.history import history_of, record, rewrite
 from tfgptopt.model.precision import is_half
@@ -192,14 +192,13 @@ def rotate(
         check_not_learned(technique)
     found = rotatable(model)
     check_rotatable(found)
-    before = [(v, keras.ops.convert_to_numpy(v.value)) for v in model.variables]
+    restore = snapshot(model)
     with changing(model):
         try:
             turn_features(model, technique, learned)
         except BaseException:
             undo(model)
-            for variable, value in before:
-                variable.assign(value)
+            restore()
             raise
     return model
 
