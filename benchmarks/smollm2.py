@@ -181,10 +181,20 @@ def methods(bench: Bench) -> dict[str, Callable[[], Any]]:
     rows["int4/64, rtn"] = quantized(blocks, "rtn")
     rows["int4/64, awq"] = quantized(blocks, "awq")
     rows["int4/64, gptq"] = quantized(blocks, "gptq")
+    rows["int4/64, values int8, rotation + gptq"] = quantized(
+        values_in_int8(bench, blocks), ("rotation", "gptq")
+    )
     rows["int4/64, smoothquant + awq + gptq"] = quantized(blocks, everything)
     rows["int4 per channel, rtn"] = quantized(Int4(), "rtn")
     rows["int4 per channel, gptq"] = quantized(Int4(), "gptq")
     return rows
+
+
+def values_in_int8(bench: Bench, spec: Any) -> BitAllocation:
+    """Returns a spec for all kernels but those of values, which are small and cost most."""
+    specs = {target.path: spec for target in select(bench.model, None, ("kernel",))}
+    specs |= dict.fromkeys((path for path in specs if "/value/" in path), Int8())
+    return BitAllocation({**specs, "token_embedding/embeddings": Int8()})
 
 
 def in_parts(bench: Bench) -> dict[str, Callable[[], Any]]:
