@@ -36,14 +36,13 @@ _ROOMS = (
     "model.changing",
     "recipe",
 )
-# Large numbers of examples, for which a tiny model has no room, or a test no time.
+# Large numbers of examples, for which a tiny model has no room.
 _SMALLER = {
     "context_length=512": "context_length=64",
     "context_length=256": "context_length=64",
     "vocabulary_size=2048": "vocabulary_size=300",
     "max_length=64": "max_length=48",
     "depth=6": "depth=1",
-    "sizes=(2, 4)": "sizes=(4,)",
 }
 
 
